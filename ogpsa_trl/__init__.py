@@ -1,0 +1,16 @@
+"""OGPSA for TRL: safety post-training that leaves general capabilities alone."""
+
+from ogpsa_trl.callback import SubspaceCallback
+from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.trainers import OGPSADPOTrainer, OGPSAMixin, OGPSASFTTrainer
+
+__all__ = [
+    "OGPSAConfig",
+    "OGPSADPOTrainer",
+    "OGPSAMixin",
+    "OGPSASFTTrainer",
+    "SubspaceCallback",
+    "__version__",
+]
+
+__version__ = "0.1.0"

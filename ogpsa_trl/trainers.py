@@ -1,0 +1,242 @@
+"""OGPSAMixin, and the trainers that swap in for TRL's."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin, Trainer
+from transformers.training_args import OptimizerNames
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ogpsa_trl.backends import check_supported, make_backend
+from ogpsa_trl.callback import SubspaceCallback
+from ogpsa_trl.checkpoint import load_subspace, save_subspace
+from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, named_groups, prepare_group
+from ogpsa_trl.gradients import capability_gradients
+from ogpsa_trl.model_card import PAPER, settings_section
+from ogpsa_trl.subspace import CapabilitySubspace
+
+logger = logging.getLogger(__name__)
+
+# A refresh that takes longer than this shows a progress bar.
+_SECONDS_WITHOUT_BAR = 5
+
+
+class OGPSAMixin(Trainer):
+    """
+    Removes from a trainer's gradient its component in the capability subspace.
+
+    It stands in front of the trainer: `class OGPSASFTTrainer(OGPSAMixin, SFTTrainer)`. Without a
+    `capability_dataset` every method is the parent's, so the run is TRL's, bit for bit.
+
+    Args:
+        capability_dataset (`Dataset`, `IterableDataset` or `dict` of them by group name,
+            *optional*): Samples of the capabilities to protect, in any text format of `SFTTrainer`,
+            or in a preference format, of which the chosen completions are used. Of a stream the
+            first `num_samples` are taken. `None`: plain TRL.
+        ogpsa_config ([`OGPSAConfig`], *optional*): Settings of the method. `None`: its defaults.
+
+    Raises:
+        ValueError: settings without data; data that is empty or in no known format; an engine,
+            precision or optimizer that is not supported.
+    """
+
+    # Set by the parents; `Trainer` declares the first four as optional or by their base classes.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    maybe_activation_offload_context: AbstractContextManager[Any]
+
+    def __init__(
+        self,
+        *args: Any,
+        capability_dataset: "Dataset | IterableDataset | Mapping[str, Any] | None" = None,
+        ogpsa_config: OGPSAConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.capability_groups: list[CapabilityGroup] = []
+        if capability_dataset is None:
+            if ogpsa_config is not None:
+                raise ValueError(
+                    "`ogpsa_config` needs a `capability_dataset`, but there is none. Pass the "
+                    "samples to protect, or leave `ogpsa_config` out to train without OGPSA."
+                )
+            super().__init__(*args, **kwargs)
+            return
+
+        datasets = named_groups(capability_dataset)
+        self.ogpsa_config = ogpsa_config or OGPSAConfig()
+        self._ogpsa_metrics: dict[str, list[float | Tensor]] = defaultdict(list)
+        self._name, self._paper = f"OGPSA ({self._name})", PAPER
+        self._tag_names = [*self._tag_names, "ogpsa"]
+        super().__init__(*args, **kwargs)
+        check_supported(self.accelerator, OptimizerNames(self.args.optim).value)
+        preparation = self.capability_preparation()
+        self.capability_groups = [
+            prepare_group(
+                name,
+                dataset,
+                preparation,
+                num_samples=self.ogpsa_config.num_samples,
+                num_parts=self.ogpsa_config.gradients_per_group,
+                batch_size=self.ogpsa_config.capability_batch_size,
+                seed=self.args.seed,
+            )
+            for name, dataset in datasets.items()
+        ]
+        logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
+        self.add_callback(SubspaceCallback(self))
+
+    def capability_preparation(self) -> Preparation:
+        """How capability samples become tokens. The length limit is that of the training data."""
+        processing_class = self.processing_class
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        return Preparation(
+            processing_class=processing_class,
+            tokenizer=processing_class.tokenizer if is_processor else processing_class,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            dataset_num_proc=self.args.dataset_num_proc,
+        )
+
+    def capability_nll(self, batch: Batch) -> Tensor:
+        """
+        Summed negative log-likelihood of the trainable tokens of a batch, in nats, with its graph.
+
+        TRL's fused head computes it without the logits of the whole vocabulary. `compute_loss` is
+        not used, because it counts tokens and metrics of training.
+        """
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
+        return -outputs.log_probs.sum()
+
+    def refresh_subspace(self) -> None:
+        """Estimate the subspace anew at the current weights. A collective call."""
+        start = time.perf_counter()
+        backend = self.subspace.backend
+        parts = [part for group in self.capability_groups for part in group.parts]
+        progress = tqdm(
+            total=sum(len(part.batches_of(0, backend.num_processes)) for part in parts),
+            desc="Refreshing the capability subspace",
+            delay=_SECONDS_WITHOUT_BAR,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+            leave=False,
+        )
+
+        def sum_nll(batch: Batch) -> Tensor:
+            progress.update()
+            return self.capability_nll(batch)
+
+        with progress, self.maybe_activation_offload_context:
+            gradients = capability_gradients(backend, self.capability_groups, sum_nll)
+        self.subspace.refresh(gradients)
+        self._record(
+            rank=self.subspace.rank,
+            refresh_seconds=time.perf_counter() - start,
+            basis_megabytes=self.subspace.basis_bytes / 1e6,
+            **{f"capability_loss/{n}": loss for n, loss in gradients.group_losses().items()},
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.capability_groups:
+            return super().training_step(*args, **kwargs)
+        with self.subspace.backend.when_final(self._project):
+            return super().training_step(*args, **kwargs)
+
+    def _project(self) -> None:
+        projection = self.subspace.project()
+        self._record(removed_fraction=projection.removed_fraction, cosine=projection.cosine)
+        if projection.held:
+            self._record(held_parameters=float(len(projection.held)))
+            logger.info(
+                "Step %d: %d parameters have no known capability direction yet and are not moved "
+                "in this step; the subspace is refreshed before the next. First: %s",
+                self.state.global_step, len(projection.held), projection.held[0],
+            )  # fmt: skip
+
+    def _record(self, **metrics: float | Tensor) -> None:
+        for name, value in metrics.items():
+            self._ogpsa_metrics[f"ogpsa/{name}"].append(value)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the means since the last log, read from the device here and not in every step."""
+        if self.capability_groups and self.model.training:
+            for name, values in self._ogpsa_metrics.items():
+                logs[name] = sum(float(value) for value in values) / len(values)
+            self._ogpsa_metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """The engine has just wrapped the model: from here on the parameters stay the same."""
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.capability_groups:
+            backend = make_backend(self.accelerator, self.model, self.model_wrapped)
+            self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
+            if resume_from_checkpoint is not None:
+                load_subspace(self.subspace, resume_from_checkpoint)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The basis belongs to the state of the optimizer: saved, or left out, with it."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.capability_groups and self.args.should_save:
+            save_subspace(self.subspace, output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.capability_groups and self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            section = settings_section(self.ogpsa_config, self.capability_groups)
+            path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
+
+
+class OGPSASFTTrainer(OGPSAMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
+
+    Example:
+
+    ```python
+    trainer = OGPSASFTTrainer(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        args=SFTConfig(output_dir="safe"),
+        train_dataset=safety,
+        capability_dataset={"instructions": instructions, "facts": facts},
+        ogpsa_config=OGPSAConfig(refresh_interval=30, num_samples=200),
+    )
+    trainer.train()
+    ```
+    """
+
+    def capability_preparation(self) -> Preparation:
+        return replace(
+            super().capability_preparation(),
+            completion_only_loss=self.args.completion_only_loss,
+            assistant_only_loss=self.args.assistant_only_loss,
+            chat_template=self.chat_template,
+            dataset_text_field=self.args.dataset_text_field,
+        )
+
+
+class OGPSADPOTrainer(OGPSAMixin, DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
+
+    The capability loss is the negative log-likelihood of the capability completions, as in SFT.
+    """

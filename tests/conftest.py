@@ -1,0 +1,24 @@
+"""No network, no telemetry, one thread: the models of the tests are too small to share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_model_path(tmp_path_factory):
+    """An untrained model of the toy world with its tokenizer, as a folder on disk."""
+    from ogpsa_trl.toy import tiny_model, toy_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(seed=0).save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,57 @@
+"""Named assertions about bases and projections, applied by the tests to awkward inputs."""
+
+import torch
+
+from ogpsa_trl import linalg
+
+
+def basis_of(rows_RN, rank=None, dtype=torch.float32):
+    """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
+    weights_KR = linalg.orthonormal_weights(linalg.gram(rows_RN)[None], rank)[0]
+    basis_KN = linalg.combine(weights_KR, rows_RN, dtype)
+    return basis_KN, linalg.inverse_gram(linalg.gram(basis_KN)[None])[0].float()
+
+
+def projected(vector_N, basis_KN, inverse_KK):
+    """The vector without its component in the span of the basis, as the package removes it."""
+    result_N = vector_N.clone()
+    linalg.subtract_(result_N, basis_KN, inverse_KK @ linalg.dot(basis_KN, vector_N))
+    return result_N
+
+
+def literal_basis(rows_RN, rank=None, tolerance=1e-3):
+    """Right singular vectors of the rows scaled to length one (independence), then of the rows.
+
+    `tolerance` is relative to the largest singular value of the scaled rows: the square root of the
+    package's tolerance, which is about squared lengths.
+    """
+    rows = rows_RN.double()
+    lengths = rows.norm(dim=1, keepdim=True)
+    scaled = torch.where(lengths > 0, rows / lengths, 0.0)
+    _, values, directions = torch.linalg.svd(scaled, full_matrices=False)
+    span = directions[values > tolerance]
+    _, _, rotation = torch.linalg.svd(rows @ span.T, full_matrices=False)
+    return (rotation @ span)[:rank]
+
+
+def literal_projection(vector_N, basis_KN):
+    vector, basis = vector_N.double(), basis_KN.double()
+    return vector - basis.T @ (basis @ vector)
+
+
+def assert_orthonormal(basis_KN, atol):
+    """Rows are orthonormal, or zero where a direction was dropped."""
+    gram = basis_KN.double() @ basis_KN.double().T
+    expected = torch.diag((gram.diagonal() > 0.5).double())
+    assert (gram - expected).abs().max() <= atol if len(gram) else True
+
+
+def assert_orthogonal(vector_N, rows_RN, relative_to, atol):
+    """No row has a component along the vector, measured as a cosine with the original vector."""
+    lengths = rows_RN.double().norm(dim=1).clamp_min(1e-300)
+    cosines = (rows_RN.double() @ vector_N.double()) / lengths / relative_to.double().norm()
+    assert cosines.abs().max() <= atol
+
+
+def assert_not_longer(after_N, before_N):
+    assert after_N.double().norm() <= before_N.double().norm() * (1 + 1e-6)

@@ -1,0 +1,114 @@
+"""Short training runs on the toy world, and what they are compared by."""
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from ogpsa_trl import OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.toy import ToyWorld
+
+WORLD = ToyWorld(seed=0)
+TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
+PLAIN_TRAINERS = {"sft": SFTTrainer, "dpo": DPOTrainer}
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+
+
+def safety_data(stage, num_rows=16):
+    data = WORLD.safety_sft() if stage == "sft" else WORLD.safety_preferences()
+    return data.select(range(num_rows))
+
+
+def capability_groups(num_samples=6):
+    return WORLD.capability_groups(num_samples)
+
+
+def arguments(stage, output_dir, **overrides):
+    """Plain SGD with learning rate 1 and no clipping: the gradient is what the weights lost."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    return CONFIGS[stage](**defaults | overrides)
+
+
+def make_trainer(
+    stage, model, output_dir, *, plain=False, capability=None, config=None, data=None, more=None,
+    **overrides,
+):  # fmt: skip
+    """A trainer of the package, or TRL's own if `plain`."""
+    keywords = dict(more or {})
+    if not plain:
+        keywords |= {"capability_dataset": capability, "ogpsa_config": config}
+    trainer_class = (PLAIN_TRAINERS if plain else TRAINERS)[stage]
+    return trainer_class(
+        model,
+        args=arguments(stage, output_dir, **overrides),
+        train_dataset=safety_data(stage) if data is None else data,
+        **keywords,
+    )
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def trained(*args, **kwargs):
+    """Train; the trainer, its weights before, and the weights after."""
+    trainer = make_trainer(*args, **kwargs)
+    before = weights(trainer)
+    trainer.train()
+    return trainer, before, weights(trainer)
+
+
+def max_difference(left, right):
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def logged(trainer, without=("runtime", "per_second", "seconds")):
+    """The log without the entries that measure time."""
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in without)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def to_messages(rows):
+    """Prompt-completion rows as conversations of the same text."""
+
+    def convert(row):
+        return {
+            "messages": [
+                {"role": "user", "content": row["prompt"].removesuffix(" =>").strip()},
+                {"role": "assistant", "content": row["completion"].strip()},
+            ]
+        }
+
+    return Dataset.from_list([convert(row) for row in rows])
+
+
+def literal_nll(model, tokenizer, rows):
+    """Token-mean NLL of the completions of some rows, one sample at a time, from the logits."""
+    total, num_tokens = 0.0, 0
+    for row in rows:
+        prompt_ids = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor(prompt_ids + tokenizer(row["completion"])["input_ids"])
+        ids = torch.cat([ids, torch.tensor([tokenizer.eos_token_id])])
+        logits = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
+        targets = range(len(prompt_ids), len(ids))
+        total = total - sum(logits[position - 1, ids[position]] for position in targets)
+        num_tokens += len(targets)
+    return total / num_tokens

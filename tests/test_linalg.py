@@ -1,0 +1,140 @@
+"""The laws of the projection, on random and on awkward inputs."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from laws import (
+    assert_not_longer,
+    assert_orthogonal,
+    assert_orthonormal,
+    basis_of,
+    literal_basis,
+    literal_projection,
+    projected,
+)
+
+from ogpsa_trl import linalg
+
+NUM_ENTRIES = 300
+
+
+def random_rows(num_rows, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, NUM_ENTRIES, generator=generator).to(dtype)
+
+
+def awkward_rows():
+    rows = random_rows(4)
+    parallel = torch.stack([rows[0], 3 * rows[0], rows[1]])
+    return {
+        "one": rows[:1],
+        "several": rows,
+        "zero": torch.zeros(2, NUM_ENTRIES),
+        "one zero": torch.stack([rows[0], torch.zeros(NUM_ENTRIES)]),
+        "parallel": parallel,
+        "opposite": torch.stack([rows[0], -rows[0]]),
+        "nearly parallel": torch.stack([rows[0], rows[0] + 1e-2 * rows[1]]),
+        "huge": rows * 1e12,
+        "tiny": rows * 1e-12,
+        "very different lengths": rows * torch.tensor([1e6, 1.0, 1e-3, 1e-6])[:, None],
+        "bfloat16": rows.bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("name", awkward_rows())
+def test_projection_obeys_its_laws(name):
+    rows_RN = awkward_rows()[name]
+    basis_KN, inverse_KK = basis_of(rows_RN)
+    vector_N = random_rows(1, seed=1)[0] + rows_RN.float().sum(dim=0)
+    once_N = projected(vector_N, basis_KN, inverse_KK)
+
+    # Squared sine 1e-4 from a float32 Gram matrix: three digits are left to the rows themselves.
+    # The inverse Gram matrix of the stored rows gives the projection its digits back.
+    assert_orthonormal(basis_KN, atol=5e-3 if name == "nearly parallel" else 1e-5)
+    assert_orthogonal(once_N, rows_RN, relative_to=vector_N, atol=1e-6)
+    assert_not_longer(once_N, vector_N)
+    twice_N = projected(once_N, basis_KN, inverse_KK)
+    assert (twice_N - once_N).norm() <= 1e-6 * vector_N.norm()
+
+
+@pytest.mark.parametrize("name", awkward_rows())
+def test_basis_is_the_singular_value_decomposition_of_the_stacked_gradients(name):
+    rows_RN = awkward_rows()[name]
+    for rank in (None, 1, 2):
+        basis_KN, _ = basis_of(rows_RN, rank)
+        kept_KN = basis_KN[basis_KN.norm(dim=1) > 0].double()
+        literal_KN = literal_basis(rows_RN, rank)
+        assert len(kept_KN) == len(literal_KN)
+        # Directions have no sign, so compare the projectors.
+        difference = kept_KN.T @ kept_KN - literal_KN.T @ literal_KN
+        assert difference.abs().max() <= 1e-4 if len(kept_KN) else True
+
+
+def test_rank_beyond_what_is_there_keeps_all_that_is_there():
+    rows_RN = random_rows(3)
+    few, _ = basis_of(rows_RN)
+    many, _ = basis_of(rows_RN, rank=50)
+    assert torch.equal(few, many)
+
+
+def test_first_direction_is_the_strongest():
+    strong, weak = random_rows(2)
+    basis_KN, _ = basis_of(torch.stack([weak, 100 * strong]), rank=1)
+    assert (basis_KN[0] @ strong / strong.norm()).abs() > 0.999
+
+
+def test_rows_rounded_to_bfloat16_still_give_an_exact_projection():
+    """What is removed is the span of the rows as stored, so no component along them is left."""
+    basis_KN, inverse_KK = basis_of(random_rows(4), dtype=torch.bfloat16)
+    vector_N = random_rows(1, seed=1)[0] + basis_KN.float().sum(dim=0)
+    once_N = projected(vector_N, basis_KN, inverse_KK)
+    assert basis_KN.dtype == torch.bfloat16
+    assert_orthogonal(once_N, basis_KN, relative_to=vector_N, atol=1e-6)
+
+
+def test_bfloat16_vectors_are_projected_to_their_own_rounding():
+    basis_KN, inverse_KK = basis_of(random_rows(2))
+    vector_N = random_rows(1, seed=1, dtype=torch.bfloat16)[0]
+    once_N = projected(vector_N, basis_KN, inverse_KK)
+    exact_N = literal_projection(vector_N, basis_KN)
+    assert torch.equal(once_N, exact_N.bfloat16())
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    rows_RN, vector_N = random_rows(3), random_rows(1, seed=1)[0]
+    whole_N = projected(vector_N, *basis_of(rows_RN))
+    monkeypatch.setattr(linalg, "_BLOCK", 7)
+    in_blocks_N = projected(vector_N, *basis_of(rows_RN))
+    assert (whole_N - in_blocks_N).abs().max() < 1e-5
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    num_rows=st.integers(1, 6),
+    num_independent=st.integers(1, 6),
+    exponents=st.lists(st.integers(-6, 6), min_size=6, max_size=6),
+    num_shards=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_sharding_and_scaling_do_not_change_the_projection(
+    num_rows, num_independent, exponents, num_shards, seed
+):
+    """Scalar products of shards add up; the length of a gradient says nothing of its span."""
+    mixing = random_rows(num_rows, seed)[:, :num_independent]
+    rows_RN = mixing @ random_rows(num_independent, seed + 1)
+    vector_N = random_rows(1, seed + 2)[0] + rows_RN.sum(dim=0)
+    expected_N = literal_projection(vector_N, literal_basis(rows_RN))
+
+    scaled_RN = rows_RN * 10.0 ** torch.tensor(exponents[:num_rows])[:, None]
+    shards = scaled_RN.tensor_split(num_shards, dim=1)
+    weights_KR = linalg.orthonormal_weights(sum(linalg.gram(s) for s in shards)[None])[0]
+    basis = [linalg.combine(weights_KR, shard, torch.float32) for shard in shards]
+    inverse_KK = linalg.inverse_gram(sum(linalg.gram(b) for b in basis)[None])[0].float()
+    pieces = [piece.clone() for piece in vector_N.tensor_split(num_shards)]
+    weights_K = inverse_KK @ sum(linalg.dot(b, p) for b, p in zip(basis, pieces, strict=True))
+    for rows, piece in zip(basis, pieces, strict=True):
+        linalg.subtract_(piece, rows, weights_K)
+
+    assert (torch.cat(pieces) - expected_N).norm() <= 1e-3 * vector_N.norm()
+    assert_not_longer(torch.cat(pieces), vector_N)

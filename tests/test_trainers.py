@@ -1,0 +1,545 @@
+"""The trainers against TRL's, against the literal method, and with everything that TRL does."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from laws import literal_basis, literal_projection
+from peft import LoraConfig
+from runs import (
+    WORLD,
+    capability_groups,
+    literal_nll,
+    logged,
+    make_trainer,
+    max_difference,
+    safety_data,
+    to_messages,
+    trained,
+    weights,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig
+
+from ogpsa_trl import OGPSAConfig, SubspaceCallback
+from ogpsa_trl.backends import check_supported
+from ogpsa_trl.toy import tiny_llama_config
+
+STAGES = ("sft", "dpo")
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def literal_capability_gradients(path, groups):
+    """One mean gradient per group, by autograd on the literal loss; {name: [R, N]}."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    named = dict(model.named_parameters())
+    rows = []
+    for group in groups.values():
+        loss = literal_nll(model, tokenizer, group)
+        rows.append(torch.autograd.grad(loss, list(named.values())))
+    return {
+        name: torch.stack([row[index].flatten() for row in rows])
+        for index, name in enumerate(named)
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_capability_dataset_is_bitwise_plain_trl(stage, base_model_path, tmp_path):
+    options = {
+        "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 1.0,
+        "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    ours, _, our_weights = trained(stage, base_model_path, tmp_path / "run", **options)
+    (tmp_path / "run").rename(tmp_path / "ours")
+    plain, _, plain_weights = trained(
+        stage, base_model_path, tmp_path / "run", plain=True, **options
+    )
+    assert max_difference(our_weights, plain_weights) == 0
+    assert logged(ours) == logged(plain)
+    our_files = {p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*")}
+    assert our_files == {p.relative_to(tmp_path / "run") for p in (tmp_path / "run").rglob("*")}
+    for file in our_files:
+        if file.name not in ("trainer_state.json", "training_args.bin") and "." in file.name:
+            ours_bytes = (tmp_path / "ours" / file).read_bytes()
+            assert ours_bytes == (tmp_path / "run" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("scope", ["parameter", "model"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_is_the_literal_method(stage, scope, accumulation, base_model_path, tmp_path):
+    """SVD of the stacked capability gradients, subtract: what the weights of one real step lost."""
+    groups = capability_groups()
+    options = {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4 // accumulation,
+    }
+    _, before, after = trained(stage, base_model_path, tmp_path, plain=True, **options)
+    gradient = {name: before[name] - after[name] for name in before}
+    rows = literal_capability_gradients(base_model_path, groups)
+    if scope == "parameter":
+        expected = {
+            name: literal_projection(g.flatten(), literal_basis(rows[name]))
+            for name, g in gradient.items()
+        }
+    else:
+        basis = literal_basis(torch.cat([rows[name] for name in gradient], dim=1))
+        whole = literal_projection(flat(gradient.values()), basis)
+        sizes = [g.numel() for g in gradient.values()]
+        expected = dict(zip(gradient, whole.split(sizes), strict=True))
+
+    trainer, before, after = trained(
+        stage, base_model_path, tmp_path, capability=groups, config=OGPSAConfig(scope=scope),
+        **options,
+    )  # fmt: skip
+    actual = {name: (before[name] - after[name]).flatten().double() for name in before}
+    # float32 weights of size 1 and steps of size 1e-2: 1e-7 is rounding of the step.
+    assert max_difference(actual, expected) < 5e-7
+
+    entry = trainer.state.log_history[0]
+    safety, kept = flat(gradient.values()).double(), flat(expected.values())
+    removed = 1 - (kept.norm() / safety.norm()) ** 2
+    assert entry["ogpsa/removed_fraction"] == pytest.approx(removed.item(), abs=1e-4)
+    mean = torch.cat([rows[name] for name in gradient], dim=1).double().mean(dim=0)
+    cosine = torch.cosine_similarity(safety, mean, dim=0)
+    assert entry["ogpsa/cosine"] == pytest.approx(cosine.item(), abs=1e-4)
+
+
+def test_capability_loss_is_the_token_mean_over_all_samples(base_model_path, tmp_path):
+    groups = capability_groups()
+    trainer, _, _ = trained("dpo", base_model_path, tmp_path, capability=groups)
+    model = AutoModelForCausalLM.from_pretrained(base_model_path)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    for name, group in groups.items():
+        expected = literal_nll(model, tokenizer, group).item()
+        entry = trainer.state.log_history[0]
+        assert entry[f"ogpsa/capability_loss/{name}"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, monkeypatch):
+    """A run that refreshes but does not project is plain TRL: weights, data order, metrics."""
+    options = {
+        "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2,
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    more = {"processing_class": tokenizer, "peft_config": LORA.__class__(**LORA.to_dict())}
+    options |= {"more": more, "disable_dropout": False} if stage == "dpo" else {"more": more}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random.seed(3), np.random.seed(3)
+    plain, _, expected = trained(stage, model, tmp_path, plain=True, **options)
+
+    model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
+    model.load_state_dict(state)
+    trainer = make_trainer(
+        stage, model, tmp_path, capability=capability_groups(),
+        config=OGPSAConfig(refresh_interval=1), **options,
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_project", lambda: None)
+    trainer.train()
+    assert max_difference(weights(trainer), expected) == 0
+    without = ("runtime", "per_second", "seconds", "ogpsa/")
+    assert logged(trainer, without) == logged(plain, without)
+
+
+def test_capability_gradient_ignores_dropout_and_restores_the_modes(base_model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    trainer = make_trainer(
+        "sft", model, tmp_path, capability=capability_groups(), gradient_checkpointing=True,
+        more={"processing_class": tokenizer}, neftune_noise_alpha=5.0,
+    )  # fmt: skip
+    trainer.train()
+    modes = [module.training for module in trainer.model.modules()]
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        trainer.refresh_subspace()
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(trainer.subspace.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("scope", ["parameter", "model"])
+def test_accumulation_does_not_change_the_trajectory(stage, scope, base_model_path, tmp_path):
+    """Eight samples at once are eight accumulated ones; the capability batch size is free too."""
+    results = []
+    for batch_size, accumulation, capability_batch_size in ((8, 1, 1), (1, 8, 5)):
+        config = OGPSAConfig(
+            scope=scope, refresh_interval=2, capability_batch_size=capability_batch_size
+        )
+        _, _, after = trained(
+            stage, base_model_path, tmp_path, capability=capability_groups(), config=config,
+            max_steps=3, per_device_train_batch_size=batch_size, learning_rate=0.1,
+            gradient_accumulation_steps=accumulation, max_grad_norm=0.5,
+        )  # fmt: skip
+        results.append(after)
+    assert max_difference(*results) < 2e-6
+
+
+def test_clipping_acts_on_the_projected_gradient(base_model_path, tmp_path):
+    options = {"capability": capability_groups()}
+    _, before, free = trained("sft", base_model_path, tmp_path, **options)
+    trainer, _, clipped = trained("sft", base_model_path, tmp_path, max_grad_norm=0.1, **options)
+    step = flat([before[name] - free[name] for name in before])
+    clipped_step = flat([before[name] - clipped[name] for name in before])
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(step.norm().item(), rel=1e-4)
+    assert (clipped_step - 0.1 * step / step.norm()).abs().max() < 1e-6
+
+
+SFT_FEATURES = {
+    "packing": {"packing": True, "max_length": 48},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "full sequence loss": {"completion_only_loss": False},
+    "dft": {"loss_type": "dft"},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", SFT_FEATURES)
+def test_sft_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
+    """Whatever TRL does before the gradient is there, no capability direction is left in it."""
+    more = {"eval_dataset": safety_data("sft")} if feature == "evaluation" else {}
+    check_no_component_left("sft", base_model_path, tmp_path, more=more, **SFT_FEATURES[feature])
+
+
+def test_assistant_only_loss_of_conversations(base_model_path, tmp_path):
+    groups = {name: to_messages(group) for name, group in capability_groups().items()}
+    trainer = check_no_component_left(
+        "sft", base_model_path, tmp_path, capability=groups,
+        data=to_messages(safety_data("sft")), assistant_only_loss=True,
+    )  # fmt: skip
+    for group, rows in zip(trainer.capability_groups, capability_groups().values(), strict=True):
+        # The loss is on the words of the answer and the end token, not on the question.
+        assert group.num_tokens == sum(len(row["completion"].split()) + 1 for row in rows)
+
+
+DPO_LOSS_TYPES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+def test_dpo_loss_type_leaves_nothing_in_the_subspace(loss_type, base_model_path, tmp_path):
+    check_no_component_left(
+        "dpo", base_model_path, tmp_path, loss_type=[loss_type], label_smoothing=0.1
+    )
+
+
+def test_every_dpo_loss_type_is_covered():
+    """TRL lists its loss types in the help text of the option."""
+    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert set(re.findall(r"`'(\w+)'`", text)) == set(DPO_LOSS_TYPES)
+
+
+DPO_FEATURES = {
+    "precomputed reference": {"precompute_ref_log_probs": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "weighting": {"use_weighting": True},
+    "length desensitised": {"ld_alpha": 0.5},
+}
+
+
+@pytest.mark.parametrize("feature", DPO_FEATURES)
+def test_dpo_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
+    check_no_component_left("dpo", base_model_path, tmp_path, **DPO_FEATURES[feature])
+
+
+def test_dpo_with_a_reference_model_leaves_nothing_in_the_subspace(base_model_path, tmp_path):
+    reference = AutoModelForCausalLM.from_pretrained(base_model_path)
+    check_no_component_left("dpo", base_model_path, tmp_path, more={"ref_model": reference})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_leaves_nothing_in_the_subspace(stage, base_model_path, tmp_path):
+    """Autocast computes in bf16, but the gradients and the basis are float32."""
+    check_no_component_left(stage, base_model_path, tmp_path, bf16=True)
+
+
+def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
+    groups = {name: g.to_iterable_dataset() for name, g in capability_groups(9).items()}
+    trainer = check_no_component_left(
+        "sft", base_model_path, tmp_path, capability=groups,
+        data=safety_data("sft").to_iterable_dataset(),
+    )  # fmt: skip
+    assert [group.num_samples for group in trainer.capability_groups] == [6, 6]
+
+
+class CosineCallback(TrainerCallback):
+    """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
+
+    def __init__(self):
+        self.cosines = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        subspace = self.trainer.subspace
+        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
+            if parameter.grad is not None and rows is not None and parameter.grad.any():
+                gradient = parameter.grad.flatten().double()
+                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
+
+
+def check_no_component_left(stage, model, tmp_path, *, more=None, capability=None, **options):
+    probe = CosineCallback()
+    trainer = make_trainer(
+        stage, model, tmp_path, capability=capability or capability_groups(9),
+        config=OGPSAConfig(num_samples=6, refresh_interval=2),
+        more={"callbacks": [probe], **(more or {})},
+        **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **options},
+    )  # fmt: skip
+    probe.trainer = trainer
+    trainer.train()
+    assert max(probe.cosines) < 1e-5
+    removed = [e["ogpsa/removed_fraction"] for e in trainer.state.log_history if "loss" in e]
+    assert removed
+    assert min(removed) > 1e-3
+    return trainer
+
+
+class TestLora:
+    """At the start B is zero, so A has no gradient at all, and no known direction."""
+
+    @pytest.mark.parametrize("scope", ["parameter", "model"])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_does_not_move_before_its_direction_is_known(
+        self, stage, scope, base_model_path, tmp_path
+    ):
+        history = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                history.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+        refreshes = []
+        trainer = make_trainer(
+            stage, base_model_path, tmp_path, capability=capability_groups(),
+            config=OGPSAConfig(scope=scope, refresh_interval=10), max_steps=3,
+            more={"peft_config": LORA, "callbacks": [Watch()]},
+        )  # fmt: skip
+        start = weights(trainer)
+        original = trainer.refresh_subspace
+        trainer.refresh_subspace = lambda: (refreshes.append(trainer.state.global_step), original())
+        trainer.train()
+
+        is_a = [name for name in start if "lora_A" in name]
+        first, second, third = history
+        # Step 0: B is zero, A has no gradient. Step 1: A's gradient is there, its direction is not.
+        assert all(torch.equal(start[name], second[name]) for name in is_a)
+        assert any(not torch.equal(start[n], first[n]) for n in start if "lora_B" in n)
+        # Before step 2 the subspace was refreshed, once more than scheduled, and A moves.
+        assert refreshes == [0, 2]
+        assert all(not torch.equal(second[name], third[name]) for name in is_a)
+        assert all(rows is not None for rows in trainer.subspace.basis)
+        held = [e.get("ogpsa/held_parameters") for e in trainer.state.log_history if "loss" in e]
+        assert held == [None, len(is_a), None]
+
+    def test_a_parameter_that_no_capability_loss_needs_is_held_for_one_step_only(
+        self, base_model_path, tmp_path
+    ):
+        """Its gradient is zero even at the second look: no direction of it matters."""
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3
+        )
+        original = trainer.capability_nll
+        unused = trainer.model.model.norm.weight
+        steps = []
+
+        def nll_without_one_parameter(batch):
+            unused.requires_grad_(False)
+            loss = original(batch)
+            unused.requires_grad_(True)
+            return loss
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                steps.append(unused.detach().clone())
+
+        trainer.capability_nll = nll_without_one_parameter
+        trainer.add_callback(Watch())
+        start = unused.detach().clone()
+        trainer.train()
+        assert torch.equal(start, steps[0])
+        assert not torch.equal(steps[0], steps[1])
+        assert not torch.equal(steps[1], steps[2])
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_only_the_adapter_has_a_basis(self, stage, base_model_path, tmp_path):
+        trainer = check_no_component_left(
+            stage, base_model_path, tmp_path, more={"peft_config": LORA}
+        )
+        names = [name for name, _ in trainer.subspace.backend.parameters]
+        assert names
+        assert all("lora_" in name for name in names)
+
+
+def test_tied_weights_count_once(base_model_path, tmp_path):
+    config = tiny_llama_config(hidden_size=32, num_layers=2, num_heads=2, ffn_size=64)
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    trainer = check_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    names = [name for name, _ in trainer.subspace.backend.parameters]
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" in names
+
+
+def test_frozen_parameters_are_left_alone(base_model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_model_path)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = check_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+    assert len(frozen) > 1
+    assert all(torch.equal(before[name], weights(trainer)[name]) for name in frozen)
+
+
+def test_parallel_groups_give_one_direction(base_model_path, tmp_path):
+    group = capability_groups()["language"]
+    one, _, expected = trained("sft", base_model_path, tmp_path, capability=group)
+    two, _, actual = trained(
+        "sft", base_model_path, tmp_path, capability={"first": group, "second": group}
+    )
+    assert one.state.log_history[0]["ogpsa/rank"] == 1
+    assert two.state.log_history[0]["ogpsa/rank"] == 1
+    assert max_difference(actual, expected) < 1e-6
+
+
+def test_rank_keeps_the_strongest_directions(base_model_path, tmp_path):
+    groups = capability_groups(12)
+    config = OGPSAConfig(gradients_per_group=3, num_samples=12, rank=2, scope="model")
+    trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=config)
+    assert trainer.state.log_history[0]["ogpsa/rank"] == 2
+    assert trainer.subspace.basis[0].shape[0] == 2
+    many = OGPSAConfig(gradients_per_group=3, num_samples=12, rank=100, scope="model")
+    all_kept, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=many)
+    assert all_kept.state.log_history[0]["ogpsa/rank"] == 6
+    fractions = [t.state.log_history[0]["ogpsa/removed_fraction"] for t in (trainer, all_kept)]
+    assert fractions[0] < fractions[1]
+
+
+def test_bfloat16_basis_halves_the_memory(base_model_path, tmp_path):
+    full, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
+    half, _, _ = trained(
+        "sft", base_model_path, tmp_path, capability=capability_groups(),
+        config=OGPSAConfig(basis_dtype="bfloat16"),
+    )  # fmt: skip
+    assert half.subspace.basis_bytes == full.subspace.basis_bytes / 2
+    entries = [t.state.log_history[0] for t in (full, half)]
+    assert entries[1]["ogpsa/basis_megabytes"] == entries[0]["ogpsa/basis_megabytes"] / 2
+    fractions = [entry["ogpsa/removed_fraction"] for entry in entries]
+    assert fractions[1] == pytest.approx(fractions[0], rel=5e-3)  # 8 bits of mantissa
+
+
+def test_refresh_comes_before_the_first_step_and_at_every_interval(base_model_path, tmp_path):
+    trainer, _, _ = trained(
+        "sft", base_model_path, tmp_path, capability=capability_groups(),
+        config=OGPSAConfig(refresh_interval=3), max_steps=7, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    refreshed = [entry["step"] - 1 for entry in entries if "ogpsa/rank" in entry]
+    assert refreshed == [0, 3, 6]
+    assert all("ogpsa/cosine" in entry for entry in entries)
+
+
+def test_metrics_are_means_since_the_last_log(base_model_path, tmp_path):
+    options = {"capability": capability_groups(), "max_steps": 4, "learning_rate": 0.1}
+    every, _, _ = trained("sft", base_model_path, tmp_path, **options)
+    second, _, _ = trained("sft", base_model_path, tmp_path, logging_steps=2, **options)
+    values = [e["ogpsa/cosine"] for e in every.state.log_history if "loss" in e]
+    means = [e["ogpsa/cosine"] for e in second.state.log_history if "loss" in e]
+    assert means == pytest.approx([(values[0] + values[1]) / 2, (values[2] + values[3]) / 2])
+
+
+def test_a_callback_of_ones_own_takes_the_place_of_the_default(base_model_path, tmp_path):
+    class OnlyOnce(SubspaceCallback):
+        def is_due(self, step):
+            return step == 0
+
+    trainer = make_trainer(
+        "sft", base_model_path, tmp_path, capability=capability_groups(),
+        config=OGPSAConfig(refresh_interval=1), max_steps=3,
+    )  # fmt: skip
+    trainer.remove_callback(SubspaceCallback)
+    trainer.add_callback(OnlyOnce(trainer))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["ogpsa/rank" in entry for entry in entries] == [True, False, False]
+
+
+def test_model_card_names_the_method_the_settings_and_the_data(base_model_path, tmp_path):
+    trainer, _, _ = trained("dpo", base_model_path, tmp_path, capability=capability_groups())
+    trainer.create_model_card(model_name="toy")
+    card = (tmp_path / "README.md").read_text()
+    for expected in ("2602.07892", "sun2026safety", "| `refresh_interval` | 30 |", "| language |"):
+        assert expected in card
+    assert "ogpsa" in card.split("---")[1]
+
+
+class TestErrors:
+    """Each names the rule, the value and the way out."""
+
+    def check(self, message, base_model_path, tmp_path, stage="sft", **kwargs):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(stage, base_model_path, tmp_path, **kwargs)
+
+    def test_settings_without_data(self, base_model_path, tmp_path):
+        self.check(
+            "`ogpsa_config` needs a `capability_dataset`", base_model_path, tmp_path,
+            config=OGPSAConfig(),
+        )  # fmt: skip
+
+    def test_fp16(self, base_model_path, tmp_path):
+        """Without a GPU the training arguments refuse `fp16: true` before we can."""
+        accelerator = make_trainer("sft", base_model_path, tmp_path).accelerator
+        accelerator.state._mixed_precision = "fp16"
+        with pytest.raises(ValueError, match="mixed precision is 'fp16'"):
+            check_supported(accelerator, "adamw_torch")
+
+    def test_compilation(self, base_model_path, tmp_path):
+        self.check(
+            "does not support `torch_compile`", base_model_path, tmp_path,
+            capability=capability_groups(), torch_compile=True,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("optimizer", ["lomo", "galore_adamw_layerwise"])
+    def test_optimizers_without_an_accumulated_gradient(self, optimizer, base_model_path, tmp_path):
+        self.check(
+            f"optimizer '{optimizer}' updates", base_model_path, tmp_path,
+            capability=capability_groups(), optim=optimizer,
+        )  # fmt: skip
+
+
+def test_explosion_in_a_capability_group_is_an_error_and_keeps_the_basis(base_model_path, tmp_path):
+    trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
+    before = trainer.subspace.state_dict()
+    original = trainer.capability_nll
+    trainer.capability_nll = lambda batch: original(batch) * float("inf")
+    with pytest.raises(FloatingPointError, match=r"group 'skills' .* is not finite"):
+        trainer.refresh_subspace()
+    after = trainer.subspace.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_toy_groups_are_what_these_tests_assume():
+    assert list(WORLD.capability_groups(6)) == ["skills", "language"]
