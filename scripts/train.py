@@ -1,0 +1,89 @@
+"""
+Train with SFT or DPO, from a YAML file, with or without OGPSA.
+
+    accelerate launch scripts/train.py --config configs/sft.yaml [--key value ...]
+
+`--help` lists every key; `--stage dpo --help` those of DPO.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+from ogpsa_trl import OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.arguments import RunArguments, parse_run
+
+TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
+
+
+def main(run: RunArguments) -> None:
+    """Load, train, save: model, tokenizer and model card end up in `output_dir`."""
+    args = run.training
+    if args.process_index == 0:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("ogpsa_trl").setLevel(logging.INFO)
+    args.model_init_kwargs = model_init_kwargs(run.model, args)
+    datasets = run.safety_datasets()
+    capability_groups = run.train.capability_groups()
+    eval_dataset = None
+    if args.eval_strategy != "no":
+        eval_dataset = split_of(datasets, "dataset_test_split", run.script.dataset_test_split)
+    trainer = TRAINERS[run.train.stage](
+        run.model.model_name_or_path,
+        args=args,
+        train_dataset=split_of(datasets, "dataset_train_split", run.script.dataset_train_split),
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+        capability_dataset=capability_groups,
+        ogpsa_config=None if capability_groups is None else run.ogpsa,
+    )
+    if run.script.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+
+    # The command line says True as "true": resume from the last checkpoint in `output_dir`.
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(
+        model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
+    )
+    trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def model_init_kwargs(model: ModelConfig, args: Any) -> dict[str, Any]:
+    """How to load the model: `ModelConfig`, and on top of it the `model_init_kwargs` of TRL."""
+    return {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def split_of(datasets: Mapping[str, Any], key: str, split: str) -> Any:
+    """One split of the training data."""
+    if split not in datasets:
+        splits = ", ".join(map(repr, datasets))
+        raise ValueError(f"`{key}` must be one of the splits {splits}, but got {split!r}.")
+    return datasets[split]
+
+
+if __name__ == "__main__":
+    try:
+        arguments = parse_run()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main(arguments)
