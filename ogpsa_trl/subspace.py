@@ -185,7 +185,7 @@ class CapabilitySubspace:
         Raises:
             ValueError: an entry is missing, unknown, or has the wrong shape. Nothing is changed.
         """
-        sizes = {f"basis.{name}": p.numel() for name, p in self.backend.parameters}
+        sizes = {f"basis.{name}": (p.numel(),) for name, p in self.backend.parameters}
         missing = sorted({*_SMALL_STATE, "is_due"} - state.keys())
         unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, "is_due"})
         misfits = sorted(
@@ -194,7 +194,7 @@ class CapabilitySubspace:
         if missing or unknown or misfits:
             raise ValueError(
                 "The saved subspace belongs to other parameters: "
-                f"missing {missing}, unknown {unknown}, of another size {misfits}."
+                f"missing {missing[:3]}, unknown {unknown[:3]}, of another size {misfits[:3]}."
             )
         device = self.backend.device
         for name in _SMALL_STATE:
