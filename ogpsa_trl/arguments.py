@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from trl.scripts.utils import (
     DatasetConfig,
     DatasetMixtureConfig,
@@ -26,6 +26,7 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.conversions import CONVERSIONS, AnyDataset
 
 Stage = Literal["sft", "dpo"]
 
@@ -36,9 +37,34 @@ _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".cs
 
 
 @dataclass
-class CapabilityDatasetConfig(DatasetConfig):
+class ConvertibleDatasetConfig(DatasetConfig):
     """
-    One entry of `capability_datasets`: TRL's data set schema and the group it belongs to.
+    One entry of `datasets`: TRL's data set schema, and a conversion into TRL's formats.
+
+    `path` may also name a file (.json, .jsonl, .parquet, .csv).
+
+    Args:
+        conversion (`str`, *optional*): A name in `ogpsa_trl.conversions`. `None` leaves the columns
+            as they are.
+    """
+
+    conversion: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.conversion is not None and self.conversion not in CONVERSIONS:
+            raise ValueError(
+                f"`conversion` must be one of {', '.join(CONVERSIONS)}, but got "
+                f"{self.conversion!r}. Leave it out for data in a format of TRL."
+            )
+        path = Path(self.path)
+        if path.is_file() and path.suffix in _FILE_BUILDERS:
+            self.data_files, self.path = str(path), _FILE_BUILDERS[path.suffix]
+
+
+@dataclass
+class CapabilityDatasetConfig(ConvertibleDatasetConfig):
+    """
+    One entry of `capability_datasets`: as in `datasets`, and the group it belongs to.
 
     Args:
         group (`str`, *optional*, defaults to `"capability"`): Name of the capability group. Entries
@@ -46,6 +72,17 @@ class CapabilityDatasetConfig(DatasetConfig):
     """
 
     group: str = "capability"
+
+
+@dataclass
+class ConvertibleMixtureConfig(DatasetMixtureConfig):
+    """TRL's data set mixture, of entries that may need a conversion."""
+
+    def __post_init__(self) -> None:
+        self.datasets = [
+            entry if isinstance(entry, DatasetConfig) else ConvertibleDatasetConfig(**entry)
+            for entry in self.datasets
+        ]
 
 
 @dataclass
@@ -82,9 +119,9 @@ class TrainArguments:
             return None
         groups: dict[str, list[DatasetConfig]] = {}
         for entry in self.capability_datasets:
-            groups.setdefault(entry.group, []).append(_local_file(entry))
+            groups.setdefault(entry.group, []).append(entry)
         return {
-            name: get_dataset(DatasetMixtureConfig(datasets=entries))["train"]
+            name: _load(ConvertibleMixtureConfig(datasets=entries))["train"]
             for name, entries in groups.items()
         }
 
@@ -97,22 +134,19 @@ class RunArguments:
     script: ScriptArguments
     training: Any
     model: ModelConfig
-    datasets: DatasetMixtureConfig
+    datasets: ConvertibleMixtureConfig
     ogpsa: OGPSAConfig
 
     def safety_datasets(self) -> Mapping[Any, Dataset | IterableDataset]:
         """Load the training data by split."""
         if self.datasets.datasets:
-            self.datasets.datasets = [_local_file(entry) for entry in self.datasets.datasets]
-            return get_dataset(self.datasets)
+            return _load(self.datasets)
         if self.script.dataset_name is None:
             raise ValueError(
                 "A run needs training data, but neither `datasets` nor `dataset_name` is set. Set "
                 "`dataset_name` to a name on the Hub or a file, or list `datasets`."
             )
-        entry = _local_file(
-            DatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
-        )
+        entry = ConvertibleDatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
         return load_dataset(
             entry.path,
             name=entry.name,
@@ -158,7 +192,7 @@ def _parser(stage: str) -> TrlParser:
         ScriptArguments,
         STAGE_CONFIGS[stage],
         ModelConfig,
-        DatasetMixtureConfig,
+        ConvertibleMixtureConfig,
         OGPSAConfig,
     )
     return TrlParser(
@@ -214,7 +248,7 @@ def _check_entries(args: Sequence[str]) -> None:
     """Check the keys of the entries of `datasets` and `capability_datasets` in the YAML file."""
     values = _config_values(args)
     for key, entry_type in (
-        ("datasets", DatasetConfig),
+        ("datasets", ConvertibleDatasetConfig),
         ("capability_datasets", CapabilityDatasetConfig),
     ):
         known = [entry.name for entry in fields(entry_type)]
@@ -263,9 +297,30 @@ def _unknown(key: str, where: str, known: Sequence[str]) -> str:
     return f"Unknown key `{key}` in {where}. The nearest known key is `{nearest}`."
 
 
-def _local_file(entry: DatasetConfig) -> DatasetConfig:
-    """Let `path` name a file: fill in the builder that reads it."""
-    path = Path(entry.path)
-    if path.is_file() and path.suffix in _FILE_BUILDERS:
-        entry.data_files, entry.path = str(path), _FILE_BUILDERS[path.suffix]
-    return entry
+def _load(mixture: ConvertibleMixtureConfig) -> Mapping[Any, AnyDataset]:
+    """
+    Load a mixture by TRL's `get_dataset`; entries with a conversion are loaded one by one.
+
+    Raises:
+        ValueError: `fraction` stands beside a conversion, which leaves rows out.
+    """
+    if not any(entry.conversion for entry in _entries(mixture)):
+        return get_dataset(mixture)
+    parts = []
+    for entry in _entries(mixture):
+        if entry.fraction is not None:
+            raise ValueError(
+                "`fraction` cannot be used in a mixture with a `conversion`, but it is "
+                f"{entry.fraction} for {entry.path!r}. Convert the data beforehand, or remove it."
+            )
+        single = DatasetMixtureConfig(datasets=[entry], streaming=mixture.streaming)
+        loaded = get_dataset(single)["train"]
+        parts.append(CONVERSIONS[entry.conversion](loaded) if entry.conversion else loaded)
+    mixed = concatenate_datasets(parts)
+    if mixture.test_split_size is None:
+        return {"train": mixed}
+    return mixed.train_test_split(test_size=mixture.test_split_size)
+
+
+def _entries(mixture: ConvertibleMixtureConfig) -> list[ConvertibleDatasetConfig]:
+    return cast(list[ConvertibleDatasetConfig], mixture.datasets)
