@@ -7,82 +7,29 @@ misspelt setting that is silently ignored costs a run.
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn
 
 import yaml
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from trl.scripts.utils import (
-    DatasetConfig,
-    DatasetMixtureConfig,
-    ScriptArguments,
-    TrlParser,
-    get_dataset,
-)
+from datasets import Dataset, IterableDataset, load_dataset
+from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.conversions import CONVERSIONS, AnyDataset
+from ogpsa_trl.mixture import (
+    CapabilityDatasetConfig,
+    ConvertibleDatasetConfig,
+    ConvertibleMixtureConfig,
+    load_mixture,
+)
 
 Stage = Literal["sft", "dpo"]
 
 STAGE_CONFIGS: dict[str, type[SFTConfig] | type[DPOConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
-
-# Builders of `datasets` for local files, by suffix.
-_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass
-class ConvertibleDatasetConfig(DatasetConfig):
-    """
-    One entry of `datasets`: TRL's data set schema, and a conversion into TRL's formats.
-
-    `path` may also name a file (.json, .jsonl, .parquet, .csv).
-
-    Args:
-        conversion (`str`, *optional*): A name in `ogpsa_trl.conversions`. `None` leaves the columns
-            as they are.
-    """
-
-    conversion: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.conversion is not None and self.conversion not in CONVERSIONS:
-            raise ValueError(
-                f"`conversion` must be one of {', '.join(CONVERSIONS)}, but got "
-                f"{self.conversion!r}. Leave it out for data in a format of TRL."
-            )
-        path = Path(self.path)
-        if path.is_file() and path.suffix in _FILE_BUILDERS:
-            self.data_files, self.path = str(path), _FILE_BUILDERS[path.suffix]
-
-
-@dataclass
-class CapabilityDatasetConfig(ConvertibleDatasetConfig):
-    """
-    One entry of `capability_datasets`: as in `datasets`, and the group it belongs to.
-
-    Args:
-        group (`str`, *optional*, defaults to `"capability"`): Name of the capability group. Entries
-            of one group are mixed; every group protects directions of its own.
-    """
-
-    group: str = "capability"
-
-
-@dataclass
-class ConvertibleMixtureConfig(DatasetMixtureConfig):
-    """TRL's data set mixture, of entries that may need a conversion."""
-
-    def __post_init__(self) -> None:
-        self.datasets = [
-            entry if isinstance(entry, DatasetConfig) else ConvertibleDatasetConfig(**entry)
-            for entry in self.datasets
-        ]
 
 
 @dataclass
@@ -110,7 +57,7 @@ class TrainArguments:
     def __post_init__(self) -> None:
         self.capability_datasets = [
             entry if isinstance(entry, DatasetConfig) else CapabilityDatasetConfig(**entry)
-            for entry in self.capability_datasets
+            for entry in self.capability_datasets or []  # a key without entries
         ]
 
     def capability_groups(self) -> dict[str, Dataset | IterableDataset] | None:
@@ -121,7 +68,7 @@ class TrainArguments:
         for entry in self.capability_datasets:
             groups.setdefault(entry.group, []).append(entry)
         return {
-            name: _load(ConvertibleMixtureConfig(datasets=entries))["train"]
+            name: load_mixture(ConvertibleMixtureConfig(datasets=entries))["train"]
             for name, entries in groups.items()
         }
 
@@ -139,14 +86,20 @@ class RunArguments:
 
     def safety_datasets(self) -> Mapping[Any, Dataset | IterableDataset]:
         """Load the training data by split."""
+        if self.datasets.datasets and self.script.dataset_name is not None:
+            raise ValueError(
+                "Training data must come from `datasets` or from `dataset_name`, but both are set "
+                f"(`dataset_name` is {self.script.dataset_name!r}). Remove one."
+            )
         if self.datasets.datasets:
-            return _load(self.datasets)
+            return load_mixture(self.datasets)
         if self.script.dataset_name is None:
             raise ValueError(
                 "A run needs training data, but neither `datasets` nor `dataset_name` is set. Set "
                 "`dataset_name` to a name on the Hub or a file, or list `datasets`."
             )
         entry = ConvertibleDatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
+        entry.check_file()
         return load_dataset(
             entry.path,
             name=entry.name,
@@ -162,16 +115,25 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: a key is unknown, or a value is not allowed.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    stage = _stage(args)
+    args = _split_config(sys.argv[1:] if args is None else args)
+    path, values = _config_path(args), _config_values(args)
+    stage = _stage(args, values)
     parser = _parser(stage)
-    _check_entries(args)
-    *parsed, from_file, from_line = parser.parse_args_and_config(
-        args, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    _refuse_unknown(from_file, _config_path(args) or "", parser, stage)
-    _refuse_unknown(from_line, "the command line", parser, stage)
-    run = RunArguments(*parsed)
+    # Before the values are looked at: a misspelt key may be why one of them is not allowed.
+    for key in values:
+        if key != "env" and key not in _keys(parser):  # TRL sets the variables in `env`
+            raise ValueError(_unknown_in_stage(str(key), path or "", parser, stage))
+    _check_entries(values)
+    index = args.index("--config") if path else len(args)
+    _, unknown = parser.parse_known_args(args[:index] + args[index + 2 :])
+    for word in unknown:
+        if not word.startswith("--"):
+            raise ValueError(
+                f"{word!r} in the command line belongs to no key. Keys begin with `--`."
+            )
+        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        raise ValueError(_unknown_in_stage(key, "the command line", parser, stage))
+    run = RunArguments(*parser.parse_args_and_config(args))
     if run.train.ogpsa and not run.train.capability_datasets and run.ogpsa != OGPSAConfig():
         changed = [f.name for f in fields(run.ogpsa) if getattr(run.ogpsa, f.name) != f.default]
         raise ValueError(
@@ -186,6 +148,12 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     return run
 
 
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of an exit after pages of usage."""
+        raise ValueError(message)
+
+
 def _parser(stage: str) -> TrlParser:
     dataclass_types: Any = (
         TrainArguments,
@@ -195,7 +163,7 @@ def _parser(stage: str) -> TrlParser:
         ConvertibleMixtureConfig,
         OGPSAConfig,
     )
-    return TrlParser(
+    return _Parser(
         dataclass_types,
         description="Safety training with TRL that keeps capabilities. Keys go into the YAML file "
         "that --config names, or on the command line, which wins.",
@@ -203,18 +171,27 @@ def _parser(stage: str) -> TrlParser:
     )
 
 
-def _stage(args: Sequence[str]) -> str:
+def _stage(args: Sequence[str], values: Mapping[str, Any]) -> str:
     """The stage, which decides what the other keys are."""
-    stage: Any = _config_values(args).get("stage", TrainArguments.stage)
+    stage: Any = values.get("stage", TrainArguments.stage)
     for index, word in enumerate(args):
         if word == "--stage" and index + 1 < len(args):
             stage = args[index + 1]
         elif word.startswith("--stage="):
             stage = word.removeprefix("--stage=")
-    if stage not in STAGE_CONFIGS:
+    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
         choices = " or ".join(map(repr, STAGE_CONFIGS))
         raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
     return stage
+
+
+def _split_config(args: Sequence[str]) -> list[str]:
+    """`--config=file` as two words, the only form that TRL knows."""
+    return [
+        part
+        for word in args
+        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
 
 
 def _config_path(args: Sequence[str]) -> str | None:
@@ -244,9 +221,8 @@ def _config_values(args: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _check_entries(args: Sequence[str]) -> None:
+def _check_entries(values: Mapping[str, Any]) -> None:
     """Check the keys of the entries of `datasets` and `capability_datasets` in the YAML file."""
-    values = _config_values(args)
     for key, entry_type in (
         ("datasets", ConvertibleDatasetConfig),
         ("capability_datasets", CapabilityDatasetConfig),
@@ -259,7 +235,7 @@ def _check_entries(args: Sequence[str]) -> None:
             )
         for number, entry in enumerate(entries, start=1):
             where = f"entry {number} of `{key}`"
-            if not isinstance(entry, dict) or "path" not in entry:
+            if not isinstance(entry, dict) or not entry.get("path"):
                 raise ValueError(
                     f"{where} must have a `path` (a name on the Hub, a file, or a builder such as "
                     f"`json` with `data_files`), but is {entry!r}."
@@ -269,23 +245,14 @@ def _check_entries(args: Sequence[str]) -> None:
                     raise ValueError(_unknown(name, where, known))
 
 
-def _refuse_unknown(strings: Iterable[str], where: str, parser: TrlParser, stage: str) -> None:
-    """Raise at the first key that no dataclass took."""
-    for word in strings:
-        if not word.startswith("--"):
-            continue
-        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        message = _unknown(key, where, _keys(parser))
-        for other in STAGE_CONFIGS:
-            if other != stage and key in _keys(_parser(other)):
-                message = (
-                    f"`{key}` in {where} is a key of the stage '{other}', but this run has the "
-                    f"stage '{stage}'. Remove it, or set `stage: {other}`."
-                )
-        raise ValueError(message)
-    leftover = list(strings)
-    if leftover:
-        raise ValueError(f"{leftover[0]!r} in {where} belongs to no key. Keys begin with `--`.")
+def _unknown_in_stage(key: str, where: str, parser: TrlParser, stage: str) -> str:
+    for other in STAGE_CONFIGS:
+        if other != stage and key in _keys(_parser(other)) and key not in _keys(parser):
+            return (
+                f"`{key}` in {where} is a key of the stage '{other}', but this run has the "
+                f"stage '{stage}'. Remove it, or set `stage: {other}`."
+            )
+    return _unknown(key, where, _keys(parser))
 
 
 def _keys(parser: TrlParser) -> list[str]:
@@ -295,32 +262,3 @@ def _keys(parser: TrlParser) -> list[str]:
 def _unknown(key: str, where: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     return f"Unknown key `{key}` in {where}. The nearest known key is `{nearest}`."
-
-
-def _load(mixture: ConvertibleMixtureConfig) -> Mapping[Any, AnyDataset]:
-    """
-    Load a mixture by TRL's `get_dataset`; entries with a conversion are loaded one by one.
-
-    Raises:
-        ValueError: `fraction` stands beside a conversion, which leaves rows out.
-    """
-    if not any(entry.conversion for entry in _entries(mixture)):
-        return get_dataset(mixture)
-    parts = []
-    for entry in _entries(mixture):
-        if entry.fraction is not None:
-            raise ValueError(
-                "`fraction` cannot be used in a mixture with a `conversion`, but it is "
-                f"{entry.fraction} for {entry.path!r}. Convert the data beforehand, or remove it."
-            )
-        single = DatasetMixtureConfig(datasets=[entry], streaming=mixture.streaming)
-        loaded = get_dataset(single)["train"]
-        parts.append(CONVERSIONS[entry.conversion](loaded) if entry.conversion else loaded)
-    mixed = concatenate_datasets(parts)
-    if mixture.test_split_size is None:
-        return {"train": mixed}
-    return mixed.train_test_split(test_size=mixture.test_split_size)
-
-
-def _entries(mixture: ConvertibleMixtureConfig) -> list[ConvertibleDatasetConfig]:
-    return cast(list[ConvertibleDatasetConfig], mixture.datasets)

@@ -1,11 +1,20 @@
 """SubspaceCallback: decides when the capability subspace is estimated anew."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from ogpsa_trl.trainers import OGPSAMixin
+from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.subspace import CapabilitySubspace
+
+
+class SubspaceTrainer(Protocol):
+    """What the callback needs of a trainer: any with [`OGPSAMixin`] in front."""
+
+    ogpsa_config: OGPSAConfig
+    subspace: CapabilitySubspace
+
+    def refresh_subspace(self) -> None: ...
 
 
 class SubspaceCallback(TrainerCallback):
@@ -30,7 +39,7 @@ class SubspaceCallback(TrainerCallback):
             the trainer's `OGPSAConfig`.
     """
 
-    def __init__(self, trainer: "OGPSAMixin", refresh_interval: int | None = None) -> None:
+    def __init__(self, trainer: SubspaceTrainer, refresh_interval: int | None = None) -> None:
         self.trainer = trainer
         self.refresh_interval = refresh_interval or trainer.ogpsa_config.refresh_interval
 

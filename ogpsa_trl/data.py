@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from trl.data_utils import extract_prompt, is_conversational
+from trl.data_utils import is_conversational_from_value, maybe_extract_prompt
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def prepare_group(
         if num_tokens == 0:
             raise ValueError(
                 f"Part {index + 1} of {num_parts} of capability group {name!r} has no token to "
-                f"learn from ({len(part)} of {len(chosen)} samples are left after truncation to "
+                f"learn from ({len(samples)} of {len(chosen)} samples are left after truncation to "
                 f"`max_length` {preparation.max_length}). Raise `max_length` or `num_samples`, "
                 "lower `gradients_per_group`, or look for empty completions."
             )
@@ -196,18 +196,27 @@ def _choose(name: str, dataset: Dataset | IterableDataset, num_samples: int, see
 def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
     """Tokens and labels, exactly as `SFTTrainer` makes them."""
     if {"chosen", "rejected"} <= set(dataset.column_names):
-        if "prompt" not in dataset.column_names:
-            dataset = dataset.map(extract_prompt)
-        others = [c for c in dataset.column_names if c not in ("prompt", "chosen")]
+        # Also where a text prompt stands beside conversations that contain it.
+        dataset = dataset.map(maybe_extract_prompt)
+        used = ("prompt", "chosen", "tools", "chat_template_kwargs")
+        others = [c for c in dataset.column_names if c not in used]
         dataset = dataset.remove_columns(others).rename_column("chosen", "completion")
     columns = set(dataset.column_names)
-    known = [{"input_ids"}, {"messages"}, {"conversations"}, {preparation.dataset_text_field}]
-    if not any(needed <= columns for needed in [*known, {"prompt", "completion"}]):
+    known = [{"input_ids"}, {"messages"}, {preparation.dataset_text_field}]
+    if not (
+        any(needed <= columns for needed in [*known, {"prompt", "completion"}])
+        or is_conversational_from_value(dataset[0])
+    ):
         raise ValueError(
             f"Capability group {name!r} must have a column `messages`, "
             f"`{preparation.dataset_text_field}` or `input_ids`, or the columns `prompt` and "
             f"`completion` (or `chosen` and `rejected`), but has {sorted(columns)}. Rename its "
             "columns with `Dataset.rename_column`."
+        )
+    if "prompt" in columns and not columns & {"completion", "input_ids"}:
+        raise ValueError(
+            f"Capability group {name!r} has a column `prompt` but no `completion`. Add one, or "
+            "leave `prompt` out with `Dataset.remove_columns` (in YAML: `columns: [messages]`)."
         )
     # `SFTTrainer._prepare_dataset` needs a few attributes of its trainer and its arguments, not a
     # trainer; DPO has none. `tests/test_data.py` holds the result against a real `SFTTrainer`.
@@ -218,7 +227,7 @@ def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
         _tokenizer=preparation.tokenizer,
         chat_template=preparation.chat_template,
         completion_only_loss=completion_only_loss,
-        assistant_only_loss=preparation.assistant_only_loss and is_conversational(dataset[0]),
+        assistant_only_loss=preparation.assistant_only_loss,
         max_length=preparation.max_length,
         truncation_mode=preparation.truncation_mode,
         dataset_text_field=preparation.dataset_text_field,

@@ -100,7 +100,8 @@ def _deterministic(model: nn.Module) -> Iterator[None]:
     """
     Take the modules out of training mode, so that dropout, embedding noise and router jitter rest.
 
-    Modules under gradient checkpointing stay in it: they checkpoint in training mode only.
+    Modules under gradient checkpointing stay in it: they checkpoint in training mode only. What
+    they drop out in their own `forward`, not in a submodule (as OPT's layers do), stays random.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -123,7 +123,14 @@ class OGPSAMixin(Trainer):
         return -outputs.log_probs.sum()
 
     def refresh_subspace(self) -> None:
-        """Estimate the subspace anew at the current weights. A collective call."""
+        """
+        Estimate the subspace anew at the current weights, between two optimizer steps of `train`.
+
+        A collective call: every process makes it. What is found is logged with the next log.
+
+        Raises:
+            FloatingPointError: a capability gradient is not finite.
+        """
         start = time.perf_counter()
         backend = self.subspace.backend
         parts = [part for group in self.capability_groups for part in group.parts]

@@ -1,0 +1,26 @@
+"""Safety and capability measures of a causal language model, and reports of them."""
+
+from ogpsa_trl.evaluation.measures import (
+    CompletionScores,
+    PreferenceScores,
+    bits_per_character,
+    completion_scores,
+    exact_match,
+    mean_log_likelihood_per_token,
+    mean_probability,
+    preference_accuracy,
+)
+from ogpsa_trl.evaluation.report import comparison_figure, markdown_table
+
+__all__ = [
+    "CompletionScores",
+    "PreferenceScores",
+    "bits_per_character",
+    "comparison_figure",
+    "completion_scores",
+    "exact_match",
+    "markdown_table",
+    "mean_log_likelihood_per_token",
+    "mean_probability",
+    "preference_accuracy",
+]

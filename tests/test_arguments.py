@@ -1,0 +1,466 @@
+"""The keys of a run: YAML and command line, and that no misspelt or useless key is ignored."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, config
+from runs import WORLD
+
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.arguments import parse_run
+
+ROOT = Path(__file__).parent.parent
+ROWS = WORLD.capability_groups(4)
+QUESTION = {"knowledge": "A is B .", "question": "what is A ?", "right_answer": "B"}
+SUFFIXES = {
+    ".json": Dataset.to_json, ".jsonl": Dataset.to_json, ".csv": Dataset.to_csv,
+    ".parquet": Dataset.to_parquet,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `load_dataset` makes of the files here does not stay in the user's cache."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parse YAML (as text or as a mapping) with what every run needs, and a command line."""
+
+    def parse_with(values=None, *line):
+        text = values if isinstance(values, str) else yaml.safe_dump(values) if values else ""
+        required = {"model_name_or_path": "toy", "output_dir": str(tmp_path), "use_cpu": True}
+        file = tmp_path / "run.yaml"
+        file.write_text(f"{yaml.safe_dump(required)}\n{text}")
+        return parse_run(["--config", str(file), *line])
+
+    return parse_with
+
+
+@pytest.fixture
+def capability(tmp_path):
+    """Two entries of capability data, as files."""
+    entries = []
+    for name, rows in ROWS.items():
+        rows.to_json(tmp_path / f"{name}.jsonl")
+        entries.append({"path": str(tmp_path / f"{name}.jsonl"), "group": name})
+    return {"capability_datasets": entries}
+
+
+def refused(message):
+    return pytest.raises(ValueError, match=message)
+
+
+def texts(rows):
+    return [(row["prompt"], row["completion"]) for row in rows]
+
+
+class TestValues:
+    def test_keys_of_every_kind_come_from_one_flat_file(self, parse, capability):
+        run = parse({
+            "stage": "dpo", "learning_rate": 0.5, "beta": 0.2, "lora_r": 3, "streaming": True,
+            "dataset_name": "facts", "refresh_interval": 5, "rank": 2, **capability,
+        })  # fmt: skip
+        assert run.train.stage == "dpo"
+        assert (run.training.learning_rate, run.training.beta) == (0.5, 0.2)
+        assert run.model.model_name_or_path == "toy"
+        assert (run.model.lora_r, run.datasets.streaming) == (3, True)
+        assert run.script.dataset_name == "facts"
+        assert run.ogpsa == OGPSAConfig(refresh_interval=5, rank=2)
+        assert [entry.group for entry in run.train.capability_datasets] == list(ROWS)
+
+    def test_the_line_wins(self, parse, capability):
+        values = {"refresh_interval": 5, "num_samples": 7, "learning_rate": 0.5} | capability
+        run = parse(values, "--refresh_interval", "9", "--learning-rate=0.25")
+        assert (run.ogpsa.refresh_interval, run.ogpsa.num_samples) == (9, 7)
+        assert run.training.learning_rate == 0.25
+
+    def test_a_file_is_not_needed(self, tmp_path):
+        line = ["--model_name_or_path", "toy", "--output_dir", str(tmp_path), "--use_cpu"]
+        run = parse_run([*line, "--capability_datasets", "org/a", "org/b"])
+        assert [entry.path for entry in run.train.capability_datasets] == ["org/a", "org/b"]
+        assert run.ogpsa == OGPSAConfig()
+
+    def test_the_file_may_be_named_with_an_equals_sign(self, parse, tmp_path, capability):
+        parse(capability)
+        assert parse_run([f"--config={tmp_path / 'run.yaml'}"]).model.model_name_or_path == "toy"
+
+    @pytest.mark.parametrize("line", [[], ["--stage", "dpo"], ["--stage=dpo"]])
+    def test_the_stage_of_the_line_decides_the_keys(self, parse, line):
+        """`beta` is a key of DPO only, `packing` of SFT only."""
+        if line:
+            assert parse({"stage": "sft", "beta": 0.2}, *line).training.beta == 0.2
+        else:
+            assert parse({"packing": True}).training.packing
+
+    @pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("'3e-4'", 3e-4), ("1", 1)])
+    def test_numbers_that_yaml_takes_for_text_are_numbers(self, parse, text, value):
+        rate = parse(f"learning_rate: {text}").training.learning_rate
+        assert rate == value
+        assert not isinstance(rate, str)
+
+    @pytest.mark.parametrize("text", ["null", "", "none", "~"])
+    def test_an_optional_setting_can_be_unset(self, parse, capability, text):
+        run = parse(f"{yaml.safe_dump(capability)}\nrank: {text}")
+        assert run.ogpsa.rank is None
+        assert parse({"rank": 3} | capability, "--rank", "none").ogpsa.rank is None
+
+    def test_losses_of_dpo_may_be_combined(self, parse):
+        values = {"stage": "dpo", "loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]}
+        training = parse(values).training
+        assert training.loss_type == ["sigmoid", "bco_pair"]
+        assert training.loss_weights == [0.8, 0.2]
+        assert parse({"stage": "dpo", "loss_type": "ipo"}).training.loss_type == ["ipo"]
+        line = ["--loss_type", "hinge", "sft"]
+        assert parse({"stage": "dpo"}, *line).training.loss_type == ["hinge", "sft"]
+
+    def test_variables_of_the_environment_are_set(self, parse, monkeypatch):
+        monkeypatch.setenv("OGPSA_TEST", "before")
+        parse({"env": {"OGPSA_TEST": 3}})
+        assert os.environ["OGPSA_TEST"] == "3"
+
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
+    def test_a_list_without_entries_is_as_if_left_out(self, parse, key):
+        """A key with all its entries commented out."""
+        run = parse(f"{key}:\n# - path: facts.json")
+        assert run.train.capability_groups() is None
+        assert not run.datasets.datasets
+
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    def test_help_lists_every_key(self, stage, capsys):
+        with pytest.raises(SystemExit) as stop:
+            parse_run(["--stage", stage, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        keys = ["stage", "capability_datasets", "refresh_interval", "learning_rate", "lora_r"]
+        for key in [*keys, {"sft": "packing", "dpo": "beta"}[stage]]:
+            assert f"--{key}" in text
+
+
+class TestUnknownKeys:
+    def test_in_the_file(self, parse, tmp_path):
+        with refused(
+            f"Unknown key `refresh_intervall` in {tmp_path}/run.yaml. "
+            "The nearest known key is `refresh_interval`"
+        ):
+            parse({"refresh_intervall": 3})
+
+    @pytest.mark.parametrize("word", ["--num_sample=3", "--num-sample", "--num_sample"])
+    def test_on_the_line(self, parse, word):
+        with refused(
+            "Unknown key `num_sample` in the command line. The nearest known key is `num_samples`"
+        ):
+            parse(None, word, "3")
+
+    def test_with_hyphens_in_the_file(self, parse):
+        """argparse knows them on the line; in the file a key has one spelling."""
+        with refused("`refresh-interval` .* The nearest known key is `refresh_interval`"):
+            parse({"refresh-interval": 3})
+
+    def test_abbreviations_are_unknown(self, parse, capability):
+        with refused("Unknown key `refresh_i` in the command line"):
+            parse(capability, "--refresh_i", "3")
+
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
+    def test_in_an_entry(self, parse, key):
+        with refused(
+            f"Unknown key `colums` in entry 2 of `{key}`. The nearest known key is `columns`"
+        ):
+            parse({key: [{"path": "org/a"}, {"path": "org/b", "colums": ["text"]}]})
+
+    def test_group_belongs_to_capability_data_only(self, parse):
+        with refused("Unknown key `group` in entry 1 of `datasets`"):
+            parse({"datasets": [{"path": "org/a", "group": "facts"}]})
+
+    @pytest.mark.parametrize(
+        ("stage", "other", "key"), [("sft", "dpo", "beta"), ("dpo", "sft", "packing")]
+    )
+    def test_of_the_other_stage(self, parse, stage, other, key, tmp_path):
+        message = (
+            f"is a key of the stage '{other}', but this run has the stage '{stage}'. Remove it, or "
+            f"set `stage: {other}`"
+        )
+        with refused(f"`{key}` in {tmp_path}/run.yaml {message}"):
+            parse({"stage": stage, key: 1})
+        with refused(f"`{key}` in the command line {message}"):
+            parse({"stage": stage}, f"--{key}", "1")
+
+    def test_come_before_values_that_are_not_allowed(self, parse):
+        """A misspelt key may be why: without `use_cpu` TRL's defaults need a GPU."""
+        with refused("Unknown key `use_cpuu` .* The nearest known key is `use_cpu`"):
+            parse({"use_cpuu": True, "use_cpu": False})
+
+    @pytest.mark.parametrize("key", ["help", "config", "no_ogpsa"])
+    def test_options_of_the_line_are_unknown_in_the_file(self, parse, key):
+        with refused(f"Unknown key `{key}` in"):
+            parse({key: True})
+
+    @pytest.mark.parametrize("key", [3, True, None])
+    def test_that_are_no_text(self, parse, key):
+        """YAML takes `on` for True."""
+        with refused(f"key {key!r}|key `{key}`"):
+            parse({key: 1})
+
+    @pytest.mark.parametrize("word", ["facts.json", "-x"])
+    def test_words_of_no_key(self, parse, word):
+        with refused(f"'{word}' in the command line belongs to no key. Keys begin with `--`"):
+            parse(None, word)
+
+
+class TestValuesThatAreNotAllowed:
+    """The message names the key and the value, and is a `ValueError`, as `parse_run` promises."""
+
+    @pytest.mark.parametrize("value", ["abc", 2.5, 0, True, [3]])
+    def test_an_interval_that_is_no_count(self, parse, capability, value):
+        with refused(f"refresh_interval.* {value!r}".replace("[", r"\[")):
+            parse({"refresh_interval": value} | capability)
+
+    def test_a_choice_that_is_none(self, parse, capability):
+        with refused("scope.*'whole'"):
+            parse({"scope": "whole"} | capability)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            ["--refresh_interval", "abc"],
+            ["--scope", "whole"],
+            ["--learning_rate", "fast"],
+            ["--ogpsa", "maybe"],
+        ],
+    )
+    def test_on_the_line(self, parse, capability, line):
+        key, value = line
+        with refused(f"{key.strip('-')}.*{value}"):
+            parse(capability, *line)
+
+    def test_a_key_without_its_value(self, parse, capability):
+        with refused("refresh_interval"):
+            parse(capability, "--refresh_interval")
+
+    @pytest.mark.parametrize("key", ["learning_rate", "lora_r", "use_cpu"])
+    def test_keys_of_trl(self, parse, key):
+        with refused(f"{key}.*abc"):
+            parse({key: "abc"})
+
+    @pytest.mark.parametrize("value", ["ppo", None, ["dpo"], 3])
+    def test_another_stage(self, parse, value):
+        with refused("`stage` must be 'sft' or 'dpo', but got"):
+            parse({"stage": value})
+
+    def test_another_stage_on_the_line(self, parse):
+        with refused("`stage` must be 'sft' or 'dpo', but got 'ppo'"):
+            parse(None, "--stage=ppo")
+
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
+    @pytest.mark.parametrize("value", [{"path": "org/a"}, "org/a", {"facts": [{"path": "org/a"}]}])
+    def test_entries_that_are_no_list(self, parse, key, value):
+        with refused(rf"`{key}` must be a list \(every entry begins with `-`\), but got"):
+            parse({key: value})
+
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
+    @pytest.mark.parametrize("entry", ["org/a", None, {"name": "main"}, {}, {"path": None}])
+    def test_an_entry_without_a_path(self, parse, key, entry):
+        with refused(f"entry 2 of `{key}` must have a `path` .*, but is"):
+            parse({key: [{"path": "org/a"}, entry]})
+
+    def test_an_environment_that_is_no_mapping(self, parse):
+        with refused("`env`"):
+            parse({"env": "OGPSA_TEST=3"})
+
+
+class TestFiles:
+    def check_refused(self, message, tmp_path, text):
+        (tmp_path / "run.yaml").write_text(text)
+        with refused(message):
+            parse_run(["--config", str(tmp_path / "run.yaml")])
+
+    def test_no_file(self, tmp_path):
+        with refused(f"`--config` must name a YAML file, but there is none at '{tmp_path}/a.yaml'"):
+            parse_run(["--config", f"{tmp_path}/a.yaml"])
+
+    def test_a_folder(self, tmp_path):
+        with refused(f"`--config` must name a YAML file, but there is none at '{tmp_path}'"):
+            parse_run(["--config", str(tmp_path)])
+
+    def test_no_name_of_a_file(self):
+        with refused("`--config` needs a file, but none follows it"):
+            parse_run(["--stage", "dpo", "--config"])
+
+    @pytest.mark.parametrize("text", ["", "# nothing", "- a\n- b", "just words", "3"])
+    def test_no_mapping(self, tmp_path, text):
+        self.check_refused(
+            r"run.yaml' must hold keys with values \(`key: value`\), but holds", tmp_path, text
+        )
+
+    @pytest.mark.parametrize("text", ["a: [", "a: b: c", "a:\n\t- b", "'a"])
+    def test_no_yaml(self, tmp_path, text):
+        self.check_refused("run.yaml' is not valid YAML: ", tmp_path, text)
+
+
+class TestWhatARunNeeds:
+    def test_settings_of_ogpsa_need_data(self, parse, capability):
+        with refused(
+            "`rank` is a setting of OGPSA, but there is no capability data to use it on. Add "
+            "`capability_datasets`, or set `ogpsa: false` to train plain TRL"
+        ):
+            parse({"rank": 3})
+        assert parse({"rank": 3} | capability).ogpsa.rank == 3
+        assert parse({"rank": 3, "ogpsa": False}).train.capability_groups() is None
+
+    def test_a_model(self, tmp_path):
+        with refused("needs a model, but `model_name_or_path` is not set. Set it to a name on the"):
+            parse_run(["--output_dir", str(tmp_path), "--use_cpu"])
+
+    def test_training_data(self, parse):
+        with refused("neither `datasets` nor `dataset_name` is set. Set `dataset_name` to"):
+            parse().safety_datasets()
+
+    def test_no_capability_data_for_plain_trl(self, parse):
+        assert parse().train.capability_groups() is None
+
+    @pytest.mark.parametrize("line", [["--ogpsa", "false"], ["--ogpsa=no"], ["--no_ogpsa"]])
+    def test_the_line_turns_ogpsa_off(self, parse, capability, line):
+        assert parse(capability).train.capability_groups() is not None
+        assert parse(capability, *line).train.capability_groups() is None
+        assert parse({"ogpsa": False} | capability).train.capability_groups() is None
+
+
+class TestDataFiles:
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_are_read_by_their_path(self, parse, tmp_path, suffix):
+        file = tmp_path / f"facts{suffix}"
+        SUFFIXES[suffix](ROWS["skills"], file)
+        entries = [{"path": str(file)}]
+        run = parse({"datasets": entries, "capability_datasets": entries})
+        assert texts(run.safety_datasets()["train"]) == texts(ROWS["skills"])
+        assert texts(run.train.capability_groups()["capability"]) == texts(ROWS["skills"])
+        by_name = parse({"dataset_name": str(file)})
+        assert texts(by_name.safety_datasets()["train"]) == texts(ROWS["skills"])
+
+    def test_are_read_as_a_stream(self, parse, tmp_path):
+        ROWS["skills"].to_json(tmp_path / "facts.jsonl")
+        name = {"dataset_name": str(tmp_path / "facts.jsonl"), "dataset_streaming": True}
+        rows = parse(name).safety_datasets()["train"]
+        assert not isinstance(rows, Dataset)
+        assert texts(rows) == texts(ROWS["skills"])
+
+    @pytest.mark.parametrize("key", ["dataset_name", "datasets", "capability_datasets"])
+    def test_that_are_missing_are_named(self, parse, tmp_path, monkeypatch, key):
+        """And not looked for on the Hub, whose error does not speak of files."""
+        monkeypatch.chdir(tmp_path)
+        missing = "data/fact.jsonl"
+        with refused(f"no file .*{missing}"):
+            run = parse({key: missing if key == "dataset_name" else [{"path": missing}]})
+            run.train.capability_groups()
+            run.safety_datasets()
+
+    def test_may_be_given_to_a_builder_as_trl_does(self, parse, capability):
+        entry = capability["capability_datasets"][0]
+        run = parse({"capability_datasets": [{"path": "json", "data_files": entry["path"]}]})
+        assert texts(run.train.capability_groups()["capability"]) == texts(ROWS["skills"])
+
+    def test_are_the_same_on_the_line(self, parse, capability):
+        paths = [entry["path"] for entry in capability["capability_datasets"]]
+        run = parse(capability, "--capability_datasets", *paths[:1])
+        groups = run.train.capability_groups()
+        assert {name: texts(rows) for name, rows in groups.items()} == {
+            "capability": texts(ROWS["skills"])
+        }
+
+
+class TestGroups:
+    def test_stay_apart(self, parse, capability):
+        groups = parse(capability).train.capability_groups()
+        assert {name: texts(rows) for name, rows in groups.items()} == {
+            name: texts(rows) for name, rows in ROWS.items()
+        }
+
+    def test_mix_their_entries(self, parse, capability):
+        skills, language = (entry["path"] for entry in capability["capability_datasets"])
+        entries = [
+            {"path": skills, "group": "both"},
+            {"path": language},
+            {"path": language, "group": "both", "split": "train[:2]"},
+        ]
+        groups = parse({"capability_datasets": entries}).train.capability_groups()
+        assert list(groups) == ["both", "capability"]
+        assert texts(groups["both"]) == texts(ROWS["skills"]) + texts(ROWS["language"])[:2]
+        assert texts(groups["capability"]) == texts(ROWS["language"])
+
+    def test_mix_by_fraction_within_a_group(self, parse, capability):
+        first, second = capability["capability_datasets"]
+        entries = [first | {"fraction": 0.75}, second | {"fraction": 0.25, "group": "skills"}]
+        [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
+        # No row is used twice: three quarters are at most the four rows that there are.
+        assert texts(rows) == texts(ROWS["skills"]) + texts(ROWS["language"])[:1]
+
+    def test_take_the_columns_asked_for(self, parse, capability):
+        entry = capability["capability_datasets"][0] | {"columns": ["prompt"]}
+        [rows] = parse({"capability_datasets": [entry]}).train.capability_groups().values()
+        assert rows.column_names == ["prompt"]
+
+
+class TestConversions:
+    @pytest.fixture
+    def entry(self, tmp_path):
+        Dataset.from_list([QUESTION]).to_json(tmp_path / "halueval.jsonl")
+        return {"path": str(tmp_path / "halueval.jsonl"), "conversion": "halueval_qa"}
+
+    def test_make_a_format_of_trl_in_both_lists(self, parse, entry):
+        run = parse({"datasets": [entry], "capability_datasets": [entry]})
+        [rows] = run.train.capability_groups().values()
+        assert rows.to_list() == run.safety_datasets()["train"].to_list()
+        assert rows[0]["completion"] == [{"role": "assistant", "content": "B"}]
+
+    def test_are_made_entry_by_entry(self, parse, entry, tmp_path):
+        converted = parse({"datasets": [entry]}).safety_datasets()["train"]
+        converted.to_json(tmp_path / "converted.jsonl")
+        mixture = [entry, {"path": str(tmp_path / "converted.jsonl")}]
+        [rows] = parse({"capability_datasets": mixture}).train.capability_groups().values()
+        assert rows.to_list() == converted.to_list() * 2
+
+    def test_of_another_name_are_refused(self, parse, entry):
+        with refused("`conversion` must be one of .*halueval_qa, but got 'halueval'. Leave it out"):
+            parse({"datasets": [entry | {"conversion": "halueval"}]})
+
+    def test_do_not_go_with_fractions(self, parse, entry):
+        run = parse({"datasets": [entry | {"fraction": 0.5}]})
+        with refused("`fraction` cannot be used in a mixture with a `conversion`, but it is 0.5"):
+            run.safety_datasets()
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_that_we_ship_are_valid(path, tmp_path, capability):
+    line = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    if path.stem.startswith("demo_"):  # scripts/demo.py fills in the model and the data it makes
+        [file, _] = (entry["path"] for entry in capability["capability_datasets"])
+        line += ["--model_name_or_path", "toy", "--dataset_name", file]
+        line += ["--capability_datasets", file]
+    run = parse_run(["--config", str(path), *line])
+    assert run.train.stage == ("dpo" if "dpo" in path.stem else "sft")
+    assert run.train.capability_datasets
+    assert run.script.dataset_name or run.datasets.datasets
+
+
+def test_the_training_script_says_in_one_line_what_is_wrong(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model_name_or_path": "toy", "use_cpu": True, "lerning_rate": 1}))
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(file)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr == (
+        f"error: Unknown key `lerning_rate` in {file}. The nearest known key is `learning_rate`.\n"
+    )
+    assert result.stdout == ""

@@ -1,0 +1,162 @@
+"""OGPSAConfig: its defaults, its checks, and that it lives with TRL's keys in one flat file."""
+
+import subprocess
+import sys
+from dataclasses import MISSING, FrozenInstanceError, asdict, fields
+from pathlib import Path
+
+import pytest
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl.scripts.utils import DatasetMixtureConfig
+
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl import config as config_module
+from ogpsa_trl.arguments import TrainArguments
+
+CHOICES = {
+    "scope": ("parameter", "model"),
+    "target": ("gradient", "update"),
+    "basis_dtype": ("float32", "bfloat16"),
+}
+COUNTS = ("refresh_interval", "num_samples", "gradients_per_group", "capability_batch_size")
+
+
+def check_refused(message, **settings):
+    """The error says exactly this, from its first word to its last."""
+    with pytest.raises(ValueError) as error:
+        OGPSAConfig(**settings)
+    assert str(error.value) == message
+
+
+def test_the_defaults_are_the_official_ones():
+    assert asdict(OGPSAConfig()) == {
+        "scope": "parameter",
+        "target": "gradient",
+        "refresh_interval": 30,
+        "num_samples": 200,
+        "gradients_per_group": 1,
+        "rank": None,
+        "capability_batch_size": 4,
+        "basis_dtype": "float32",
+    }
+
+
+def test_every_setting_is_tested_here():
+    assert {f.name for f in fields(OGPSAConfig)} == {*CHOICES, *COUNTS, "rank"}
+
+
+@pytest.mark.parametrize("value", ["whole", "", None, 1, True, ["parameter"], {"a": 1}])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_is_one_of_the_choices(name, value):
+    first, second = CHOICES[name]
+    check_refused(
+        f"`{name}` must be one of {first!r}, {second!r}, but got {value!r}.", **{name: value}
+    )
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.0, 2.5, "3", "abc", None, True, False, [1], float("inf")]
+)
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_an_integer_of_at_least_one(name, value):
+    check_refused(f"`{name}` must be an integer of at least 1, but got {value!r}.", **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "3", "none", True, False, [1]])
+def test_the_rank_is_a_count_or_unset(value):
+    check_refused(
+        "`rank` must be an integer of at least 1, or leave it unset to keep all directions, but "
+        f"got {value!r}.",
+        rank=value,
+    )
+
+
+def test_projecting_the_update_is_not_available_yet():
+    check_refused(
+        "`target` 'update' is not available in this version. Set `target: gradient`, which "
+        "projects the accumulated gradient before the optimizer sees it.",
+        target="update",
+    )
+
+
+def test_every_part_of_a_group_has_a_sample():
+    check_refused(
+        "`gradients_per_group` must be at most `num_samples` (3), because every part of a group "
+        "needs a sample, but got 4. Lower it or raise `num_samples`.",
+        gradients_per_group=4,
+        num_samples=3,
+    )
+    assert OGPSAConfig(gradients_per_group=3, num_samples=3).gradients_per_group == 3
+
+
+@pytest.mark.parametrize("name", ["scope", "basis_dtype"])
+def test_every_available_choice_is_accepted(name):
+    for choice in CHOICES[name]:
+        assert getattr(OGPSAConfig(**{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("name", [*COUNTS, "rank"])
+def test_the_smallest_count_is_one(name):
+    assert getattr(OGPSAConfig(**{name: 1}), name) == 1
+
+
+def test_settings_are_frozen():
+    config = OGPSAConfig()
+    for setting in fields(config):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, setting.name, getattr(config, setting.name))
+
+
+def test_settings_are_passed_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        OGPSAConfig("model")
+
+
+def test_equal_settings_are_equal_and_different_ones_are_not():
+    """`parse_run` tells by this whether anything was set at all."""
+    assert OGPSAConfig(rank=2) == OGPSAConfig(rank=2)
+    assert OGPSAConfig(rank=2) != OGPSAConfig()
+
+
+@pytest.mark.parametrize("setting", fields(OGPSAConfig), ids=lambda setting: setting.name)
+def test_the_help_text_gives_the_meaning_and_every_choice(setting):
+    text = setting.metadata["help"]
+    assert text.endswith(".")
+    # The only choice of `target` that is not available is not offered.
+    offered = [choice for choice in CHOICES.get(setting.name, ()) if choice != "update"]
+    assert all(f"'{choice}'" in text for choice in offered)
+    # argparse formats help texts with `%`, so a bare one breaks `--help`.
+    assert "%" not in text
+
+
+@pytest.mark.parametrize("setting", fields(OGPSAConfig), ids=lambda setting: setting.name)
+def test_every_setting_has_a_default(setting):
+    assert setting.default is not MISSING
+
+
+@pytest.mark.parametrize(
+    "other",
+    [SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, TrainArguments],
+)
+def test_no_name_is_taken_in_the_flat_file(other):
+    assert {f.name for f in fields(OGPSAConfig)}.isdisjoint(f.name for f in fields(other))
+
+
+LOAD_ALONE = """
+import importlib.util, sys
+before = set(sys.modules)
+spec = importlib.util.spec_from_file_location("config_alone", sys.argv[1])
+module = sys.modules["config_alone"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.OGPSAConfig(rank=2)
+imported = {name.partition(".")[0] for name in set(sys.modules) - before}
+sys.exit(", ".join(imported - set(sys.stdlib_module_names) - {"config_alone"}) or None)
+"""
+
+
+def test_the_settings_need_the_standard_library_only():
+    """The file is loaded by its path: importing the package brings in TRL."""
+    # -S hides all installed packages: an import of one fails.
+    command = [sys.executable, "-I", "-S", "-c", LOAD_ALONE, str(Path(config_module.__file__))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,537 @@
+"""Capability groups: the tokens and labels of TRL, each sample exactly once, whatever the batches.
+
+`test_tokens_and_labels_are_those_of_trl` pins `SFTTrainer._prepare_dataset`, a private method that
+`ogpsa_trl.data` calls: it fails when a version of TRL changes it.
+"""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from runs import WORLD, make_trainer, to_messages
+
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.data import Part, Preparation, named_groups, prepare_group
+from ogpsa_trl.toy import CHAT_TEMPLATE, tiny_model, toy_tokenizer
+
+TOKENIZER = toy_tokenizer()
+# Prompts of 5 to 9 tokens, completions of 2 to 10 with the end token; all different.
+ROWS = list({row["prompt"]: row for row in WORLD.capability_groups(20)["language"]}.values())[:10]
+
+
+def conversation(row):
+    """A prompt-completion row as a conversation that renders to the same text."""
+    [messages] = to_messages([row])["messages"]
+    return messages
+
+
+def tokenised(row, **more):
+    ids = TOKENIZER(row["prompt"] + row["completion"] + "<eos>")["input_ids"]
+    return {"input_ids": ids, **{name: make(row, ids) for name, make in more.items()}}
+
+
+def prompt_length(row):
+    return len(row["prompt"].split())
+
+
+FORMATS = {
+    "text": lambda row: {"text": row["prompt"] + row["completion"]},
+    "text with its end": lambda row: {"text": row["prompt"] + row["completion"] + "<eos>"},
+    "prompt-completion": dict,
+    "messages": lambda row: {"messages": conversation(row)},
+    "messages of two turns": lambda row: {"messages": conversation(row) + conversation(ROWS[0])},
+    "conversations": lambda row: {
+        "conversations": [{"from": m["role"], "value": m["content"]} for m in conversation(row)]
+    },
+    "conversational prompt-completion": lambda row: {
+        "prompt": conversation(row)[:1],
+        "completion": conversation(row)[1:],
+    },
+    "tokenised": tokenised,
+    "tokenised with labels": lambda row: tokenised(
+        row, labels=lambda row, ids: [-100] * 3 + ids[3:-1] + [-100]
+    ),
+    "tokenised with a completion mask": lambda row: tokenised(
+        row,
+        completion_mask=lambda row, ids: [int(i >= prompt_length(row)) for i in range(len(ids))],
+    ),
+}
+
+
+def dataset(format_name, rows=ROWS):
+    return Dataset.from_list([FORMATS[format_name](row) for row in rows])
+
+
+def preparation(**settings):
+    return Preparation(**{
+        "processing_class": TOKENIZER, "tokenizer": TOKENIZER, "max_length": 64, **settings
+    })  # fmt: skip
+
+
+def group(rows, preparation=preparation(), **options):  # noqa: B008 - frozen
+    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    defaults = {"num_samples": 10, "num_parts": 1, "batch_size": 4, "seed": 0}
+    return prepare_group("facts", rows, preparation, **defaults | options)
+
+
+def samples_of(batches):
+    """The samples in some batches without their padding: (tokens, labels), in a fixed order."""
+    samples = []
+    for batch in batches:
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+        ):
+            assert (labels[~mask] == -100).all()
+            samples.append((ids[mask].tolist(), labels[mask].tolist()))
+    return sorted(samples)
+
+
+def samples(capability_group):
+    return samples_of(batch for part in capability_group.parts for batch in part.batches)
+
+
+def trained_on(rows):
+    """The words that the loss is on, per sample of a group."""
+    return [
+        TOKENIZER.decode([label for label in labels if label != -100])
+        for _, labels in samples(rows)
+    ]
+
+
+# Settings of a run, each with the formats that it treats in different ways.
+SETTINGS = {
+    "defaults": ({}, FORMATS),
+    "completion only": (
+        {"completion_only_loss": True},
+        ("text", "prompt-completion", "messages", "tokenised with a completion mask"),
+    ),
+    "whole sequence": (
+        {"completion_only_loss": False},
+        ("prompt-completion", "conversational prompt-completion"),
+    ),
+    "assistant only": (
+        {"assistant_only_loss": True},
+        ("messages", "messages of two turns", "conversational prompt-completion"),
+    ),
+    "assistant only, prompt too": (
+        {"assistant_only_loss": True, "completion_only_loss": False},
+        ("conversational prompt-completion",),
+    ),
+    "keep start": (
+        {"max_length": 8},
+        ("text", "prompt-completion", "messages", "conversations", "tokenised with labels"),
+    ),
+    "keep end": (
+        {"max_length": 5, "truncation_mode": "keep_end"},
+        ("text", "prompt-completion", "messages", "tokenised with labels"),
+    ),
+    "no limit": ({"max_length": None}, ("text", "prompt-completion", "tokenised")),
+    "another end token": ({"eos_token": "yes"}, ("text", "prompt-completion", "messages")),
+}
+CASES = [(setting, name) for setting, (_, names) in SETTINGS.items() for name in names]
+
+
+def check_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
+    """The same rows as training data of a trainer of TRL and as capability data of one of ours."""
+    more = {"processing_class": tokenizer or toy_tokenizer()}
+    pin = make_trainer("sft", tiny_model(), tmp_path, plain=True, data=rows, more=more, **settings)
+    ours = make_trainer(
+        "sft", tiny_model(), tmp_path, data=rows, more=more, capability=rows,
+        config=OGPSAConfig(num_samples=len(rows), gradients_per_group=2), **settings,
+    )  # fmt: skip
+    expected = sorted((row["input_ids"], row["labels"]) for row in pin.train_dataset)
+    [capability_group] = ours.capability_groups
+    assert samples(capability_group) == expected
+    assert capability_group.num_samples == len(expected) > 0
+    return expected
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
+@pytest.mark.parametrize(("setting", "format_name"), CASES)
+def test_tokens_and_labels_are_those_of_trl(setting, format_name, tmp_path):
+    settings, _ = SETTINGS[setting]
+    expected = check_same_as_trl(dataset(format_name), tmp_path, **settings)
+    if setting == "keep start" and format_name == "prompt-completion":
+        assert len(expected) < len(ROWS), "some prompts are meant to fill `max_length`"
+
+
+def test_a_text_column_of_another_name_is_tokenised_as_trl_does(tmp_path):
+    rows = dataset("text").rename_column("text", "body")
+    check_same_as_trl(rows, tmp_path, dataset_text_field="body")
+
+
+def test_a_tokenizer_without_padding_gets_that_of_trl(tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = None
+    check_same_as_trl(dataset("prompt-completion"), tmp_path, tokenizer=tokenizer)
+
+
+def test_arguments_of_the_chat_template_are_those_of_trl(tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
+    rows = dataset("messages").map(lambda row: {"chat_template_kwargs": {"polite": "please"}})
+    expected = check_same_as_trl(rows, tmp_path, tokenizer=tokenizer)
+    assert all(TOKENIZER.decode(ids).startswith("please") for ids, _ in expected)
+
+
+@pytest.mark.parametrize("format_name", ["prompt-completion", "messages", "tokenised with labels"])
+def test_capability_data_of_dpo_is_tokenised_as_that_of_sft(format_name, base_model_path, tmp_path):
+    prepared = [
+        make_trainer(
+            stage, base_model_path, tmp_path, capability=dataset(format_name), max_length=8
+        )
+        for stage in ("sft", "dpo")
+    ]
+    [sft], [dpo] = (trainer.capability_groups for trainer in prepared)
+    assert samples(dpo) == samples(sft)
+
+
+def test_a_chat_template_of_its_own_replaces_that_of_the_tokenizer():
+    template = "{{ 'please ' }}" + CHAT_TEMPLATE
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = template
+    expected = group(
+        dataset("messages"), preparation(processing_class=tokenizer, tokenizer=tokenizer)
+    )
+    actual = group(dataset("messages"), preparation(chat_template=template))
+    assert samples(actual) == samples(expected) != samples(group(dataset("messages")))
+
+
+def test_assistant_only_loss_holds_for_every_way_to_write_a_conversation():
+    """TRL itself refuses this for from/value conversations; in a group they are meant the same."""
+    only = preparation(assistant_only_loss=True)
+    assert samples(group(dataset("conversations"), only)) == samples(
+        group(dataset("messages"), only)
+    )
+
+
+def test_assistant_only_loss_leaves_groups_without_a_conversation_alone():
+    """The safety data is conversational then; a group of plain text beside it is not."""
+    only = preparation(assistant_only_loss=True)
+    for name in ("text", "prompt-completion", "tokenised"):
+        assert samples(group(dataset(name), only)) == samples(group(dataset(name)))
+
+
+@pytest.mark.parametrize("format_name", ["prompt-completion", "conversational prompt-completion"])
+def test_the_loss_is_on_the_completion_and_the_end(format_name):
+    words = [f"{row['completion'].strip()} <eos>" for row in ROWS]
+    assert sorted(trained_on(group(dataset(format_name)))) == sorted(words)
+
+
+class TestPreferences:
+    """Of a preference row the prompt and the chosen completion are used."""
+
+    # `help` and `can` occur in no row.
+    REJECTED = " can help"
+
+    def check_same_as_completions(self, rows, format_name="prompt-completion", **settings):
+        prepared = preparation(**settings)
+        assert samples(group(rows, prepared)) == samples(group(dataset(format_name), prepared))
+        rejected = set(TOKENIZER(self.REJECTED)["input_ids"])
+        tokens = {token for ids, _ in samples(group(rows, prepared)) for token in ids}
+        assert tokens.isdisjoint(rejected)
+
+    def standard(self, **more):
+        return [
+            {"prompt": r["prompt"], "chosen": r["completion"], "rejected": self.REJECTED, **more}
+            for r in ROWS
+        ]
+
+    def conversational(self, *, implicit, **more):
+        rows = []
+        for prompt, chosen in map(conversation, ROWS):
+            rejected = {"role": "assistant", "content": self.REJECTED.strip()}
+            before = [prompt] if implicit else []
+            row = {"chosen": [*before, chosen], "rejected": [*before, rejected], **more}
+            rows.append(row if implicit else row | {"prompt": [prompt]})
+        return rows
+
+    @pytest.mark.parametrize("completion_only_loss", [None, True, False])
+    def test_are_their_prompt_and_chosen_completion(self, completion_only_loss):
+        self.check_same_as_completions(self.standard(), completion_only_loss=completion_only_loss)
+
+    @pytest.mark.parametrize("implicit", [False, True])
+    def test_may_be_conversational(self, implicit):
+        self.check_same_as_completions(
+            self.conversational(implicit=implicit), "conversational prompt-completion"
+        )
+
+    def test_may_have_the_prompt_in_both_texts(self):
+        rows = [
+            {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + self.REJECTED}
+            for r in ROWS
+        ]
+        self.check_same_as_completions(rows)
+
+    def test_may_repeat_a_text_prompt_beside_conversations(self):
+        """The form of HuggingFaceH4/ultrafeedback_binarized."""
+        rows = [
+            row | {"prompt": row["chosen"][0]["content"], "messages": row["chosen"]}
+            for row in self.conversational(implicit=True)
+        ]
+        self.check_same_as_completions(rows, "conversational prompt-completion")
+
+    def test_may_have_columns_that_mean_nothing_to_the_loss(self):
+        self.check_same_as_completions(self.standard(score_chosen=8.0, source="unknown"))
+
+    def test_keep_the_arguments_of_the_chat_template(self):
+        """TRL's DPO reads this column too."""
+        template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
+        rows = self.conversational(implicit=False, chat_template_kwargs={"polite": "please"})
+        expected = dataset("conversational prompt-completion").map(
+            lambda row: {"chat_template_kwargs": {"polite": "please"}}
+        )
+        prepared = preparation(chat_template=template)
+        assert samples(group(rows, prepared)) == samples(group(expected, prepared))
+
+    def test_of_a_stream(self):
+        self.check_same_as_completions(Dataset.from_list(self.standard()).to_iterable_dataset())
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 10])
+def test_parts_are_disjoint_and_cover_the_samples(num_parts):
+    whole = group(ROWS)
+    parts = group(ROWS, num_parts=num_parts).parts
+    assert len(parts) == num_parts
+    # All rows are different, so samples that are counted once are disjoint.
+    assert samples_of(b for part in parts for b in part.batches) == samples(whole)
+    sizes = [len(samples_of(part.batches)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_token_count_is_the_number_of_predicted_tokens():
+    """Nothing predicts the first token of a sequence, so its label never counts."""
+    two_parts = group(dataset("text"), num_parts=2)
+    for part in two_parts.parts:
+        labels = [label for _, labels in samples_of(part.batches) for label in labels[1:]]
+        assert part.num_tokens == sum(label != -100 for label in labels)
+    num_words = sum(len((row["prompt"] + row["completion"]).split()) for row in ROWS)
+    assert two_parts.num_tokens == num_words  # the end token in, the first one out
+    assert group(ROWS).num_tokens == sum(len(row["completion"].split()) + 1 for row in ROWS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 11])
+def test_the_batch_size_does_not_change_samples_or_token_counts(batch_size):
+    one, other = (group(ROWS, num_parts=2, batch_size=size) for size in (4, batch_size))
+    for left, right in zip(one.parts, other.parts, strict=True):
+        assert samples_of(left.batches) == samples_of(right.batches)
+        assert left.num_tokens == right.num_tokens
+    sizes = [[len(batch["labels"]) for batch in part.batches] for part in other.parts]
+    assert all(size == batch_size for part in sizes for size in part[:-1])
+    assert all(0 < part[-1] <= batch_size for part in sizes)
+
+
+def test_a_batch_holds_samples_of_similar_length():
+    [part] = group(ROWS).parts
+    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in part.batches]
+    lengths = [length for batch in lengths for length in batch]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("num_processes", range(1, 6))
+@pytest.mark.parametrize("num_batches", range(1, 8))
+def test_every_process_has_equally_many_batches_and_each_is_used_once(num_batches, num_processes):
+    part = Part([{"labels": torch.tensor([[-100, i]])} for i in range(num_batches)], num_batches)
+    shares = [part.batches_of(index, num_processes) for index in range(num_processes)]
+    assert {len(share) for share in shares} == {-(-num_batches // num_processes)}
+    real = [batch for share in shares for batch in share if batch["labels"].max() >= 0]
+    assert sorted(batch["labels"][0, 1].item() for batch in real) == list(range(num_batches))
+
+
+@pytest.mark.parametrize("num_processes", range(1, 6))
+def test_the_spare_batch_is_a_real_one_without_a_trainable_token(num_processes):
+    [part] = group(ROWS, batch_size=10).parts
+    before = samples_of(part.batches)
+    first, *spares = (part.batches_of(index, num_processes) for index in range(num_processes))
+    assert [len(share) for share in (first, *spares)] == [1] * num_processes
+    for [spare] in spares:
+        assert spare.keys() == first[0].keys()
+        assert torch.equal(spare["input_ids"], first[0]["input_ids"])
+        assert torch.equal(spare["attention_mask"], first[0]["attention_mask"])
+        assert spare["labels"].shape == first[0]["labels"].shape
+        assert (spare["labels"] == -100).all()
+    assert samples_of(part.batches) == before
+
+
+def test_the_seed_decides_which_samples_are_chosen():
+    rows = [{"text": f"{a} {b} {c}"} for a, b, c in itertools.product("ABCDE", repeat=3)]
+    first, again, second, third = (samples(group(rows, seed=seed)) for seed in (0, 0, 1, 2))
+    assert first == again
+    assert first != second != third != first
+    everything = samples(group(rows, num_samples=len(rows)))
+    for choice in (first, second, third):
+        assert len({tuple(ids) for ids, _ in choice}) == 10
+        assert all(sample in everything for sample in choice)
+
+
+def test_the_choice_leaves_the_order_of_the_users_data_alone():
+    rows = Dataset.from_list(ROWS)
+    group(rows, num_samples=5)
+    assert rows.to_list() == ROWS
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_stream_gives_its_first_samples_and_is_read_no_further(seed):
+    num_read = itertools.count()
+
+    def endless():
+        for row, _ in zip(itertools.cycle(ROWS), num_read, strict=False):
+            yield dict(row)
+
+    used = group(IterableDataset.from_generator(endless), num_samples=5, seed=seed)
+    assert samples(used) == samples(group(ROWS[:5]))
+    assert next(num_read) <= 6  # `IterableDataset.take` looks one sample ahead
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, caplog):
+    rows = Dataset.from_list(ROWS[:3])
+    used = group(rows.to_iterable_dataset() if as_stream else rows, num_samples=8)
+    assert used.num_samples == 3
+    assert samples(used) == samples(group(ROWS[:3], num_samples=3))
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [
+        "Capability group 'facts' has 3 samples, fewer than `num_samples` (8). All are used."
+    ]
+
+
+def test_the_log_says_what_a_group_is_made_of(caplog):
+    caplog.set_level(logging.INFO, "ogpsa_trl.data")
+    prepared = group(ROWS, seed=5)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Capability group 'facts': 10 samples (seed 5), {prepared.num_tokens} tokens in the loss"
+    ]
+
+
+class TestNamedGroups:
+    def check_refused(self, message, capability_dataset):
+        with pytest.raises(ValueError, match=message):
+            named_groups(capability_dataset)
+
+    @pytest.mark.parametrize("as_stream", [False, True])
+    def test_one_data_set_is_one_group(self, as_stream):
+        rows = Dataset.from_list(ROWS)
+        rows = rows.to_iterable_dataset() if as_stream else rows
+        assert named_groups(rows) == {"capability": rows}
+
+    def test_groups_keep_their_names_and_order(self):
+        rows = Dataset.from_list(ROWS)
+        groups = {"second": rows, "first": rows.to_iterable_dataset()}
+        assert list(named_groups(groups).items()) == list(groups.items())
+
+    @pytest.mark.parametrize("splits", [DatasetDict, IterableDatasetDict])
+    def test_splits_are_not_groups(self, splits):
+        rows = Dataset.from_list(ROWS)
+        rows = rows if splits is DatasetDict else rows.to_iterable_dataset()
+        self.check_refused(
+            r"got splits \(train, test\). Choose one: `capability_dataset\[split\]`",
+            splits(train=rows, test=rows),
+        )
+
+    @pytest.mark.parametrize("value", [ROWS, "facts.json", 3, [Dataset.from_list(ROWS)]])
+    def test_other_types_are_named(self, value):
+        self.check_refused(
+            r"must be a `Dataset`, an `IterableDataset` or a dict of them, but got "
+            rf"{type(value).__name__}. Make one with `Dataset.from_list\(rows\)`",
+            value,
+        )
+
+    def test_no_group_is_not_plain_trl(self):
+        self.check_refused("at least one group, but got an empty dict. .* leave it out", {})
+
+    @pytest.mark.parametrize("name", ["", 3, None])
+    def test_a_group_has_a_name(self, name):
+        self.check_refused(
+            f"name must be a non-empty text, got {name!r}", {name: Dataset.from_list(ROWS)}
+        )
+
+    @pytest.mark.parametrize("value", [ROWS, None, DatasetDict(train=Dataset.from_list(ROWS))])
+    def test_a_group_is_a_data_set(self, value):
+        self.check_refused(
+            "group 'facts' must be a `Dataset` or an `IterableDataset`, but got "
+            rf"{type(value).__name__}. Make one with `Dataset.from_list\(rows\)`",
+            {"facts": value},
+        )
+
+
+class TestErrorsOfAGroup:
+    def check_refused(self, message, rows, prepared=None, **options):
+        with pytest.raises(ValueError, match=message):
+            group(rows, prepared or preparation(), **options)
+
+    @pytest.mark.parametrize(
+        "rows", [Dataset.from_list(ROWS[:0]), IterableDataset.from_generator(lambda: iter(()))]
+    )
+    def test_no_samples(self, rows):
+        self.check_refused(
+            "group 'facts' must have at least one sample, but it is empty. Check its file or split",
+            rows,
+        )
+
+    def test_columns_of_no_known_format(self):
+        self.check_refused(
+            "group 'facts' must have a column `messages`, `text` or `input_ids`, or the columns "
+            r"`prompt` and `completion` \(or `chosen` and `rejected`\), but has "
+            r"\['answer', 'question'\]. Rename its columns with `Dataset.rename_column`",
+            [{"question": "add", "answer": "A"}],
+        )
+
+    def test_the_text_column_is_that_of_the_run(self):
+        self.check_refused(
+            r"column `messages`, `body` or .* but has \['text'\]",
+            dataset("text"), preparation(dataset_text_field="body"),
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("column", ["prompt", "completion", "chosen", "rejected"])
+    def test_one_column_of_two(self, column):
+        self.check_refused(rf"but has \['{column}'\]", [{column: "add"}])
+
+    @pytest.mark.parametrize("format_name", ["text", "messages"])
+    def test_a_prompt_without_a_completion_beside_another_format(self, format_name):
+        """The form of HuggingFaceH4/ultrachat_200k, of which TRL wants a completion."""
+        rows = [row | {"prompt": "add"} for row in dataset(format_name).to_list()]
+        self.check_refused("group 'facts' .*`prompt`.*`completion`", rows)
+
+    def test_conversations_with_the_keys_of_messages(self):
+        """TRL converts from/value conversations only, and looks for a text otherwise."""
+        self.check_refused(
+            "group 'facts' must have a column `messages`.*conversations",
+            dataset("messages").rename_column("messages", "conversations"),
+        )
+
+    def test_everything_truncated_away(self):
+        self.check_refused(
+            r"Part 1 of 1 of capability group 'facts' has no token to learn from \(0 of 10 samples "
+            r"are left after truncation to `max_length` 3\). Raise `max_length` or `num_samples`, "
+            "lower `gradients_per_group`, or look for empty completions",
+            ROWS, preparation(max_length=3),
+        )  # fmt: skip
+
+    def test_nothing_is_left_to_predict(self):
+        """One token per sample: it is kept, but nothing comes before it."""
+        self.check_refused("has no token to learn from", dataset("text"), preparation(max_length=1))
+
+    def test_labels_without_a_trainable_token(self):
+        rows = [{"input_ids": [3, 4], "labels": [-100, -100]}]
+        self.check_refused(
+            "has no token to learn from .* `max_length` None", rows, preparation(max_length=None)
+        )
+
+    def test_fewer_samples_than_parts(self):
+        self.check_refused("Part 4 of 4 .*lower `gradients_per_group`", ROWS[:3], num_parts=4)
+
+    def test_more_parts_than_samples_left_after_truncation(self):
+        long = {"prompt": "add " * 9, "completion": "A"}
+        self.check_refused(
+            r"Part 2 of 2 of .* \(1 of 2 samples are left after truncation",
+            [ROWS[0], long], preparation(max_length=9), num_parts=2, num_samples=2,
+        )  # fmt: skip
+
+
+def test_the_rows_are_what_these_tests_assume():
+    assert len(ROWS) == 10
+    assert max(map(prompt_length, ROWS)) > 8
+    words = {word for row in ROWS for word in (row["prompt"] + row["completion"]).split()}
+    assert words.isdisjoint(TestPreferences.REJECTED.split())
