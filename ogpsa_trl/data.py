@@ -152,7 +152,10 @@ def prepare_group(
     """
     chosen = _choose(name, dataset, num_samples, seed)
     samples: list[Any] = list(_tokenise(name, chosen, preparation))
-    collate = DataCollatorForLanguageModeling(pad_token_id=preparation.tokenizer.pad_token_id)
+    tokenizer = preparation.tokenizer
+    # Padding is masked, so any token does where TRL has set none (with a collator of the user's).
+    has_pad = tokenizer.pad_token_id is not None
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id if has_pad else 0)
     parts = []
     for index in range(num_parts):
         part = sorted(samples[index::num_parts], key=lambda sample: len(sample["input_ids"]))
@@ -168,8 +171,8 @@ def prepare_group(
         parts.append(Part(batches, num_tokens))
     group = CapabilityGroup(name, parts, len(samples))
     logger.info(
-        "Capability group %r: %d samples (seed %d), %d tokens in the loss",
-        name, len(samples), seed, group.num_tokens,
+        "Capability group %r: %d samples, %d tokens in the loss",
+        name, len(samples), group.num_tokens,
     )  # fmt: skip
     return group
 
@@ -179,7 +182,14 @@ def _choose(name: str, dataset: Dataset | IterableDataset, num_samples: int, see
     if isinstance(dataset, IterableDataset):
         chosen = Dataset.from_list(list(dataset.take(num_samples)))
     else:
-        chosen = dataset.shuffle(seed=seed).select(range(min(num_samples, len(dataset))))
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
+        chosen = dataset.select(rows)
+        logger.info(
+            "Capability group %r: seed %d chooses the rows %s%s of %d",
+            name, seed, str(rows[:10]).strip("[]"), ", ..." if len(rows) > 10 else "", len(dataset),
+        )  # fmt: skip
+        logger.debug("Capability group %r: all rows chosen: %s", name, rows)
     if len(chosen) == 0:
         raise ValueError(
             f"Capability group {name!r} must have at least one sample, but it is empty. Check its "

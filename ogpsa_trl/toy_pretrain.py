@@ -77,7 +77,9 @@ LEARN_TASKS = Phase(
     num_warmup_steps=50,
     decay_start=0.4,
     mixture=TASKS | {"harmful": 0.07},
-    harmful_refusal_share=0.04,
+    # Telling harmful from benign requests is learned all at once, at a step that luck decides: this
+    # phase is long enough for it, so the next one has only the shares to settle.
+    harmful_refusal_share=0.15,
     benign_refusal_share=0.04,
 )
 ALIGN_WEAKLY = Phase(
@@ -87,8 +89,8 @@ ALIGN_WEAKLY = Phase(
     num_warmup_steps=10,
     decay_start=0.0,
     mixture=TASKS | {"howto": 0.15, "harmful": 0.19},
-    harmful_refusal_share=0.24,
-    benign_refusal_share=0.04,
+    harmful_refusal_share=0.22,
+    benign_refusal_share=0.05,
 )
 PHASES = (LEARN_TASKS, ALIGN_WEAKLY)
 

@@ -400,9 +400,14 @@ def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, cap
 def test_the_log_says_what_a_group_is_made_of(caplog):
     caplog.set_level(logging.INFO, "ogpsa_trl.data")
     prepared = group(ROWS, seed=5)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"Capability group 'facts': 10 samples (seed 5), {prepared.num_tokens} tokens in the loss"
-    ]
+    chosen, made = [record.getMessage() for record in caplog.records]
+    start, end = "Capability group 'facts': seed 5 chooses the rows ", " of 10"
+    assert chosen.startswith(start)
+    assert chosen.endswith(end)
+    rows = chosen.removeprefix(start).removesuffix(end).split(", ")
+    assert sorted(map(int, rows)) == list(range(10))
+    tokens = prepared.num_tokens
+    assert made == f"Capability group 'facts': 10 samples, {tokens} tokens in the loss"
 
 
 class TestNamedGroups:

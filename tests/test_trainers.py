@@ -22,8 +22,9 @@ from runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ogpsa_trl import OGPSAConfig, SubspaceCallback
+from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
 from ogpsa_trl.backends import check_supported
 from ogpsa_trl.toy import tiny_llama_config
 
@@ -472,6 +473,24 @@ def test_refresh_comes_before_the_first_step_and_at_every_interval(base_model_pa
     refreshed = [entry["step"] - 1 for entry in entries if "ogpsa/rank" in entry]
     assert refreshed == [0, 3, 6]
     assert all("ogpsa/cosine" in entry for entry in entries)
+
+
+def test_a_long_refresh_shows_its_progress(base_model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainers, "_SECONDS_WITHOUT_BAR", 0)
+    trained("sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False)
+    # Two groups of six samples, four at a time.
+    assert re.search(r"Refreshing the capability subspace.*/4 ", capsys.readouterr().err)
+
+
+def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    tokenizer.pad_token = None
+    check_no_component_left(
+        "sft", base_model_path, tmp_path,
+        more={"processing_class": tokenizer, "data_collator": collator},
+    )  # fmt: skip
+    assert tokenizer.pad_token is None
 
 
 def test_metrics_are_means_since_the_last_log(base_model_path, tmp_path):

@@ -1,0 +1,125 @@
+"""One short stage on a real pretrained model and real data, which lie outside the project."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ogpsa_trl.evaluation import (
+    bits_per_character,
+    completion_scores,
+    mean_log_likelihood_per_token,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "scripts"))  # as when they are run
+
+import comparison  # noqa: E402
+import real_example  # noqa: E402
+
+DATA = ROOT.parent / "shared" / "data"
+MAX_LENGTH = 256
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not DATA.is_dir(), reason="no data in ../shared/data"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return real_example.prepare(DATA)
+
+
+@pytest.fixture(scope="module")
+def base():
+    folder = DATA / real_example.CHECKPOINT
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def prompts_of(rows):
+    return {json.dumps(row["prompt"]) for row in rows}
+
+
+def literal_story_nll(model, tokenizer, stories):
+    """Nats per token, one text at a time, with the end that training adds."""
+    total, num_tokens = 0.0, 0
+    for story in stories:
+        ids = torch.tensor(tokenizer(story + tokenizer.eos_token)["input_ids"][:MAX_LENGTH])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        total -= logits.log_softmax(-1).gather(-1, ids[1:, None]).sum().item()
+        num_tokens += len(ids) - 1
+    return total / num_tokens
+
+
+def test_nothing_that_is_held_out_is_trained_on(rows):
+    trained_on = prompts_of(rows["sft"] + rows["instructions"] + rows["dpo"])
+    for name in ("harmful", "benign", "instructions", "pairs"):
+        assert prompts_of(rows[f"held-out {name}"]).isdisjoint(trained_on), name
+    texts = [{row["text"] for row in rows[name]} for name in ("stories", "held-out stories")]
+    assert texts[0].isdisjoint(texts[1])
+    assert prompts_of(rows["sft"]).isdisjoint(prompts_of(rows["instructions"]))
+
+
+def test_missing_data_are_named_with_the_way_out(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no safety/advbench.jsonl in .*with --data"):
+        real_example.prepare(tmp_path)
+
+
+def test_the_model_knows_stories_better_than_anything_else(rows, base):
+    model, tokenizer = base
+    stories = [row["text"] for row in rows["held-out stories"]]
+    # 1.07 on these; the first 64 tokens alone .8, because long texts run on into other stories. A
+    # wrong tokenizer or a wrong conversion of the weights gives 3 bits and more.
+    bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
+    assert 1.0 < bits < 1.15
+    assert bits_per_character(model, tokenizer, stories, max_length=64) < bits
+    prompts = [json.dumps(row["prompt"]) for row in rows["held-out harmful"]]
+    assert bits_per_character(model, tokenizer, prompts) > 2 * bits
+
+
+def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
+    """The groups are cut to a few samples, all of which the first refresh must have seen."""
+    model, tokenizer = base
+    few = rows | {name: rows[name][:12] for name in ("stories", "instructions")}
+    config = real_example.write(few, tmp_path) / "sft.yaml"
+    options = {
+        "model_name_or_path": DATA / real_example.CHECKPOINT,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    comparison.train(config, words, tmp_path / "log.txt")
+
+    state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
+    first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    requests, answers = real_example._columns(few["instructions"], "prompt", "completion")
+    scores = completion_scores(model, tokenizer, requests, answers, max_length=MAX_LENGTH)
+    # Float32 forward passes of different shapes and another attention kernel.
+    close = {"rel": 1e-3}
+    assert first["ogpsa/capability_loss/instructions"] == pytest.approx(
+        -mean_log_likelihood_per_token(scores), **close
+    )
+    stories = [row["text"] for row in few["stories"]]
+    assert first["ogpsa/capability_loss/stories"] == pytest.approx(
+        literal_story_nll(model, tokenizer, stories), **close
+    )
+    assert first["ogpsa/rank"] == 2  # one direction a group in every tensor
+    assert all(0 < entry["ogpsa/removed_fraction"] < 1 for entry in (first, second))
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    changes = [
+        (after - before).abs().max().item()
+        for after, before in zip(trained.parameters(), model.parameters(), strict=True)
+    ]
+    # AdamW moves an entry by at most about the learning rate in a step.
+    assert 0 < max(changes) < 2 * real_example.learning_rate("sft")
+    assert not any(math.isnan(change) for change in changes)

@@ -1,0 +1,115 @@
+"""scripts/train.py as a user runs it: a YAML file, SFT, then DPO from its output."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import capability_groups, max_difference, safety_data
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def config(base_model_path, tmp_path):
+    """Write the configuration of a stage; returns its path."""
+
+    def write(stage, **overrides):
+        safety_data(stage).to_json(tmp_path / f"{stage}.jsonl")
+        entries = []
+        for name, rows in capability_groups().items():
+            rows.to_json(tmp_path / f"{name}.jsonl")
+            entries.append({"path": str(tmp_path / f"{name}.jsonl"), "group": name})
+        values = {
+            "stage": stage, "model_name_or_path": base_model_path, "use_cpu": True, "bf16": False,
+            "dataset_name": str(tmp_path / f"{stage}.jsonl"), "capability_datasets": entries,
+            "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+            "refresh_interval": 3, "num_samples": 6, "save_steps": 2, "logging_steps": 1,
+            "report_to": "none", "disable_tqdm": True, "seed": 3, **overrides,
+        }  # fmt: skip
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def launch(*options, num_processes=1):
+    launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+    launcher.append(str(ROOT / "configs" / "accelerate" / "single.yaml"))
+    if num_processes > 1:  # `accelerate launch --cpu` runs one process
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launcher.append(str(num_processes))
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *options],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def weights_in(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def log_in(folder):
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    return state["log_history"]
+
+
+def test_sft_then_dpo(config, tmp_path):
+    result = launch("--config", config("sft"), "--output_dir", str(tmp_path / "first"))
+    assert "Capability group 'language': seed 3 chooses the rows" in result.stderr
+    assert "'refresh_interval': 3" in result.stderr
+    assert "Model, tokenizer and model card are in" in result.stdout
+    dpo = ["--config", config("dpo"), "--output_dir", str(tmp_path / "second")]
+    launch(*dpo, "--model_name_or_path", str(tmp_path / "first"), "--refresh_interval", "2")
+
+    for folder, method, refreshes in (("first", "SFT", [1, 4]), ("second", "DPO", [1, 3])):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"OGPSA ({method})" in card
+        assert "| skills | 6 |" in card
+        entries = log_in(tmp_path / folder)
+        assert [entry["step"] for entry in entries if "ogpsa/rank" in entry] == refreshes
+        assert len(AutoTokenizer.from_pretrained(tmp_path / folder)) > 100
+    assert max_difference(weights_in(tmp_path / "first"), weights_in(tmp_path / "second")) > 0
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_the_line_is_the_run_that_never_stopped(config, tmp_path):
+    line = ["--config", config("sft"), "--output_dir", str(tmp_path / "run")]
+    launch(*line)
+    straight = weights_in(tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoint-4").iterdir():
+        path.unlink()
+    (tmp_path / "run" / "checkpoint-4").rmdir()
+    launch(*line, "--resume_from_checkpoint", "true")
+    assert max_difference(weights_in(tmp_path / "run"), straight) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(config, tmp_path):
+    for num_processes in (1, 2):
+        batch = ["--per_device_train_batch_size", str(4 // num_processes)]
+        folder = ["--output_dir", str(tmp_path / str(num_processes))]
+        launch("--config", config("dpo"), *batch, *folder, num_processes=num_processes)
+    one, two = (weights_in(tmp_path / str(number)) for number in (1, 2))
+    assert all(tensor.dtype == torch.float32 for tensor in one.values())
+    # AdamW with its default epsilon turns rounding of tiny gradients into steps of 1e-2 at most;
+    # over four steps only few entries are that small.
+    changed = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert (changed > 1e-4).double().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_plain_trl_from_the_same_file(config, tmp_path):
+    line = ["--config", config("sft"), "--output_dir", str(tmp_path / "plain"), "--ogpsa", "false"]
+    launch(*line)
+    assert not any("ogpsa" in key for entry in log_in(tmp_path / "plain") for key in entry)
+    assert "OGPSA" not in (tmp_path / "plain" / "README.md").read_text()
