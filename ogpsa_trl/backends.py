@@ -74,12 +74,16 @@ class TorchBackend:
     def preserved(self) -> Iterator[None]:
         """Put gradients and random states (CPU and device) aside, and back at the end."""
         gradients = [parameter.grad for _, parameter in self.parameters]
-        devices = [] if self.device.type == "cpu" else [self.device]
+        device = torch.get_device_module(self.device) if self.device.type != "cpu" else None
+        cpu_state = torch.get_rng_state()
+        device_state = device.get_rng_state() if device is not None else None
         try:
             self.clear_gradients()
-            with torch.random.fork_rng(devices=devices):
-                yield
+            yield
         finally:
+            torch.set_rng_state(cpu_state)
+            if device is not None:
+                device.set_rng_state(device_state)
             for (_, parameter), gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
 
@@ -158,8 +162,14 @@ def make_backend(
     The backend of the engine that `accelerator` runs.
 
     Raises:
-        ValueError: the parameters are sharded although the engine is not.
+        ValueError: the parameters are sharded or spread over devices, although the engine is not.
     """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"OGPSA supports models on one device per process, but this one is spread over "
+            f"{', '.join(devices)}. Load it without `device_map`, and launch one process per GPU."
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(

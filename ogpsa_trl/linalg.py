@@ -104,7 +104,7 @@ def orthonormal_weights(gram_BRR: Tensor, rank: int | None = None) -> Tensor:
         Weights, shape [B, K, R], float64 on the CPU, K the largest number of directions kept in any
         block. Rows beyond the number of directions of a block are zero.
     """
-    gram_BRR = gram_BRR.double().cpu()
+    gram_BRR = gram_BRR.cpu().double()
     length_BR = gram_BRR.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse_BR = torch.where(length_BR > 0, 1 / length_BR, 0.0)
     eigenvalues_BR, vectors_BRR = torch.linalg.eigh(
@@ -138,4 +138,4 @@ def inverse_gram(gram_BKK: Tensor) -> Tensor:
     Returns:
         Shape [B, K, K], float64 on the CPU.
     """
-    return torch.linalg.pinv(gram_BKK.double().cpu(), rtol=0.1, hermitian=True)
+    return torch.linalg.pinv(gram_BKK.cpu().double(), rtol=0.1, hermitian=True)

@@ -93,7 +93,7 @@ class CapabilitySubspace:
         Raises:
             FloatingPointError: a capability gradient is not finite. The basis is left as it was.
         """
-        gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).double().cpu()
+        gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         for name, loss, products_PR in zip(
             gradients.names, gradients.losses, gram_PRR.unbind(1), strict=True
         ):

@@ -75,6 +75,11 @@ class OGPSAMixin(Trainer):
             super().__init__(*args, **kwargs)
             return
 
+        if not isinstance(ogpsa_config, OGPSAConfig | None):
+            raise ValueError(
+                f"`ogpsa_config` must be an `OGPSAConfig`, but got {ogpsa_config!r}. Pass "
+                "`OGPSAConfig(refresh_interval=30, ...)`."
+            )
         datasets = named_groups(capability_dataset)
         self.ogpsa_config = ogpsa_config or OGPSAConfig()
         self._ogpsa_metrics: dict[str, list[float | Tensor]] = defaultdict(list)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from laws import literal_basis, literal_projection
 from peft import LoraConfig
 from runs import (
@@ -25,7 +26,7 @@ from trl import DPOConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
-from ogpsa_trl.backends import check_supported
+from ogpsa_trl.backends import check_supported, make_backend
 from ogpsa_trl.toy import tiny_llama_config
 
 STAGES = ("sft", "dpo")
@@ -539,6 +540,27 @@ class TestErrors:
             "`ogpsa_config` needs a `capability_dataset`", base_model_path, tmp_path,
             config=OGPSAConfig(),
         )  # fmt: skip
+
+    def test_settings_of_another_type(self, base_model_path, tmp_path):
+        self.check(
+            "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}", base_model_path,
+            tmp_path, capability=capability_groups(), config={"rank": 1},
+        )  # fmt: skip
+
+    def test_engines_that_shard(self, base_model_path, tmp_path):
+        """Without a GPU and DeepSpeed the training arguments cannot ask for one."""
+        accelerator = make_trainer("sft", base_model_path, tmp_path).accelerator
+        for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            accelerator.state.distributed_type = DistributedType(engine)
+            with pytest.raises(ValueError, match=f"engine of this run is {engine}. Launch with"):
+                check_supported(accelerator, "adamw_torch")
+        accelerator.state.distributed_type = DistributedType.NO
+
+    def test_models_on_several_devices(self, base_model_path, tmp_path):
+        trainer = make_trainer("sft", base_model_path, tmp_path)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+        with pytest.raises(ValueError, match=r"spread over cpu, meta\. Load it"):
+            make_backend(trainer.accelerator, model, model)
 
     def test_fp16(self, base_model_path, tmp_path):
         """Without a GPU the training arguments refuse `fp16: true` before we can."""
