@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ogpsa_trl.toy import REFUSAL, Sample, ToyWorld, tiny_llama_config, toy_tokenizer
+from ogpsa_trl.toy import REFUSAL, Sample, ToyWorld
+from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 
 # B sequences in a batch, L tokens of the longest, C completion tokens in the batch, D model width
 

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def base_model_path(tmp_path_factory):
     """An untrained model of the toy world with its tokenizer, as a folder on disk."""
-    from ogpsa_trl.toy import tiny_model, toy_tokenizer
+    from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tiny_model(seed=0).save_pretrained(folder)

@@ -18,7 +18,8 @@ from ogpsa_trl.evaluation import (
     preference_accuracy,
 )
 from ogpsa_trl.evaluation.measures import _common_prefix_length
-from ogpsa_trl.toy import REFUSAL, ToyWorld, tiny_model, toy_tokenizer
+from ogpsa_trl.toy import REFUSAL, ToyWorld
+from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 
 TOKENIZER = toy_tokenizer()
 WORLD = ToyWorld(0)

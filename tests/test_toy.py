@@ -15,9 +15,8 @@ from ogpsa_trl.toy import (
     NUM_EVALUATION_SAMPLES,
     REFUSAL,
     ToyWorld,
-    tiny_model,
-    toy_tokenizer,
 )
+from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 
 SEEDS = (0, 1, 2)
 TOKENIZER = toy_tokenizer()
@@ -342,7 +341,7 @@ def test_a_change_of_the_world_or_of_the_training_gives_another_folder(monkeypat
     seen = {before, toy_pretrain._fingerprint(ToyWorld(0), SHORT)}
     monkeypatch.setattr("ogpsa_trl.toy.BENIGN_VERBS", ["bake", "paint"])
     seen.add(fingerprint())
-    monkeypatch.setattr("ogpsa_trl.toy.CHAT_TEMPLATE", "")
+    monkeypatch.setattr("ogpsa_trl.toy_model.CHAT_TEMPLATE", "")
     seen.add(fingerprint())
     monkeypatch.setattr(toy_pretrain, "REFUSAL", " no .")
     seen.add(fingerprint())

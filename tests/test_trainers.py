@@ -27,7 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
 from ogpsa_trl.backends import check_supported, make_backend
-from ogpsa_trl.toy import tiny_llama_config
+from ogpsa_trl.toy_model import tiny_llama_config
 
 STAGES = ("sft", "dpo")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
