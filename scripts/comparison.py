@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import datasets
+import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +27,13 @@ METHODS = {"plain TRL": ["--ogpsa", "false"], "OGPSA": []}
 Measure = Callable[[Path, Path | None], dict[str, float]]
 Results = Mapping[str, Mapping[str, float]]
 
-console = Console(highlight=False)
+# Where there is no terminal, rich takes a line of 80 characters for granted.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+# The bars of small files and small models hide what is going on.
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -128,11 +137,12 @@ def report(
         means[model] = {name: mean(seeds) for name, seeds in values.items()}
         rows.append({"model": model} | {name: _cell(seeds) for name, seeds in values.items()})
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(*(row.get(column, "-") for column in columns))
+    # Measures down, models across: narrow enough for a terminal.
+    table = Table(title=title, box=SIMPLE)
+    for heading in ("", *(row["model"].replace(" ", "\n") for row in rows)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for column in columns[1:]:
+        table.add_row(column, *(row.get(column, "-").replace(" +- ", "\n+- ") for row in rows))
     console.print(table)
     seeds = f"Mean +- standard deviation over {len(runs)} seeds. " if len(runs) > 1 else ""
     markdown = [f"# {title}", markdown_table(rows, columns), notes, f"{seeds}{_versions()}"]
