@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
+# Pretraining the base model is large enough for two threads.
+demo: export OMP_NUM_THREADS := 2
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
