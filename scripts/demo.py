@@ -10,9 +10,9 @@ then DPO, and prints what each of them can do before and after.
 import argparse
 from pathlib import Path
 
-from comparison import ROOT, StageRun, compare, console, report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from comparison import ROOT, StageRun, compare, console, report
 from ogpsa_trl.evaluation.measures import completion_scores, exact_match, mean_probability
 from ogpsa_trl.toy import ToyWorld
 from ogpsa_trl.toy_pretrain import base_model_folder

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from comparison import ROOT, StageRun, compare, console, report
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from comparison import ROOT, StageRun, compare, console, report
 from ogpsa_trl.evaluation.measures import (
     bits_per_character,
     completion_scores,

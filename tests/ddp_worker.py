@@ -13,9 +13,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
 from peft import LoraConfig
-from runs import capability_groups, logged, make_trainer, weights
 
 from ogpsa_trl import OGPSAConfig
+from runs import capability_groups, logged, make_trainer, weights
 
 CELLS = list(
     itertools.product(

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, config
-from runs import WORLD
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.arguments import parse_run
+from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
 ROWS = WORLD.capability_groups(4)

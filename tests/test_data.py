@@ -10,11 +10,11 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from runs import WORLD, make_trainer, to_messages
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.data import Part, Preparation, named_groups, prepare_group
 from ogpsa_trl.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
+from runs import WORLD, make_trainer, to_messages
 
 TOKENIZER = toy_tokenizer()
 # Prompts of 5 to 9 tokens, completions of 2 to 10 with the end token; all different.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ddp_worker import CELLS, name_of, run
 from runs import logged, max_difference, weights
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from runs import capability_groups, make_trainer, max_difference, trained, weights
 from transformers import TrainerCallback
 
 from ogpsa_trl import OGPSAConfig
+from runs import capability_groups, make_trainer, max_difference, trained, weights
 
 pytestmark = [
     pytest.mark.gpu,

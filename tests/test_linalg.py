@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+
 from laws import (
     assert_not_longer,
     assert_orthogonal,
@@ -13,7 +14,6 @@ from laws import (
     literal_projection,
     projected,
 )
-
 from ogpsa_trl import linalg
 
 NUM_ENTRIES = 300

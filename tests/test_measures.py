@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import make_trainer
 from tokenizers.processors import TemplateProcessing
 from trl.data_utils import common_prefix_length
 
@@ -20,6 +19,7 @@ from ogpsa_trl.evaluation import (
 from ogpsa_trl.evaluation.measures import _common_prefix_length
 from ogpsa_trl.toy import REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from runs import make_trainer
 
 TOKENIZER = toy_tokenizer()
 WORLD = ToyWorld(0)

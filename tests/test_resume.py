@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig
-from runs import capability_groups, logged, make_trainer, max_difference, weights
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.checkpoint import FILE_NAME, save_subspace
+from runs import capability_groups, logged, make_trainer, max_difference, weights
 
 NUM_STEPS = 5
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import capability_groups, max_difference, safety_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import capability_groups, max_difference, safety_data
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

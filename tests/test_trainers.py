@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from laws import literal_basis, literal_projection
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from laws import literal_basis, literal_projection
+from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
+from ogpsa_trl.backends import check_supported, make_backend
+from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
     capability_groups,
@@ -21,13 +28,6 @@ from runs import (
     trained,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
-from ogpsa_trl.backends import check_supported, make_backend
-from ogpsa_trl.toy_model import tiny_llama_config
 
 STAGES = ("sft", "dpo")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])

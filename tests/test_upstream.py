@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import make_trainer
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer, SFTTrainer
+
+from runs import make_trainer
 
 
 def source(function):
