@@ -60,6 +60,8 @@ class TorchBackend:
         """This process's shard of the gradient, shape [N]. Writing into it changes the gradient."""
         if parameter.grad is None:
             return None
+        if not parameter.grad.is_contiguous():  # a gradient has the strides of its parameter
+            parameter.grad = parameter.grad.contiguous()
         return parameter.grad.view(-1)
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:

@@ -149,7 +149,9 @@ class CapabilitySubspace:
         held = self._hold(gradients, squares_P)
         tiny = torch.finfo(squares_P.dtype).tiny
         square = squares_P.sum().clamp_min(tiny)
-        removed = (weights_BK * products_BK).sum() + squares_P[held].sum()
+        removed = (weights_BK * products_BK).sum()
+        if held:
+            removed = removed + squares_P[held].sum()
         in_mean = (weights_BK * self.mean_coordinates).sum()
         length = (square * self.mean_square).sqrt().clamp_min(tiny)
         names = [self.backend.parameters[index][0] for index in held]

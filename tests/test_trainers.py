@@ -428,6 +428,23 @@ def test_frozen_parameters_are_left_alone(base_model_path, tmp_path):
     assert all(torch.equal(before[name], weights(trainer)[name]) for name in frozen)
 
 
+def test_the_layout_of_a_parameter_in_memory_changes_nothing(base_model_path, tmp_path):
+    results = []
+    for transpose in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(base_model_path)
+        weight = model.lm_head.weight
+        if transpose:
+            weight.data = weight.data.T.contiguous().T
+        assert weight.is_contiguous() is not transpose
+        tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+        _, _, after = trained(
+            "sft", model, tmp_path, capability=capability_groups(), max_steps=2,
+            learning_rate=0.1, more={"processing_class": tokenizer},
+        )  # fmt: skip
+        results.append(after)
+    assert max_difference(*results) < 1e-6
+
+
 def test_parallel_groups_give_one_direction(base_model_path, tmp_path):
     group = capability_groups()["language"]
     one, _, expected = trained("sft", base_model_path, tmp_path, capability=group)
