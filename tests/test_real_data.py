@@ -2,13 +2,14 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import comparison
+import real_example
 from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
@@ -16,11 +17,6 @@ from ogpsa_trl.evaluation import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "scripts"))  # as when they are run
-
-import comparison  # noqa: E402
-import real_example  # noqa: E402
-
 DATA = ROOT.parent / "shared" / "data"
 MAX_LENGTH = 256
 
