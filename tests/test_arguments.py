@@ -53,7 +53,7 @@ def capability(tmp_path):
     return {"capability_datasets": entries}
 
 
-def refused(message):
+def assert_refused(message):
     return pytest.raises(ValueError, match=message)
 
 
@@ -145,7 +145,7 @@ class TestValues:
 
 class TestUnknownKeys:
     def test_in_the_file(self, parse, tmp_path):
-        with refused(
+        with assert_refused(
             f"Unknown key `refresh_intervall` in {tmp_path}/run.yaml. "
             "The nearest known key is `refresh_interval`"
         ):
@@ -153,29 +153,29 @@ class TestUnknownKeys:
 
     @pytest.mark.parametrize("word", ["--num_sample=3", "--num-sample", "--num_sample"])
     def test_on_the_line(self, parse, word):
-        with refused(
+        with assert_refused(
             "Unknown key `num_sample` in the command line. The nearest known key is `num_samples`"
         ):
             parse(None, word, "3")
 
     def test_with_hyphens_in_the_file(self, parse):
         """argparse knows them on the line; in the file a key has one spelling."""
-        with refused("`refresh-interval` .* The nearest known key is `refresh_interval`"):
+        with assert_refused("`refresh-interval` .* The nearest known key is `refresh_interval`"):
             parse({"refresh-interval": 3})
 
     def test_abbreviations_are_unknown(self, parse, capability):
-        with refused("Unknown key `refresh_i` in the command line"):
+        with assert_refused("Unknown key `refresh_i` in the command line"):
             parse(capability, "--refresh_i", "3")
 
     @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
     def test_in_an_entry(self, parse, key):
-        with refused(
+        with assert_refused(
             f"Unknown key `colums` in entry 2 of `{key}`. The nearest known key is `columns`"
         ):
             parse({key: [{"path": "org/a"}, {"path": "org/b", "colums": ["text"]}]})
 
     def test_group_belongs_to_capability_data_only(self, parse):
-        with refused("Unknown key `group` in entry 1 of `datasets`"):
+        with assert_refused("Unknown key `group` in entry 1 of `datasets`"):
             parse({"datasets": [{"path": "org/a", "group": "facts"}]})
 
     @pytest.mark.parametrize(
@@ -186,30 +186,32 @@ class TestUnknownKeys:
             f"is a key of the stage '{other}', but this run has the stage '{stage}'. Remove it, or "
             f"set `stage: {other}`"
         )
-        with refused(f"`{key}` in {tmp_path}/run.yaml {message}"):
+        with assert_refused(f"`{key}` in {tmp_path}/run.yaml {message}"):
             parse({"stage": stage, key: 1})
-        with refused(f"`{key}` in the command line {message}"):
+        with assert_refused(f"`{key}` in the command line {message}"):
             parse({"stage": stage}, f"--{key}", "1")
 
     def test_come_before_values_that_are_not_allowed(self, parse):
         """A misspelt key may be why: without `use_cpu` TRL's defaults need a GPU."""
-        with refused("Unknown key `use_cpuu` .* The nearest known key is `use_cpu`"):
+        with assert_refused("Unknown key `use_cpuu` .* The nearest known key is `use_cpu`"):
             parse({"use_cpuu": True, "use_cpu": False})
 
     @pytest.mark.parametrize("key", ["help", "config", "no_ogpsa"])
     def test_options_of_the_line_are_unknown_in_the_file(self, parse, key):
-        with refused(f"Unknown key `{key}` in"):
+        with assert_refused(f"Unknown key `{key}` in"):
             parse({key: True})
 
     @pytest.mark.parametrize("key", [3, True, None])
     def test_that_are_no_text(self, parse, key):
         """YAML takes `on` for True."""
-        with refused(f"key {key!r}|key `{key}`"):
+        with assert_refused(f"key {key!r}|key `{key}`"):
             parse({key: 1})
 
     @pytest.mark.parametrize("word", ["facts.json", "-x"])
     def test_words_of_no_key(self, parse, word):
-        with refused(f"'{word}' in the command line belongs to no key. Keys begin with `--`"):
+        with assert_refused(
+            f"'{word}' in the command line belongs to no key. Keys begin with `--`"
+        ):
             parse(None, word)
 
 
@@ -218,11 +220,11 @@ class TestValuesThatAreNotAllowed:
 
     @pytest.mark.parametrize("value", ["abc", 2.5, 0, True, [3]])
     def test_an_interval_that_is_no_count(self, parse, capability, value):
-        with refused(f"refresh_interval.* {value!r}".replace("[", r"\[")):
+        with assert_refused(f"refresh_interval.* {value!r}".replace("[", r"\[")):
             parse({"refresh_interval": value} | capability)
 
     def test_a_choice_that_is_none(self, parse, capability):
-        with refused("scope.*'whole'"):
+        with assert_refused("scope.*'whole'"):
             parse({"scope": "whole"} | capability)
 
     @pytest.mark.parametrize(
@@ -236,76 +238,78 @@ class TestValuesThatAreNotAllowed:
     )
     def test_on_the_line(self, parse, capability, line):
         key, value = line
-        with refused(f"{key.strip('-')}.*{value}"):
+        with assert_refused(f"{key.strip('-')}.*{value}"):
             parse(capability, *line)
 
     def test_a_key_without_its_value(self, parse, capability):
-        with refused("refresh_interval"):
+        with assert_refused("refresh_interval"):
             parse(capability, "--refresh_interval")
 
     @pytest.mark.parametrize("key", ["learning_rate", "lora_r", "use_cpu"])
     def test_keys_of_trl(self, parse, key):
-        with refused(f"{key}.*abc"):
+        with assert_refused(f"{key}.*abc"):
             parse({key: "abc"})
 
     @pytest.mark.parametrize("value", ["ppo", None, ["dpo"], 3])
     def test_another_stage(self, parse, value):
-        with refused("`stage` must be 'sft' or 'dpo', but got"):
+        with assert_refused("`stage` must be 'sft' or 'dpo', but got"):
             parse({"stage": value})
 
     def test_another_stage_on_the_line(self, parse):
-        with refused("`stage` must be 'sft' or 'dpo', but got 'ppo'"):
+        with assert_refused("`stage` must be 'sft' or 'dpo', but got 'ppo'"):
             parse(None, "--stage=ppo")
 
     @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
     @pytest.mark.parametrize("value", [{"path": "org/a"}, "org/a", {"facts": [{"path": "org/a"}]}])
     def test_entries_that_are_no_list(self, parse, key, value):
-        with refused(rf"`{key}` must be a list \(every entry begins with `-`\), but got"):
+        with assert_refused(rf"`{key}` must be a list \(every entry begins with `-`\), but got"):
             parse({key: value})
 
     @pytest.mark.parametrize("key", ["datasets", "capability_datasets"])
     @pytest.mark.parametrize("entry", ["org/a", None, {"name": "main"}, {}, {"path": None}])
     def test_an_entry_without_a_path(self, parse, key, entry):
-        with refused(f"entry 2 of `{key}` must have a `path` .*, but is"):
+        with assert_refused(f"entry 2 of `{key}` must have a `path` .*, but is"):
             parse({key: [{"path": "org/a"}, entry]})
 
     def test_an_environment_that_is_no_mapping(self, parse):
-        with refused("`env`"):
+        with assert_refused("`env`"):
             parse({"env": "OGPSA_TEST=3"})
 
 
 class TestFiles:
-    def check_refused(self, message, tmp_path, text):
+    def assert_refused(self, message, tmp_path, text):
         (tmp_path / "run.yaml").write_text(text)
-        with refused(message):
+        with assert_refused(message):
             parse_run(["--config", str(tmp_path / "run.yaml")])
 
     def test_no_file(self, tmp_path):
-        with refused(f"`--config` must name a YAML file, but there is none at '{tmp_path}/a.yaml'"):
+        with assert_refused(
+            f"`--config` must name a YAML file, but there is none at '{tmp_path}/a.yaml'"
+        ):
             parse_run(["--config", f"{tmp_path}/a.yaml"])
 
     def test_a_folder(self, tmp_path):
-        with refused(f"`--config` must name a YAML file, but there is none at '{tmp_path}'"):
+        with assert_refused(f"`--config` must name a YAML file, but there is none at '{tmp_path}'"):
             parse_run(["--config", str(tmp_path)])
 
     def test_no_name_of_a_file(self):
-        with refused("`--config` needs a file, but none follows it"):
+        with assert_refused("`--config` needs a file, but none follows it"):
             parse_run(["--stage", "dpo", "--config"])
 
     @pytest.mark.parametrize("text", ["", "# nothing", "- a\n- b", "just words", "3"])
     def test_no_mapping(self, tmp_path, text):
-        self.check_refused(
+        self.assert_refused(
             r"run.yaml' must hold keys with values \(`key: value`\), but holds", tmp_path, text
         )
 
     @pytest.mark.parametrize("text", ["a: [", "a: b: c", "a:\n\t- b", "'a"])
     def test_no_yaml(self, tmp_path, text):
-        self.check_refused("run.yaml' is not valid YAML: ", tmp_path, text)
+        self.assert_refused("run.yaml' is not valid YAML: ", tmp_path, text)
 
 
 class TestWhatARunNeeds:
     def test_settings_of_ogpsa_need_data(self, parse, capability):
-        with refused(
+        with assert_refused(
             "`rank` is a setting of OGPSA, but there is no capability data to use it on. Add "
             "`capability_datasets`, or set `ogpsa: false` to train plain TRL"
         ):
@@ -314,11 +318,13 @@ class TestWhatARunNeeds:
         assert parse({"rank": 3, "ogpsa": False}).train.capability_groups() is None
 
     def test_a_model(self, tmp_path):
-        with refused("needs a model, but `model_name_or_path` is not set. Set it to a name on the"):
+        with assert_refused(
+            "needs a model, but `model_name_or_path` is not set. Set it to a name on the"
+        ):
             parse_run(["--output_dir", str(tmp_path), "--use_cpu"])
 
     def test_training_data(self, parse):
-        with refused("neither `datasets` nor `dataset_name` is set. Set `dataset_name` to"):
+        with assert_refused("neither `datasets` nor `dataset_name` is set. Set `dataset_name` to"):
             parse().safety_datasets()
 
     def test_no_capability_data_for_plain_trl(self, parse):
@@ -355,7 +361,7 @@ class TestDataFiles:
         """And not looked for on the Hub, whose error does not speak of files."""
         monkeypatch.chdir(tmp_path)
         missing = "data/fact.jsonl"
-        with refused(f"no file .*{missing}"):
+        with assert_refused(f"no file .*{missing}"):
             run = parse({key: missing if key == "dataset_name" else [{"path": missing}]})
             run.train.capability_groups()
             run.safety_datasets()
@@ -426,12 +432,16 @@ class TestConversions:
         assert rows.to_list() == converted.to_list() * 2
 
     def test_of_another_name_are_refused(self, parse, entry):
-        with refused("`conversion` must be one of .*halueval_qa, but got 'halueval'. Leave it out"):
+        with assert_refused(
+            "`conversion` must be one of .*halueval_qa, but got 'halueval'. Leave it out"
+        ):
             parse({"datasets": [entry | {"conversion": "halueval"}]})
 
     def test_do_not_go_with_fractions(self, parse, entry):
         run = parse({"datasets": [entry | {"fraction": 0.5}]})
-        with refused("`fraction` cannot be used in a mixture with a `conversion`, but it is 0.5"):
+        with assert_refused(
+            "`fraction` cannot be used in a mixture with a `conversion`, but it is 0.5"
+        ):
             run.safety_datasets()
 
 

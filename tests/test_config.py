@@ -21,7 +21,7 @@ CHOICES = {
 COUNTS = ("refresh_interval", "num_samples", "gradients_per_group", "capability_batch_size")
 
 
-def check_refused(message, **settings):
+def assert_refused(message, **settings):
     """The error says exactly this, from its first word to its last."""
     with pytest.raises(ValueError) as error:
         OGPSAConfig(**settings)
@@ -49,7 +49,7 @@ def test_every_setting_is_tested_here():
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_is_one_of_the_choices(name, value):
     first, second = CHOICES[name]
-    check_refused(
+    assert_refused(
         f"`{name}` must be one of {first!r}, {second!r}, but got {value!r}.", **{name: value}
     )
 
@@ -59,12 +59,14 @@ def test_a_choice_is_one_of_the_choices(name, value):
 )
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_count_is_an_integer_of_at_least_one(name, value):
-    check_refused(f"`{name}` must be an integer of at least 1, but got {value!r}.", **{name: value})
+    assert_refused(
+        f"`{name}` must be an integer of at least 1, but got {value!r}.", **{name: value}
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", "none", True, False, [1]])
 def test_the_rank_is_a_count_or_unset(value):
-    check_refused(
+    assert_refused(
         "`rank` must be an integer of at least 1, or leave it unset to keep all directions, but "
         f"got {value!r}.",
         rank=value,
@@ -72,7 +74,7 @@ def test_the_rank_is_a_count_or_unset(value):
 
 
 def test_projecting_the_update_is_not_available_yet():
-    check_refused(
+    assert_refused(
         "`target` 'update' is not available in this version. Set `target: gradient`, which "
         "projects the accumulated gradient before the optimizer sees it.",
         target="update",
@@ -80,7 +82,7 @@ def test_projecting_the_update_is_not_available_yet():
 
 
 def test_every_part_of_a_group_has_a_sample():
-    check_refused(
+    assert_refused(
         "`gradients_per_group` must be at most `num_samples` (3), because every part of a group "
         "needs a sample, but got 4. Lower it or raise `num_samples`.",
         gradients_per_group=4,

@@ -133,7 +133,7 @@ SETTINGS = {
 CASES = [(setting, name) for setting, (_, names) in SETTINGS.items() for name in names]
 
 
-def check_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
+def assert_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
     """The same rows as training data of a trainer of TRL and as capability data of one of ours."""
     more = {"processing_class": tokenizer or toy_tokenizer()}
     pin = make_trainer("sft", tiny_model(), tmp_path, plain=True, data=rows, more=more, **settings)
@@ -152,27 +152,27 @@ def check_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
 @pytest.mark.parametrize(("setting", "format_name"), CASES)
 def test_tokens_and_labels_are_those_of_trl(setting, format_name, tmp_path):
     settings, _ = SETTINGS[setting]
-    expected = check_same_as_trl(dataset(format_name), tmp_path, **settings)
+    expected = assert_same_as_trl(dataset(format_name), tmp_path, **settings)
     if setting == "keep start" and format_name == "prompt-completion":
         assert len(expected) < len(ROWS), "some prompts are meant to fill `max_length`"
 
 
 def test_a_text_column_of_another_name_is_tokenised_as_trl_does(tmp_path):
     rows = dataset("text").rename_column("text", "body")
-    check_same_as_trl(rows, tmp_path, dataset_text_field="body")
+    assert_same_as_trl(rows, tmp_path, dataset_text_field="body")
 
 
 def test_a_tokenizer_without_padding_gets_that_of_trl(tmp_path):
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = None
-    check_same_as_trl(dataset("prompt-completion"), tmp_path, tokenizer=tokenizer)
+    assert_same_as_trl(dataset("prompt-completion"), tmp_path, tokenizer=tokenizer)
 
 
 def test_arguments_of_the_chat_template_are_those_of_trl(tmp_path):
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
     rows = dataset("messages").map(lambda row: {"chat_template_kwargs": {"polite": "please"}})
-    expected = check_same_as_trl(rows, tmp_path, tokenizer=tokenizer)
+    expected = assert_same_as_trl(rows, tmp_path, tokenizer=tokenizer)
     assert all(TOKENIZER.decode(ids).startswith("please") for ids, _ in expected)
 
 
@@ -226,7 +226,7 @@ class TestPreferences:
     # `help` and `can` occur in no row.
     REJECTED = " can help"
 
-    def check_same_as_completions(self, rows, format_name="prompt-completion", **settings):
+    def assert_same_as_completions(self, rows, format_name="prompt-completion", **settings):
         prepared = preparation(**settings)
         assert samples(group(rows, prepared)) == samples(group(dataset(format_name), prepared))
         rejected = set(TOKENIZER(self.REJECTED)["input_ids"])
@@ -250,11 +250,11 @@ class TestPreferences:
 
     @pytest.mark.parametrize("completion_only_loss", [None, True, False])
     def test_are_their_prompt_and_chosen_completion(self, completion_only_loss):
-        self.check_same_as_completions(self.standard(), completion_only_loss=completion_only_loss)
+        self.assert_same_as_completions(self.standard(), completion_only_loss=completion_only_loss)
 
     @pytest.mark.parametrize("implicit", [False, True])
     def test_may_be_conversational(self, implicit):
-        self.check_same_as_completions(
+        self.assert_same_as_completions(
             self.conversational(implicit=implicit), "conversational prompt-completion"
         )
 
@@ -263,7 +263,7 @@ class TestPreferences:
             {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + self.REJECTED}
             for r in ROWS
         ]
-        self.check_same_as_completions(rows)
+        self.assert_same_as_completions(rows)
 
     def test_may_repeat_a_text_prompt_beside_conversations(self):
         """The form of HuggingFaceH4/ultrafeedback_binarized."""
@@ -271,10 +271,10 @@ class TestPreferences:
             row | {"prompt": row["chosen"][0]["content"], "messages": row["chosen"]}
             for row in self.conversational(implicit=True)
         ]
-        self.check_same_as_completions(rows, "conversational prompt-completion")
+        self.assert_same_as_completions(rows, "conversational prompt-completion")
 
     def test_may_have_columns_that_mean_nothing_to_the_loss(self):
-        self.check_same_as_completions(self.standard(score_chosen=8.0, source="unknown"))
+        self.assert_same_as_completions(self.standard(score_chosen=8.0, source="unknown"))
 
     def test_keep_the_arguments_of_the_chat_template(self):
         """TRL's DPO reads this column too."""
@@ -287,7 +287,7 @@ class TestPreferences:
         assert samples(group(rows, prepared)) == samples(group(expected, prepared))
 
     def test_of_a_stream(self):
-        self.check_same_as_completions(Dataset.from_list(self.standard()).to_iterable_dataset())
+        self.assert_same_as_completions(Dataset.from_list(self.standard()).to_iterable_dataset())
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 10])
@@ -411,7 +411,7 @@ def test_the_log_says_what_a_group_is_made_of(caplog):
 
 
 class TestNamedGroups:
-    def check_refused(self, message, capability_dataset):
+    def assert_refused(self, message, capability_dataset):
         with pytest.raises(ValueError, match=message):
             named_groups(capability_dataset)
 
@@ -430,31 +430,31 @@ class TestNamedGroups:
     def test_splits_are_not_groups(self, splits):
         rows = Dataset.from_list(ROWS)
         rows = rows if splits is DatasetDict else rows.to_iterable_dataset()
-        self.check_refused(
+        self.assert_refused(
             r"got splits \(train, test\). Choose one: `capability_dataset\[split\]`",
             splits(train=rows, test=rows),
         )
 
     @pytest.mark.parametrize("value", [ROWS, "facts.json", 3, [Dataset.from_list(ROWS)]])
     def test_other_types_are_named(self, value):
-        self.check_refused(
+        self.assert_refused(
             r"must be a `Dataset`, an `IterableDataset` or a dict of them, but got "
             rf"{type(value).__name__}. Make one with `Dataset.from_list\(rows\)`",
             value,
         )
 
     def test_no_group_is_not_plain_trl(self):
-        self.check_refused("at least one group, but got an empty dict. .* leave it out", {})
+        self.assert_refused("at least one group, but got an empty dict. .* leave it out", {})
 
     @pytest.mark.parametrize("name", ["", 3, None])
     def test_a_group_has_a_name(self, name):
-        self.check_refused(
+        self.assert_refused(
             f"name must be a non-empty text, got {name!r}", {name: Dataset.from_list(ROWS)}
         )
 
     @pytest.mark.parametrize("value", [ROWS, None, DatasetDict(train=Dataset.from_list(ROWS))])
     def test_a_group_is_a_data_set(self, value):
-        self.check_refused(
+        self.assert_refused(
             "group 'facts' must be a `Dataset` or an `IterableDataset`, but got "
             rf"{type(value).__name__}. Make one with `Dataset.from_list\(rows\)`",
             {"facts": value},
@@ -462,7 +462,7 @@ class TestNamedGroups:
 
 
 class TestErrorsOfAGroup:
-    def check_refused(self, message, rows, prepared=None, **options):
+    def assert_refused(self, message, rows, prepared=None, **options):
         with pytest.raises(ValueError, match=message):
             group(rows, prepared or preparation(), **options)
 
@@ -470,13 +470,13 @@ class TestErrorsOfAGroup:
         "rows", [Dataset.from_list(ROWS[:0]), IterableDataset.from_generator(lambda: iter(()))]
     )
     def test_no_samples(self, rows):
-        self.check_refused(
+        self.assert_refused(
             "group 'facts' must have at least one sample, but it is empty. Check its file or split",
             rows,
         )
 
     def test_columns_of_no_known_format(self):
-        self.check_refused(
+        self.assert_refused(
             "group 'facts' must have a column `messages`, `text` or `input_ids`, or the columns "
             r"`prompt` and `completion` \(or `chosen` and `rejected`\), but has "
             r"\['answer', 'question'\]. Rename its columns with `Dataset.rename_column`",
@@ -484,30 +484,30 @@ class TestErrorsOfAGroup:
         )
 
     def test_the_text_column_is_that_of_the_run(self):
-        self.check_refused(
+        self.assert_refused(
             r"column `messages`, `body` or .* but has \['text'\]",
             dataset("text"), preparation(dataset_text_field="body"),
         )  # fmt: skip
 
     @pytest.mark.parametrize("column", ["prompt", "completion", "chosen", "rejected"])
     def test_one_column_of_two(self, column):
-        self.check_refused(rf"but has \['{column}'\]", [{column: "add"}])
+        self.assert_refused(rf"but has \['{column}'\]", [{column: "add"}])
 
     @pytest.mark.parametrize("format_name", ["text", "messages"])
     def test_a_prompt_without_a_completion_beside_another_format(self, format_name):
         """The form of HuggingFaceH4/ultrachat_200k, of which TRL wants a completion."""
         rows = [row | {"prompt": "add"} for row in dataset(format_name).to_list()]
-        self.check_refused("group 'facts' .*`prompt`.*`completion`", rows)
+        self.assert_refused("group 'facts' .*`prompt`.*`completion`", rows)
 
     def test_conversations_with_the_keys_of_messages(self):
         """TRL converts from/value conversations only, and looks for a text otherwise."""
-        self.check_refused(
+        self.assert_refused(
             "group 'facts' must have a column `messages`.*conversations",
             dataset("messages").rename_column("messages", "conversations"),
         )
 
     def test_everything_truncated_away(self):
-        self.check_refused(
+        self.assert_refused(
             r"Part 1 of 1 of capability group 'facts' has no token to learn from \(0 of 10 samples "
             r"are left after truncation to `max_length` 3\). Raise `max_length` or `num_samples`, "
             "lower `gradients_per_group`, or look for empty completions",
@@ -516,20 +516,22 @@ class TestErrorsOfAGroup:
 
     def test_nothing_is_left_to_predict(self):
         """One token per sample: it is kept, but nothing comes before it."""
-        self.check_refused("has no token to learn from", dataset("text"), preparation(max_length=1))
+        self.assert_refused(
+            "has no token to learn from", dataset("text"), preparation(max_length=1)
+        )
 
     def test_labels_without_a_trainable_token(self):
         rows = [{"input_ids": [3, 4], "labels": [-100, -100]}]
-        self.check_refused(
+        self.assert_refused(
             "has no token to learn from .* `max_length` None", rows, preparation(max_length=None)
         )
 
     def test_fewer_samples_than_parts(self):
-        self.check_refused("Part 4 of 4 .*lower `gradients_per_group`", ROWS[:3], num_parts=4)
+        self.assert_refused("Part 4 of 4 .*lower `gradients_per_group`", ROWS[:3], num_parts=4)
 
     def test_more_parts_than_samples_left_after_truncation(self):
         long = {"prompt": "add " * 9, "completion": "A"}
-        self.check_refused(
+        self.assert_refused(
             r"Part 2 of 2 of .* \(1 of 2 samples are left after truncation",
             [ROWS[0], long], preparation(max_length=9), num_parts=2, num_samples=2,
         )  # fmt: skip

@@ -220,12 +220,12 @@ SFT_FEATURES = {
 def test_sft_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
     """Whatever TRL does before the gradient is there, no capability direction is left in it."""
     more = {"eval_dataset": safety_data("sft")} if feature == "evaluation" else {}
-    check_no_component_left("sft", base_model_path, tmp_path, more=more, **SFT_FEATURES[feature])
+    assert_no_component_left("sft", base_model_path, tmp_path, more=more, **SFT_FEATURES[feature])
 
 
 def test_assistant_only_loss_of_conversations(base_model_path, tmp_path):
     groups = {name: to_messages(group) for name, group in capability_groups().items()}
-    trainer = check_no_component_left(
+    trainer = assert_no_component_left(
         "sft", base_model_path, tmp_path, capability=groups,
         data=to_messages(safety_data("sft")), assistant_only_loss=True,
     )  # fmt: skip
@@ -242,7 +242,7 @@ DPO_LOSS_TYPES = [
 
 @pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
 def test_dpo_loss_type_leaves_nothing_in_the_subspace(loss_type, base_model_path, tmp_path):
-    check_no_component_left(
+    assert_no_component_left(
         "dpo", base_model_path, tmp_path, loss_type=[loss_type], label_smoothing=0.1
     )
 
@@ -263,24 +263,24 @@ DPO_FEATURES = {
 
 @pytest.mark.parametrize("feature", DPO_FEATURES)
 def test_dpo_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
-    check_no_component_left("dpo", base_model_path, tmp_path, **DPO_FEATURES[feature])
+    assert_no_component_left("dpo", base_model_path, tmp_path, **DPO_FEATURES[feature])
 
 
 def test_dpo_with_a_reference_model_leaves_nothing_in_the_subspace(base_model_path, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(base_model_path)
-    check_no_component_left("dpo", base_model_path, tmp_path, more={"ref_model": reference})
+    assert_no_component_left("dpo", base_model_path, tmp_path, more={"ref_model": reference})
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_leaves_nothing_in_the_subspace(stage, base_model_path, tmp_path):
     """Autocast computes in bf16, but the gradients and the basis are float32."""
-    check_no_component_left(stage, base_model_path, tmp_path, bf16=True)
+    assert_no_component_left(stage, base_model_path, tmp_path, bf16=True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_parameters_leave_their_rounding_only(stage, base_model_path, tmp_path):
     """The gradient of a bf16 parameter is bf16: 8 bits, so cosines of 2 ** -9 may be left."""
-    probe = check_no_component_left(
+    probe = assert_no_component_left(
         stage, base_model_path, tmp_path, largest_cosine=2**-9, bf16=False,
         model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
@@ -289,7 +289,7 @@ def test_bfloat16_parameters_leave_their_rounding_only(stage, base_model_path, t
 
 def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
     groups = {name: g.to_iterable_dataset() for name, g in capability_groups(9).items()}
-    trainer = check_no_component_left(
+    trainer = assert_no_component_left(
         "sft", base_model_path, tmp_path, capability=groups,
         data=safety_data("sft").to_iterable_dataset(),
     )  # fmt: skip
@@ -310,7 +310,7 @@ class CosineCallback(TrainerCallback):
                 self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
 
 
-def check_no_component_left(
+def assert_no_component_left(
     stage, model, tmp_path, *, more=None, capability=None, largest_cosine=1e-5, **options
 ):
     probe = CosineCallback()
@@ -397,7 +397,7 @@ class TestLora:
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_only_the_adapter_has_a_basis(self, stage, base_model_path, tmp_path):
-        trainer = check_no_component_left(
+        trainer = assert_no_component_left(
             stage, base_model_path, tmp_path, more={"peft_config": LORA}
         )
         names = [name for name, _ in trainer.subspace.backend.parameters]
@@ -410,7 +410,7 @@ def test_tied_weights_count_once(base_model_path, tmp_path):
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    trainer = check_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
     names = [name for name, _ in trainer.subspace.backend.parameters]
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names
@@ -422,7 +422,7 @@ def test_frozen_parameters_are_left_alone(base_model_path, tmp_path):
     model.model.layers[0].requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer = check_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
     assert len(frozen) > 1
     assert all(torch.equal(before[name], weights(trainer)[name]) for name in frozen)
@@ -504,7 +504,7 @@ def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_
     tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     tokenizer.pad_token = None
-    check_no_component_left(
+    assert_no_component_left(
         "sft", base_model_path, tmp_path,
         more={"processing_class": tokenizer, "data_collator": collator},
     )  # fmt: skip
@@ -548,18 +548,18 @@ def test_model_card_names_the_method_the_settings_and_the_data(base_model_path, 
 class TestErrors:
     """Each names the rule, the value and the way out."""
 
-    def check(self, message, base_model_path, tmp_path, stage="sft", **kwargs):
+    def assert_refused(self, message, base_model_path, tmp_path, stage="sft", **kwargs):
         with pytest.raises(ValueError, match=message):
             make_trainer(stage, base_model_path, tmp_path, **kwargs)
 
     def test_settings_without_data(self, base_model_path, tmp_path):
-        self.check(
+        self.assert_refused(
             "`ogpsa_config` needs a `capability_dataset`", base_model_path, tmp_path,
             config=OGPSAConfig(),
         )  # fmt: skip
 
     def test_settings_of_another_type(self, base_model_path, tmp_path):
-        self.check(
+        self.assert_refused(
             "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}", base_model_path,
             tmp_path, capability=capability_groups(), config={"rank": 1},
         )  # fmt: skip
@@ -587,14 +587,14 @@ class TestErrors:
             check_supported(accelerator, "adamw_torch")
 
     def test_compilation(self, base_model_path, tmp_path):
-        self.check(
+        self.assert_refused(
             "does not support `torch_compile`", base_model_path, tmp_path,
             capability=capability_groups(), torch_compile=True,
         )  # fmt: skip
 
     @pytest.mark.parametrize("optimizer", ["lomo", "galore_adamw_layerwise"])
     def test_optimizers_without_an_accumulated_gradient(self, optimizer, base_model_path, tmp_path):
-        self.check(
+        self.assert_refused(
             f"optimizer '{optimizer}' updates", base_model_path, tmp_path,
             capability=capability_groups(), optim=optimizer,
         )  # fmt: skip
