@@ -31,18 +31,19 @@ def main() -> None:
     args = parser.parse_args()
 
     world = ToyWorld(args.seed)
+    output = args.output / f"seed-{args.seed}"  # finished runs are kept: not those of another seed
     console.print("Base model of the toy world (about two minutes, once):")
     base_model = base_model_folder(args.seed)
-    data = write_data(world, args.output / "data")
+    data = write_data(world, output / "data")
     seed = ["--seed", str(args.seed)]
     stages = [
         StageRun("SFT", data / "sft.yaml", seed),
         StageRun("DPO", data / "dpo.yaml", seed),
     ]
-    results = compare(base_model, stages, lambda model, _: measure(model, world), args.output)
+    results = compare(base_model, stages, lambda model, _: measure(model, world), output)
     report(
         [results],
-        args.output,
+        output,
         title="OGPSA on the toy world",
         lower_is_better=["over_refusal"],
         notes=NOTES,

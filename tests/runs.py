@@ -2,6 +2,7 @@
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ogpsa_trl import OGPSADPOTrainer, OGPSASFTTrainer
@@ -84,6 +85,20 @@ def logged(trainer, without=("runtime", "per_second", "seconds")):
         {key: value for key, value in entry.items() if not any(word in key for word in without)}
         for entry in trainer.state.log_history
     ]
+
+
+class CosineCallback(TrainerCallback):
+    """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
+
+    def __init__(self):
+        self.cosines = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        subspace = self.trainer.subspace
+        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
+            if parameter.grad is not None and rows is not None and parameter.grad.any():
+                gradient = parameter.grad.flatten().double()
+                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
 
 
 def to_messages(rows):

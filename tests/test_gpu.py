@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from ogpsa_trl import OGPSAConfig
-from runs import capability_groups, make_trainer, max_difference, trained, weights
+from runs import CosineCallback, capability_groups, make_trainer, max_difference, trained, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,20 +28,6 @@ def test_gpu_takes_the_steps_of_the_cpu(stage, scope, base_model_path, tmp_path)
     assert max_difference(*results) < 2e-5
 
 
-class Probe(TrainerCallback):
-    """The largest cosine of the gradient with any basis row before the optimizer's step."""
-
-    def __init__(self):
-        self.cosines = []
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        subspace = self.trainer.subspace
-        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
-            if parameter.grad is not None and rows is not None and parameter.grad.any():
-                gradient = parameter.grad.flatten().double()
-                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
-
-
 FEATURES = {
     "plain": {},
     "tf32": {"tf32": True},
@@ -56,7 +41,7 @@ FEATURES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_is_left_in_the_subspace(stage, feature, base_model_path, tmp_path):
     """TF32 matrix products would leave three digits; the projection does not use them."""
-    probe = Probe()
+    probe = CosineCallback()
     trainer = make_trainer(
         stage, base_model_path, tmp_path, capability=capability_groups(), use_cpu=False,
         config=OGPSAConfig(refresh_interval=2), more={"callbacks": [probe]},

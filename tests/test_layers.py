@@ -35,7 +35,7 @@ LAYERS = {
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
-    "evaluation.measures": ("", "torch transformers"),
+    "evaluation.measures": ("", "torch transformers trl"),
     "evaluation.report": ("", "matplotlib"),
     "evaluation.__init__": ("evaluation.measures evaluation.report", ""),
 }

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from trl.data_utils import common_prefix_length
 
 from ogpsa_trl.evaluation import (
     CompletionScores,
@@ -16,7 +15,6 @@ from ogpsa_trl.evaluation import (
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.evaluation.measures import _common_prefix_length
 from ogpsa_trl.toy import REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import make_trainer
@@ -195,13 +193,6 @@ def test_appending_needs_a_token_to_append():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="needs a tokenizer with an `eos_token`, but got None"):
         completion_scores(tiny_model(), tokenizer, ["is"], [" bad"])
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [([], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 4, 3]), ([2], [1])]
-)
-def test_the_completion_starts_where_trl_lets_it_start(first, second):
-    assert _common_prefix_length(first, second) == common_prefix_length(first, second)
 
 
 def test_a_prompt_that_merges_with_its_completion_is_scored_from_where_they_part(trained_model):

@@ -18,6 +18,7 @@ from ogpsa_trl.backends import check_supported, make_backend
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
+    CosineCallback,
     capability_groups,
     literal_nll,
     logged,
@@ -294,20 +295,6 @@ def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
         data=safety_data("sft").to_iterable_dataset(),
     )  # fmt: skip
     assert [group.num_samples for group in trainer.capability_groups] == [6, 6]
-
-
-class CosineCallback(TrainerCallback):
-    """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
-
-    def __init__(self):
-        self.cosines = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        subspace = self.trainer.subspace
-        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
-            if parameter.grad is not None and rows is not None and parameter.grad.any():
-                gradient = parameter.grad.flatten().double()
-                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
 
 
 def assert_no_component_left(

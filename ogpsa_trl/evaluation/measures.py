@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
 # A text, or the messages of a conversation.
 Text = str | list[dict[str, str]]
@@ -103,7 +104,7 @@ def completion_scores(
     sequences, starts = [], []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         prompt_ids, ids = _tokenise(tokenizer, prompt, completion, append_eos)
-        start = _common_prefix_length(prompt_ids, ids)
+        start = common_prefix_length(prompt_ids, ids)
         ids = ids[:max_length]
         if not 0 < start < len(ids):
             raise ValueError(
@@ -270,13 +271,6 @@ def _tokenise(
         for text in (prompt, prompt + completion)
     )
     return prompt_ids, ids
-
-
-def _common_prefix_length(first: list[int], second: list[int]) -> int:
-    for i, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(second))
 
 
 def _score(
