@@ -1,43 +1,55 @@
 """
-Where gradients live and when they are final: the only module that knows the training engine.
+Where gradients live and when they are final: the interface, and PyTorch's own engines.
 
 The mathematics above sees one interface, whatever the engine:
 
     device                     where tensors of this process live
     process_index, num_processes
     parameters                 (name, parameter) of all that is trained, same order everywhere
-    gradient(parameter)        this process's shard, flat, writable in place, or None
+    shards                     the part of each flattened parameter that this process holds
+    gradient(parameter)        its gradient there: flat, writable in place; None if it has none
     sum_over_shards(values)    per-parameter scalars, summed over the shards of its gradient
     sum_over_processes(value)  sum over the batches of all processes
+    from_first_process(make)   a value that must not differ between the processes
     preserved()                context: what happens inside leaves no trace in training
     accumulation(is_last)      context of one forward and backward pass that adds to the gradients
     backward(loss)             the engine's own backward pass, without an optimizer step
     clear_gradients()          forget the gradients
     when_final(action)         context of a training step: runs `action` on the final gradients
 
-`TorchBackend` implements it for one process and DDP. Everything else is refused by name.
+`TorchBackend` serves one process, DDP and FSDP2; DeepSpeed's ZeRO is in `zero`. Which engine has
+which backend, and what is refused, says `engines`.
 """
 
 import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-# Engines under which every process holds all parameters and the averaged gradient.
-_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-# Parts of the names of optimizers that never hold an accumulated gradient.
-_UPDATES_DURING_BACKWARD = ("lomo", "layerwise")
+Value = TypeVar("Value")
 
 
-class TorchBackend:
+class Shard(NamedTuple):
+    """The part of a flattened parameter of `total` entries: `size` of them, from `start` on."""
+
+    start: int
+    size: int
+    total: int
+
+
+class GradientBackend(ABC):
     """
-    Gradients in `parameter.grad`, replicated on every process: one process and DDP.
+    What all engines share. A subclass says where its gradients are.
 
     Args:
         accelerator: The trainer's accelerator.
@@ -55,43 +67,165 @@ class TorchBackend:
         self.device = accelerator.device
         self.process_index = accelerator.process_index
         self.num_processes = accelerator.num_processes
+        self.shards = [self._shard(parameter) for _, parameter in self.parameters]
+        # The parameters whose shards one process group holds together, as indices.
+        self._shard_groups: dict[ProcessGroup, list[int]] = defaultdict(list)
+        for index, (_, parameter) in enumerate(self.parameters):
+            group = self._shard_group(parameter)
+            if group is not None:
+                self._shard_groups[group].append(index)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process may hold less than the whole of a gradient."""
+        return bool(self._shard_groups)
+
+    @abstractmethod
+    def _shard(self, parameter: nn.Parameter) -> Shard:
+        """What this process holds of the gradient of `parameter`."""
+
+    @abstractmethod
+    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
+        """The processes whose shards make up the gradient; None where each holds all of it."""
+
+    @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This process's shard of the gradient, shape [N]. Writing into it changes the gradient."""
-        if parameter.grad is None:
-            return None
-        if not parameter.grad.is_contiguous():  # a gradient has the strides of its parameter
-            parameter.grad = parameter.grad.contiguous()
-        return parameter.grad.view(-1)
+        """
+        This process's shard of the gradient, shape [N]. Writing into it changes the gradient.
+
+        None if the parameter has no gradient, or this process no shard of it.
+        """
+
+    @abstractmethod
+    def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """One forward and backward pass of several that add up; the last makes them final."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """The engine's own backward pass: gradients are averaged over the processes."""
+
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also those that the engine keeps elsewhere."""
+
+    @abstractmethod
+    def when_final(self, action: Callable[[], None]) -> contextlib.AbstractContextManager[Any]:
+        """
+        Context of a training step: if it is the last of an optimizer step, `action` runs once,
+        after the gradients are averaged and before they are clipped.
+        """
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:
-        """Sum per-parameter scalars over the shards: replicated gradients have one."""
+        """Sum per-parameter scalars over the shards, one all-reduce for each process group."""
+        for group, indices in self._shard_groups.items():
+            part = values_PX[indices]
+            dist.all_reduce(part, group=group)
+            values_PX[indices] = part
         return values_PX
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """Sum a tensor over the data-parallel processes, one all-reduce."""
         return cast(Tensor, self.accelerator.reduce(value, reduction="sum"))
 
+    def from_first_process(self, make: Callable[[], Value]) -> Value:
+        """
+        What the first process makes, sent to all; the others do not call `make`.
+
+        An eigenvector has no sign: processors of another kind may return its negative, and the
+        shards of a basis row would not fit together.
+        """
+        values = [make() if self.process_index == 0 else None]
+        if self.num_processes > 1:
+            broadcast_object_list(values)
+        return cast(Value, values[0])
+
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
-        """Put gradients and random states (CPU and device) aside, and back at the end."""
-        gradients = [parameter.grad for _, parameter in self.parameters]
+        """
+        Put random states (CPU and device) aside, and back at the end; start and end without
+        gradients. Only between two optimizer steps, where engines keep no gradient of their own.
+        """
         device = torch.get_device_module(self.device) if self.device.type != "cpu" else None
         cpu_state = torch.get_rng_state()
         device_state = device.get_rng_state() if device is not None else None
+        self.clear_gradients()
         try:
-            self.clear_gradients()
             yield
         finally:
             torch.set_rng_state(cpu_state)
             if device is not None:
                 device.set_rng_state(device_state)
+            self.clear_gradients()
+
+
+class TorchBackend(GradientBackend):
+    """
+    Gradients in `parameter.grad`: replicated on one process and under DDP, DTensors under FSDP2.
+
+    FSDP2 shards along the first dimension, in equal numbers of rows but for the last processes, so
+    that a shard is one range of the flattened parameter. Under hybrid sharding (HSDP) the shards
+    of one replica make up the gradient; the other replicas hold the same.
+
+    Raises:
+        ValueError: a trainable parameter is not sharded while others are (FSDP2 does not average
+            its gradient), or is sharded in another way.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
+    ) -> None:
+        super().__init__(accelerator, model, wrapped_model)
+        whole = [name for name, p in self.parameters if not isinstance(p, DTensor)]
+        if self.is_sharded and whole:
+            raise ValueError(
+                f"Under FSDP2 OGPSA needs every trainable parameter to be sharded, but {whole[0]!r}"
+                " is not, so its gradient is not averaged. Freeze it, or take its module out of "
+                "`ignored_modules`."
+            )
+
+    def _shard(self, parameter: nn.Parameter) -> Shard:
+        total = parameter.numel()
+        mesh_dim = _sharding_dim(parameter)
+        if mesh_dim is None or not isinstance(parameter, DTensor):
+            return Shard(0, total, total)
+        num_rows, mesh = len(parameter), parameter.device_mesh
+        first_row = mesh.get_local_rank(mesh_dim) * math.ceil(num_rows / mesh.size(mesh_dim))
+        start = min(first_row, num_rows) * math.prod(parameter.shape[1:])
+        return Shard(start, parameter.to_local().numel(), total)
+
+    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
+        mesh_dim = _sharding_dim(parameter)
+        if mesh_dim is None or not isinstance(parameter, DTensor):
+            return None
+        return parameter.device_mesh.get_group(mesh_dim)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if parameter.grad is None:
+            return None
+        if not parameter.grad.is_contiguous():  # a gradient has the strides of its parameter
+            parameter.grad = parameter.grad.contiguous()
+        gradient = parameter.grad
+        return (gradient.to_local() if isinstance(gradient, DTensor) else gradient).view(-1)
+
+    @contextlib.contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Put gradients aside too."""
+        gradients = [parameter.grad for _, parameter in self.parameters]
+        try:
+            with super().preserved():
+                yield
+        finally:
             for (_, parameter), gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
 
     def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """One pass of several: DDP averages the gradients over processes in the last only."""
-        if is_last:
+        """
+        DDP averages the gradients over processes in the last pass only.
+
+        FSDP2 does so in every pass: between two passes it would hold gradients that are not
+        sharded, as large as the model.
+        """
+        if is_last or self.is_sharded:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.wrapped_model)
 
@@ -104,78 +238,23 @@ class TorchBackend:
 
     @contextlib.contextmanager
     def when_final(self, action: Callable[[], None]) -> Iterator[None]:
-        """
-        Run `action` after the training step inside, if that was the last one of an optimizer step.
-
-        Clipping comes later, in the training loop, and so acts on what `action` leaves.
-        """
+        """Clipping comes later, in the training loop, and acts on what `action` leaves."""
         yield
         if self.accelerator.sync_gradients:
             action()
 
 
-def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
-    """
-    Refuse what is not tested, by name, before anything is trained.
-
-    Args:
-        accelerator: The trainer's accelerator.
-        optimizer_name: `TrainingArguments.optim`.
-
-    Raises:
-        ValueError: engine, precision, compilation or optimizer is not supported.
-    """
-    state = accelerator.state
-    if state.distributed_type not in _REPLICATED:
+def _sharding_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension of the device mesh along which a parameter is sharded."""
+    if not isinstance(parameter, DTensor):
+        return None
+    sharded = [dim for dim, placed in enumerate(parameter.placements) if not placed.is_replicate()]
+    if not sharded:
+        return None
+    if len(sharded) > 1 or not parameter.placements[sharded[0]].is_shard(0):
         raise ValueError(
-            f"OGPSA supports one process and DDP, but the engine of this run is "
-            f"{state.distributed_type.value}. Launch with `configs/accelerate/single.yaml` or "
-            "`configs/accelerate/ddp.yaml`, and unset `fsdp` and `deepspeed`."
+            "OGPSA supports parameters that are sharded along their first dimension, but here is "
+            f"one with the placements {parameter.placements}. Train with FSDP2 alone, without "
+            "tensor parallelism."
         )
-    if accelerator.parallelism_config is not None:
-        raise ValueError(
-            "OGPSA supports data parallelism only, but a `parallelism_config` (tensor, context or "
-            "sequence parallelism) is set. Unset it."
-        )
-    if state.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            "OGPSA supports `bf16: true` and full precision, but mixed precision is "
-            f"{state.mixed_precision!r}. Set `fp16: false`, and `bf16: true` where the device has"
-            " it."
-        )
-    dynamo = state.dynamo_plugin
-    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
-        raise ValueError(
-            f"OGPSA does not support `torch_compile`, but it is on (backend "
-            f"{dynamo.backend}). Set `torch_compile: false`."
-        )
-    if any(word in optimizer_name for word in _UPDATES_DURING_BACKWARD):
-        raise ValueError(
-            f"OGPSA projects the accumulated gradient, but the optimizer {optimizer_name!r} "
-            "updates the parameters during the backward pass and never holds it. Set `optim: "
-            "adamw_torch`."
-        )
-
-
-def make_backend(
-    accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
-) -> TorchBackend:
-    """
-    The backend of the engine that `accelerator` runs.
-
-    Raises:
-        ValueError: the parameters are sharded or spread over devices, although the engine is not.
-    """
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1:
-        raise ValueError(
-            f"OGPSA supports models on one device per process, but this one is spread over "
-            f"{', '.join(devices)}. Load it without `device_map`, and launch one process per GPU."
-        )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"OGPSA supports parameters that every process holds whole, but {name!r} is "
-                "sharded (a DTensor). Load the model without `tp_plan` or `distributed_config`."
-            )
-    return TorchBackend(accelerator, model, wrapped_model)
+    return sharded[0]

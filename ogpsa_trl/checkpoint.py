@@ -1,77 +1,225 @@
-"""The subspace as a file of a training checkpoint: safetensors, with the settings it has."""
+"""
+The subspace as files of a training checkpoint: safetensors, with the settings it has.
 
+Where every process holds all of a gradient, the main process writes `ogpsa_subspace.safetensors`.
+Where gradients are sharded, each process writes its shards, `ogpsa_subspace-00001-of-00008...`.
+A file says which range of every flattened parameter it holds, so files of one number of processes
+can be read by another, and those of one engine by another: torch.distributed.checkpoint would ask
+for a DTensor, which ZeRO's ranges are not, and keep its index in a pickle.
+"""
+
+import contextlib
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from ogpsa_trl.backends import GradientBackend, Shard
 from ogpsa_trl.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "ogpsa_subspace.safetensors"
 
-_FORMAT = "1"
+_FORMAT = "2"
 # Settings that decide the shape or the meaning of what is saved.
 _SETTINGS = ("scope", "target", "basis_dtype")
 
 
+def file_names(num_files: int) -> list[str]:
+    """The files of a checkpoint: one for replicated gradients, else one for each process."""
+    if num_files == 1:
+        return [FILE_NAME]
+    stem, _, suffix = FILE_NAME.partition(".")
+    return [f"{stem}-{i:05d}-of-{num_files:05d}.{suffix}" for i in range(1, num_files + 1)]
+
+
 def save_subspace(subspace: CapabilitySubspace, folder: str) -> None:
-    """Write the subspace into a checkpoint folder."""
+    """
+    Write what this process holds of the subspace into a checkpoint folder.
+
+    Every process calls it where gradients are sharded; one is enough where they are not.
+    """
+    backend = subspace.backend
     tensors = {name: tensor.cpu() for name, tensor in subspace.state_dict().items()}
-    metadata = {"format": _FORMAT, "settings": json.dumps(_settings(subspace))}
-    save_file(tensors, Path(folder) / FILE_NAME, metadata)
+    metadata = {
+        "format": _FORMAT,
+        "settings": json.dumps(_settings(subspace)),
+        "shards": json.dumps(_shards(backend)),
+    }
+    names = file_names(backend.num_processes if backend.is_sharded else 1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if backend.process_index == 0:  # what another number of processes has left in this folder
+        for path in _all_files(Path(folder)):
+            if path.name not in names:
+                path.unlink()
+    save_file(tensors, Path(folder) / names[_file_index(backend)], metadata)
 
 
 def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     """
     Read the subspace of a checkpoint folder, if it holds one made with the same settings.
 
-    Otherwise a warning is logged and the subspace stays as it is, due for a refresh.
+    Otherwise, on any process, a warning is logged and the subspace is due for a refresh. A
+    collective call: every process makes it.
 
     Raises:
-        ValueError: the file is damaged or belongs to other parameters.
+        ValueError: a file is damaged or belongs to other parameters.
     """
-    path = Path(folder) / FILE_NAME
-    if not path.exists():
+    is_loaded = _load(subspace, Path(folder))
+    backend = subspace.backend
+    num_loaded = backend.sum_over_processes(torch.tensor(float(is_loaded), device=backend.device))
+    if num_loaded < backend.num_processes:  # all refresh together, or none
+        subspace.is_due = True
+
+
+def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
+    backend = subspace.backend
+    paths = _files_for(backend, folder)
+    if not paths:
         logger.warning(
-            "Checkpoint %s holds no capability subspace (%s): it is estimated anew before the next "
-            "step, so training goes on, but not bit for bit as if it had never stopped.",
-            folder, FILE_NAME,
+            "Checkpoint %s holds no whole capability subspace (%s): it is estimated anew before "
+            "the next step, so training goes on, but not bit for bit as if it had never stopped.",
+            folder, ", ".join(path.name for path in _all_files(folder)) or f"no {FILE_NAME}",
         )  # fmt: skip
-        return
+        return False
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(path)) for path in paths]
+        saved = files[0].settings
+        if saved != _settings(subspace):
+            logger.warning(
+                "The capability subspace in %s was made with the settings %s, but this run has "
+                "%s: it is estimated anew before the next step.",
+                paths[0], saved, _settings(subspace),
+            )  # fmt: skip
+            return False
+        if files[0].shards != _shards(backend):
+            logger.info(
+                "The capability subspace in %s is sharded over %d files: it is sharded anew for "
+                "%d processes.",
+                folder, len(files), backend.num_processes,
+            )  # fmt: skip
+        try:
+            subspace.load_state_dict(_state_for(backend, files))
+        except ValueError as error:
+            raise ValueError(
+                f"The capability subspace in {paths[0]} does not fit this model. {error} Resume "
+                "with the model and adapter of the checkpoint, or delete this file."
+            ) from error
+    return True
+
+
+@dataclass
+class _File:
+    """An open file: what it says of itself, and access to its tensors."""
+
+    settings: dict[str, str]
+    shards: dict[str, Shard]
+    tensors: Any
+    names: set[str]
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[_File]:
+    advice = "Resume from another checkpoint, or delete this file: the subspace is then estimated"
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"The capability subspace in {path} cannot be read ({error}). Resume from another "
-            "checkpoint, or delete this file: the subspace is then estimated anew."
+            f"The capability subspace in {path} cannot be read ({error}). {advice} anew."
         ) from error
-    if metadata.get("format") != _FORMAT:
+    with tensors:
+        metadata = tensors.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"The capability subspace in {path} has format {metadata.get('format')!r}, but "
+                f"this version reads {_FORMAT!r}. {advice} anew."
+            )
+        shards = {name: Shard(*range_) for name, range_ in json.loads(metadata["shards"]).items()}
+        yield _File(json.loads(metadata["settings"]), shards, tensors, set(tensors.keys()))
+
+
+def _files_for(backend: GradientBackend, folder: Path) -> list[Path]:
+    """
+    The files to read: this process's own, if it holds just what this process does; otherwise all.
+
+    So a checkpoint on disks that machines do not share can be resumed on the same machines.
+    """
+    num_files = backend.num_processes if backend.is_sharded else 1
+    own = folder / file_names(num_files)[_file_index(backend)]
+    if own.exists():
+        with _open(own) as file:
+            if file.shards == _shards(backend):
+                return [own]
+    for path in _all_files(folder):
+        num_files = int(path.stem.rpartition("-of-")[2]) if "-of-" in path.stem else 1
+        paths = [folder / name for name in file_names(num_files)]
+        if all(path.exists() for path in paths):
+            return paths
+    return []
+
+
+def _state_for(backend: GradientBackend, files: Sequence[_File]) -> dict[str, Tensor]:
+    """
+    The state of this process, put together from the files.
+
+    Raises:
+        ValueError: the files are of other parameters.
+    """
+    saved = {name: shard.total for name, shard in files[0].shards.items()}
+    sizes = {name: shard.total for name, shard in _shards(backend).items()}
+    if saved != sizes:
+        different = sorted(set(saved.items()) ^ set(sizes.items()))
         raise ValueError(
-            f"The capability subspace in {path} has format {metadata.get('format')!r}, but this "
-            f"version reads {_FORMAT!r}. Delete this file: the subspace is then estimated anew."
+            "The saved subspace belongs to other parameters: name and size of the first that "
+            f"differ: {different[:3]}."
         )
-    saved = json.loads(metadata["settings"])
-    if saved != _settings(subspace):
-        logger.warning(
-            "The capability subspace in %s was made with the settings %s, but this run has %s: it "
-            "is estimated anew before the next step.",
-            path, saved, _settings(subspace),
-        )  # fmt: skip
-        return
-    try:
-        subspace.load_state_dict(tensors)
-    except ValueError as error:
-        raise ValueError(
-            f"The capability subspace in {path} does not fit this model. {error} Resume with the "
-            "model and adapter of the checkpoint, or delete this file."
-        ) from error
+    state = {
+        name: files[0].tensors.get_tensor(name)
+        for name in files[0].names
+        if not name.startswith("basis.")
+    }
+    for name, shard in _shards(backend).items():
+        rows_KN = _rows_of(name, shard, files)
+        if rows_KN is not None:
+            state[f"basis.{name}"] = rows_KN
+    return state
+
+
+def _rows_of(name: str, wanted: Shard, files: Sequence[_File]) -> Tensor | None:
+    """The basis rows of one parameter on this process; None where all are zero."""
+    pieces = []
+    for file in files:
+        if f"basis.{name}" in file.names:
+            have = file.shards[name]
+            start = max(wanted.start, have.start)
+            end = min(wanted.start + wanted.size, have.start + have.size)
+            if start < end or have == wanted:
+                rows_KN = file.tensors.get_slice(f"basis.{name}")
+                pieces.append((start, rows_KN[:, start - have.start : end - have.start]))
+    if not pieces:
+        return None
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], dim=1)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    stem, _, suffix = FILE_NAME.partition(".")
+    return sorted(folder.glob(f"{stem}*.{suffix}"))
+
+
+def _file_index(backend: GradientBackend) -> int:
+    return backend.process_index if backend.is_sharded else 0
+
+
+def _shards(backend: GradientBackend) -> dict[str, Shard]:
+    return {name: s for (name, _), s in zip(backend.parameters, backend.shards, strict=True)}
 
 
 def _settings(subspace: CapabilitySubspace) -> dict[str, str]:

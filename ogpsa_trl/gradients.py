@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ogpsa_trl.backends import TorchBackend
+from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.data import Batch, CapabilityGroup
 
 
@@ -47,7 +47,7 @@ class CapabilityGradients:
 
 
 def capability_gradients(
-    backend: TorchBackend,
+    backend: GradientBackend,
     groups: Sequence[CapabilityGroup],
     sum_nll: Callable[[Batch], Tensor],
 ) -> CapabilityGradients:

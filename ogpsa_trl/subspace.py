@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ogpsa_trl import linalg
-from ogpsa_trl.backends import TorchBackend
+from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.gradients import CapabilityGradients
 
@@ -56,7 +56,7 @@ class CapabilitySubspace:
         config: The settings.
     """
 
-    def __init__(self, backend: TorchBackend, config: OGPSAConfig) -> None:
+    def __init__(self, backend: GradientBackend, config: OGPSAConfig) -> None:
         self.backend = backend
         self.config = config
         num_parameters = len(backend.parameters)
@@ -104,10 +104,14 @@ class CapabilitySubspace:
                     "diverged. The basis is left as it was."
                 )
         gram_BRR = self._merge(gram_PRR)
-        weights_BKR = linalg.orthonormal_weights(gram_BRR, self.config.rank)
+        weights_BKR = self.backend.from_first_process(
+            lambda: linalg.orthonormal_weights(gram_BRR, self.config.rank)
+        )
         self._store(gradients.rows, weights_BKR)
         stored_PKK = self._sum_grams(self.basis, weights_BKR.shape[1])
-        self.inverse_gram = self._small(linalg.inverse_gram(self._merge(stored_PKK)))
+        self.inverse_gram = self._small(
+            self.backend.from_first_process(lambda: linalg.inverse_gram(self._merge(stored_PKK)))
+        )
         mean_R = gradients.weights
         self.mean_coordinates = self._small(weights_BKR @ gram_BRR @ mean_R)
         self.mean_square = self._small((mean_R @ gram_BRR @ mean_R).sum())
@@ -126,9 +130,18 @@ class CapabilitySubspace:
             `cosine`: between the gradient and the mean capability gradient, before the projection,
             in [-1, 1] (where `rank` drops directions: with the part of the mean that is kept);
             `held`: the names of the parameters held in this step.
+
+        Raises:
+            RuntimeError: this process has no gradient of any parameter.
         """
         num_rows = self.inverse_gram.shape[-1]
         gradients = [self.backend.gradient(parameter) for _, parameter in self.backend.parameters]
+        if all(g is None for g in gradients) and any(shard.size for shard in self.backend.shards):
+            raise RuntimeError(
+                f"No parameter has a gradient on process {self.backend.process_index}, so this "
+                "step would not be projected. Check that the loss depends on trained parameters; "
+                "if it does, please report the engine and its version."
+            )
         products_PX = torch.zeros(len(gradients), num_rows + 1, device=self.inverse_gram.device)
         for products_X, rows_KN, gradient_N in zip(products_PX, self.basis, gradients, strict=True):
             if gradient_N is not None:
@@ -173,7 +186,10 @@ class CapabilitySubspace:
         return held
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as contiguous tensors on their devices."""
+        """
+        Everything that the next step depends on, as contiguous tensors on their devices. The rows
+        of a basis are this process's shards (`backend.shards`); the rest is the same everywhere.
+        """
         names = [name for name, _ in self.backend.parameters]
         rows = zip(names, self.basis, strict=True)
         state = {f"basis.{name}": rows_KN for name, rows_KN in rows if rows_KN is not None}
@@ -187,7 +203,8 @@ class CapabilitySubspace:
         Raises:
             ValueError: an entry is missing, unknown, or has the wrong shape. Nothing is changed.
         """
-        sizes = {f"basis.{name}": (p.numel(),) for name, p in self.backend.parameters}
+        parameters = zip(self.backend.parameters, self.backend.shards, strict=True)
+        sizes = {f"basis.{name}": (shard.size,) for (name, _), shard in parameters}
         missing = sorted({*_SMALL_STATE, "is_due"} - state.keys())
         unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, "is_due"})
         misfits = sorted(

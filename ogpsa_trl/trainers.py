@@ -17,11 +17,11 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ogpsa_trl.backends import check_supported, make_backend
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.checkpoint import load_subspace, save_subspace
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, named_groups, prepare_group
+from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.subspace import CapabilitySubspace
@@ -207,7 +207,7 @@ class OGPSAMixin(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The basis belongs to the state of the optimizer: saved, or left out, with it."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.capability_groups and self.args.should_save:
+        if self.capability_groups and (self.subspace.backend.is_sharded or self.args.should_save):
             save_subspace(self.subspace, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

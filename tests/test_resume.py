@@ -89,7 +89,7 @@ class TestCheckpointsWithoutAUsableBasis:
         checkpoint.unlink()
         with caplog.at_level(logging.WARNING):
             assert self.resume(base_model_path, tmp_path) == [0, 1]
-        assert "holds no capability subspace" in caplog.text
+        assert "holds no whole capability subspace" in caplog.text
 
     def test_other_settings_are_a_warning_and_a_refresh_at_once(
         self, base_model_path, tmp_path, caplog

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
 from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
-from ogpsa_trl.backends import check_supported, make_backend
+from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,

@@ -1,0 +1,155 @@
+"""Which training engines are supported, what serves each, and what is refused by name."""
+
+import logging
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from ogpsa_trl.backends import GradientBackend, TorchBackend
+from ogpsa_trl.zero import make_zero_backend
+
+logger = logging.getLogger(__name__)
+
+# Engines under which every process holds all parameters and the averaged gradient.
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+# Parts of the names of optimizers that never hold an accumulated gradient.
+_UPDATES_DURING_BACKWARD = ("lomo", "layerwise")
+
+# Settings of `zero_optimization` that change where gradients are; the value that turns each off.
+_ZERO_OPTIONS = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_gradients": False,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zenflow": None,
+}
+
+
+def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
+    """
+    Refuse what is not tested, by name, before anything is trained.
+
+    Args:
+        accelerator: The trainer's accelerator.
+        optimizer_name: `TrainingArguments.optim`.
+
+    Raises:
+        ValueError: engine, precision, compilation or optimizer is not supported.
+    """
+    state = accelerator.state
+    if state.distributed_type == DistributedType.FSDP:
+        _check_fsdp(state.fsdp_plugin)
+    elif state.distributed_type == DistributedType.DEEPSPEED:
+        plugin = state.deepspeed_plugin
+        assert plugin is not None
+        _check_deepspeed(plugin.deepspeed_config)
+    elif state.distributed_type not in _REPLICATED:
+        raise ValueError(
+            f"OGPSA supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this "
+            f"run is {state.distributed_type.value}. Launch with one of `configs/accelerate/`."
+        )
+    if accelerator.parallelism_config is not None:
+        raise ValueError(
+            "OGPSA supports data parallelism only, but a `parallelism_config` (hybrid sharding, "
+            "tensor, context or sequence parallelism) is set. Unset it, and shard over all "
+            "processes with `configs/accelerate/fsdp2.yaml`."
+        )
+    if state.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            "OGPSA supports `bf16: true` and full precision, but mixed precision is "
+            f"{state.mixed_precision!r}. Set `fp16: false`, and `bf16: true` where the device has"
+            " it."
+        )
+    dynamo = state.dynamo_plugin
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"OGPSA does not support `torch_compile`, but it is on (backend "
+            f"{dynamo.backend}). Set `torch_compile: false`."
+        )
+    if any(word in optimizer_name for word in _UPDATES_DURING_BACKWARD):
+        raise ValueError(
+            f"OGPSA projects the accumulated gradient, but the optimizer {optimizer_name!r} "
+            "updates the parameters during the backward pass and never holds it. Set `optim: "
+            "adamw_torch`."
+        )
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "OGPSA supports FSDP2, but this run uses FSDP1 (`fsdp_version: 1`), which its authors "
+            "will remove. Set `fsdp_version: 2`, as in `configs/accelerate/fsdp2.yaml`."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "OGPSA needs the gradients on the device, but `fsdp_offload_params` keeps them on the "
+            "CPU. Set `fsdp_offload_params: false`; with less memory train with LoRA."
+        )
+
+
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"OGPSA supports DeepSpeed with ZeRO stage 1, 2 or 3, but `zero_optimization.stage` is "
+            f"{stage!r}. Set it to 1, or launch with `configs/accelerate/ddp.yaml`."
+        )
+    for setting in ("offload_optimizer", "offload_param"):
+        device = (zero.get(setting) or {}).get("device", "none")
+        if device != "none":
+            raise ValueError(
+                "OGPSA needs the gradients on the device, but `zero_optimization."
+                f"{setting}.device` is {device!r}. Set it to 'none'; with less memory train with "
+                "LoRA."
+            )
+    for setting, off in _ZERO_OPTIONS.items():
+        value = zero.get(setting, off)
+        if value != off:
+            raise ValueError(
+                f"OGPSA is not tested with `zero_optimization.{setting}`, but it is {value!r}. "
+                f"Leave it out of the DeepSpeed configuration."
+            )
+    is_bf16 = config.get("bf16", {}).get("enabled") in (True, "true")
+    if is_bf16 and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        logger.warning(
+            "DeepSpeed keeps gradients in bfloat16, so that the projection leaves their rounding: "
+            "cosines of 5e-4 with the capability directions, instead of 1e-8. Set "
+            '`"data_types": {"grad_accum_dtype": "fp32"}` in the DeepSpeed configuration, as '
+            "configs/accelerate/*.json do."
+        )
+
+
+def make_backend(
+    accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
+) -> GradientBackend:
+    """
+    The backend of the engine that `accelerator` runs.
+
+    Raises:
+        ValueError: the parameters are sharded or spread over devices, although the engine is not.
+    """
+    match accelerator.distributed_type:
+        case DistributedType.DEEPSPEED:
+            return make_zero_backend(accelerator, wrapped_model)
+        case DistributedType.FSDP:
+            return TorchBackend(accelerator, model, wrapped_model)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"OGPSA supports models on one device per process, but this one is spread over "
+            f"{', '.join(devices)}. Load it without `device_map`, and launch one process per GPU."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"OGPSA supports parameters that every process holds whole, but {name!r} is "
+                "sharded (a DTensor). Load the model without `tp_plan` or `distributed_config`, "
+                "and shard it with `configs/accelerate/fsdp2.yaml`."
+            )
+    return TorchBackend(accelerator, model, wrapped_model)

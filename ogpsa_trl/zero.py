@@ -1,0 +1,181 @@
+"""
+Gradients under DeepSpeed: ZeRO-1, ZeRO-2 and ZeRO-3.
+
+DeepSpeed's optimizers keep averaged gradients in buffers of their own, and accelerate calls
+`engine.step` right after `engine.backward`, inside the training step. So the gradients are read and
+written in those buffers, and between those two calls. Read in deepspeed 0.19.8; what is used of its
+internals is pinned by tests/test_upstream.py.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ogpsa_trl.backends import GradientBackend, Shard
+
+
+class DeepSpeedBackend(GradientBackend):
+    """
+    What the stages share: backward pass and step are methods of the engine.
+
+    Args:
+        accelerator: The trainer's accelerator.
+        engine: The `DeepSpeedEngine`.
+    """
+
+    def __init__(self, accelerator: Accelerator, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        super().__init__(accelerator, engine.module, engine)
+
+    def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """The engine makes gradients final in a pass that it knows to be the last."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def when_final(self, action: Callable[[], None]) -> Iterator[None]:
+        """
+        Clipping is a part of `engine.step`, and acts on what `action` leaves.
+
+        Raises:
+            RuntimeError: the training step ended without `engine.step`.
+        """
+        step = self.engine.step
+        is_done = False
+
+        def action_and_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_done
+            is_done = True
+            action()
+            return step(*args, **kwargs)
+
+        self.engine.step = action_and_step
+        try:
+            yield
+        finally:
+            del self.engine.step  # the method of the class comes back
+        if self.accelerator.sync_gradients and not is_done:
+            raise RuntimeError(
+                "The training step ended without a step of the DeepSpeed engine, so no gradient "
+                "was projected. This version of accelerate or deepspeed calls it elsewhere: use "
+                "the versions that `pip show ogpsa_trl` requires."
+            )
+
+
+class Zero12Backend(DeepSpeedBackend):
+    """
+    ZeRO-1 and ZeRO-2: each process holds one range of all trained parameters laid end to end.
+
+    A parameter may lie in it with all, some or none of its entries.
+    """
+
+    def _shard(self, parameter: nn.Parameter) -> Shard:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return Shard(0, 0, parameter.numel())
+        address = mapping.lp_fragment_address
+        return Shard(address.start, address.numel, parameter.numel())
+
+    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:  # noqa: ARG002
+        return self.optimizer.dp_process_group
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if (
+            mapping is None
+            or self.optimizer.averaged_gradients.get(mapping.param_group_index) is None
+        ):
+            return None
+        index = parameter._index_in_param_group  # pyright: ignore[reportAttributeAccessIssue]
+        gradient = mapping.get_lp_grad_fragment(index)
+        assert gradient.numel() == mapping.lp_fragment_address.numel
+        return gradient.view(-1)
+
+    def clear_gradients(self) -> None:
+        """What the optimizer itself does when it skips a step; otherwise it would add up."""
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        optimizer._release_preflattened_grad_buffers()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+
+
+class Zero1BF16Backend(DeepSpeedBackend):
+    """
+    ZeRO-1 with parameters in bfloat16 and gradients in float32: an optimizer of its own.
+
+    It shards its state only: all gradients are whole on every process, and clipped there.
+    """
+
+    def __init__(self, accelerator: Accelerator, engine: Any) -> None:
+        self._position = {
+            parameter: (group, index)
+            for group, parameters in enumerate(engine.optimizer.bf16_groups)
+            for index, parameter in enumerate(parameters)
+        }
+        super().__init__(accelerator, engine)
+
+    def _shard(self, parameter: nn.Parameter) -> Shard:
+        return Shard(0, parameter.numel(), parameter.numel())
+
+    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:  # noqa: ARG002
+        return None
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        group, index = self._position[parameter]
+        if not self.optimizer.fp32_groups_has_gradients[group][index]:
+            return None
+        return self.optimizer.fp32_groups_gradients[group][index].view(-1)
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+
+class Zero3Backend(DeepSpeedBackend):
+    """ZeRO-3: each process holds one range of every parameter; the last ranges may be short."""
+
+    def _shard(self, parameter: nn.Parameter) -> Shard:
+        total: int = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+        per_process: int = parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]
+        start = min(dist.get_rank(self._shard_group(parameter)) * per_process, total)
+        return Shard(start, min(per_process, total - start), total)
+
+    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
+        return parameter.ds_process_group  # pyright: ignore[reportAttributeAccessIssue]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if not self.optimizer._epilogue_ran_this_backward:
+            return None  # the buffers are there, but hold what an earlier step left
+        buffer, _ = self.optimizer._get_fp32_grad_state_partition(
+            parameter, release_swap_buffers=False
+        )
+        return buffer.narrow(0, 0, self._shard(parameter).size)
+
+    def clear_gradients(self) -> None:
+        """
+        The next backward pass overwrites what it reaches. The rest is set to zero, as a parameter
+        that no capability loss reaches would keep the gradient of the last training step.
+        """
+        self.optimizer.zero_grad()
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def make_zero_backend(accelerator: Accelerator, engine: Any) -> DeepSpeedBackend:
+    """The backend of a `DeepSpeedEngine` of stage 1, 2 or 3."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        return Zero1BF16Backend(accelerator, engine)
+    if engine.zero_optimization_stage() == 3:
+        return Zero3Backend(accelerator, engine)
+    return Zero12Backend(accelerator, engine)

@@ -1,0 +1,311 @@
+"""
+Trains every cell of the engine table on the processes of this launch; saves weights and logs.
+
+torchrun --nproc_per_node 2 tests/engine_worker.py ENGINE MODEL_FOLDER OUTPUT_FOLDER [CHECKPOINTS]
+
+With CHECKPOINTS, the output folder of a launch with another number of processes, it only goes on
+from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+
+from ogpsa_trl import OGPSAConfig, SubspaceCallback, linalg
+from runs import capability_groups, logged, make_trainer
+
+ON_CPU = not torch.cuda.is_available()
+
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+CELLS = list(
+    itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
+)
+RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
+GLOBAL_BATCH = 8
+
+
+def name_of(cell):
+    return "-".join(cell)
+
+
+def use_cpu(engine):
+    """
+    Let accelerate and DeepSpeed run several processes on the CPU.
+
+    accelerate picks FSDP2 and DeepSpeed only where it sees GPUs, so the state that it asks is made
+    beforehand. DeepSpeed would compile an operator for shared memory; gloo does without.
+    """
+    if engine == "fsdp2":
+        original_init = AcceleratorState.__init__
+
+        def as_if_on_gpus(self, *args, **kwargs):
+            if not AcceleratorState._shared_state:
+                PartialState(cpu=True)
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+                PartialState._shared_state["device"] = torch.device("cpu")
+            original_init(self, *args, **kwargs)
+            self.__dict__["device"] = torch.device("cpu")
+
+        AcceleratorState.__init__ = as_if_on_gpus
+    if engine.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        original = PartialState.__init__
+
+        def on_cpu(self, cpu=False, **kwargs):
+            original(self, cpu=True, backend="gloo", timeout=kwargs.get("timeout"))
+
+        PartialState.__init__ = on_cpu
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def engine_arguments(engine, bf16):
+    if engine == "fsdp2":
+        config = {
+            "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "state_dict_type": "FULL_STATE_DICT",
+        }  # fmt: skip
+        return {"fsdp": True, "fsdp_config": config}
+    if engine.startswith("zero"):
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": int(engine[-1]),
+                "stage3_gather_16bit_weights_on_model_save": True,
+                # The tiny model has parameters on both sides of it.
+                "stage3_param_persistence_threshold": 1000,
+            },
+        }
+        if bf16:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return {"deepspeed": config, "use_cpu": False}
+    return {"ddp_backend": "gloo"} if engine == "ddp" and ON_CPU else {}
+
+
+class ProjectionProbe:
+    """What projections send, and the largest cosine they leave between gradient and basis rows."""
+
+    def __init__(self, trainer):
+        self.trainer, self.largest, self.sent_bytes = trainer, 0.0, []
+        self.project = trainer._project
+        trainer._project = self
+
+    def __call__(self):
+        all_reduce = torch.distributed.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.sent_bytes.append(tensor.nbytes)
+            return all_reduce(tensor, *args, **kwargs)
+
+        torch.distributed.all_reduce = counted
+        self.project()
+        torch.distributed.all_reduce = all_reduce
+        subspace = self.trainer.subspace
+        backend, model_wide = subspace.backend, subspace.config.scope == "model"
+        num_rows = subspace.inverse_gram.shape[-1]
+        products = torch.zeros(len(backend.parameters), num_rows + 1, device=backend.device)
+        for row, (_, parameter), rows in zip(
+            products, backend.parameters, subspace.basis, strict=True
+        ):
+            gradient = backend.gradient(parameter)
+            if gradient is not None and rows is not None:
+                gradient = gradient.double()
+                row[:-1] = rows.double() @ gradient
+                row[-1] = gradient @ gradient
+        products = backend.sum_over_shards(products).double()
+        if model_wide:
+            products = products.sum(dim=0, keepdim=True)
+        cosines = products[:, :-1].abs() / products[:, -1:].sqrt().clamp_min(1e-30)
+        self.largest = max(self.largest, cosines.max().item())
+
+
+def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **options):
+    """
+    Three steps, a refresh before the first and the third; 3 capability batches a group.
+
+    Where the loss accumulates, gradient checkpointing is on too. LoRA starts as usual in DPO, so
+    that A is held in the second step; in SFT it starts with a B that is not zero.
+    """
+    stage, form, scope, accumulation = cell
+    num_passes = int(accumulation[-1])
+    # Three rows on two processes: shards of two sizes, on four processes an empty one.
+    lora = LoraConfig(
+        r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=stage == "dpo",
+        lora_dropout=options.pop("lora_dropout", 0.0),
+    )  # fmt: skip
+    return make_trainer(
+        stage, model_path, output_dir, plain=plain, capability=capability_groups(),
+        config=OGPSAConfig(scope=scope, refresh_interval=2, capability_batch_size=2),
+        more={"peft_config": lora} if form == "lora" else None,
+        **{
+            "max_steps": 3, "gradient_accumulation_steps": num_passes,
+            "gradient_checkpointing": num_passes > 1,
+            "per_device_train_batch_size": GLOBAL_BATCH // num_passes // num_processes,
+            "optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4,
+            "max_grad_norm": 0.5, "save_strategy": "steps", "save_steps": 1,
+            **engine_arguments(engine, options.get("bf16", False)), **options,
+        },
+    )  # fmt: skip
+
+
+def full_weights(trainer):
+    """The trained parameters as one process would hold them; every process takes part."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    names = {name for name, _ in trainer.model.named_parameters()}
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().float().clone()
+        for name, t in (state or {}).items()
+        if name in names
+    }
+
+
+def train_cell(engine, cell, model_path, folder, num_processes):
+    """A run, the same run resumed after its first step, and what the engine held of it."""
+    trainer = make(engine, cell, model_path, folder, num_processes)
+    probe = ProjectionProbe(trainer)
+    trainer.train()
+    resumed = make(engine, cell, model_path, folder, num_processes)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    subspace = trainer.subspace
+    held = sum(shard.size for shard in subspace.backend.shards)
+    sizes = torch.tensor([held, subspace.basis_bytes], dtype=torch.float64)
+    return {
+        "engine": trainer.accelerator.distributed_type.value,
+        "backend": type(subspace.backend).__name__,
+        "num_processes": trainer.accelerator.num_processes,
+        "num_entries": sum(shard.total for shard in subspace.backend.shards),
+        "held_entries_and_basis_bytes": gathered(trainer, sizes),
+        "num_parameters": len(subspace.backend.parameters),
+        "cosine": probe.largest,
+        "sent_bytes": probe.sent_bytes,
+        "weights": full_weights(trainer),
+        "resumed": full_weights(resumed),
+        "log": logged(trainer),
+    }
+
+
+def gathered(trainer, values):
+    return trainer.accelerator.gather(values.to(trainer.args.device)[None]).cpu()
+
+
+def train_without_projection(engine, cell, model_path, folder, num_processes, **options):
+    """Plain TRL, and a run that refreshes before every step but does not project."""
+    results = {}
+    for kind in ("plain", "refreshed"):
+        output_dir = folder / kind
+        trainer = make(
+            engine, cell, model_path, output_dir, num_processes, plain=kind == "plain",
+            save_only_model=True, lora_dropout=0.3, **options,
+        )  # fmt: skip
+        if kind == "refreshed":
+            trainer._project = lambda: None
+            trainer.remove_callback(SubspaceCallback)
+            trainer.add_callback(SubspaceCallback(trainer, refresh_interval=1))
+        trainer.train()
+        trainer.save_model()
+        entries = logged(trainer, ("runtime", "per_second", "seconds", "ogpsa/"))
+        results[kind] = {"weights": full_weights(trainer), "log": entries}
+    return results
+
+
+def train_with_signs(engine, model_path, folder, num_processes):
+    """As if the processes ran on processors that give eigenvectors other signs."""
+    make_weights = linalg.orthonormal_weights
+
+    def with_sign(*args):
+        return make_weights(*args) * (-1) ** int(os.environ["RANK"])
+
+    linalg.orthonormal_weights = with_sign
+    cell = ("sft", "full", "model", "acc1")
+    trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
+    trainer.train()
+    linalg.orthonormal_weights = make_weights
+    return full_weights(trainer)
+
+
+def errors_without_gradients(engine, model_path, folder, num_processes):
+    """What is raised by a projection, and by a training step, that reach no gradient."""
+    cell = ("sft", "full", "parameter", "acc1")
+    trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
+    trainer.train()
+    errors = []
+    try:
+        trainer.subspace.project()
+    except RuntimeError as error:
+        errors.append(str(error))
+    try:
+        with trainer.subspace.backend.when_final(trainer.subspace.project):
+            pass
+    except RuntimeError as error:
+        errors.append(str(error))
+    return errors
+
+
+def train_in_bf16(engine, model_path, folder, num_processes):
+    cell = ("sft", "full", "parameter", "acc2")
+    trainer = make(engine, cell, model_path, folder, num_processes, bf16=True)
+    probe = ProjectionProbe(trainer)
+    trainer.train()
+    resumed = make(engine, cell, model_path, folder, num_processes, bf16=True)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return {
+        "cosine": probe.largest,
+        "backend": type(trainer.subspace.backend).__name__,
+        "weights": full_weights(trainer),
+        "resumed": full_weights(resumed),
+    }
+
+
+def main(engine, model_path, output_dir, checkpoints=None):
+    torch.set_num_threads(1)
+    if ON_CPU:
+        use_cpu(engine)
+    num_processes = int(os.environ["WORLD_SIZE"])
+    is_main = int(os.environ["RANK"]) == 0
+
+    def save(name, result):
+        if is_main:
+            torch.save(result, Path(output_dir) / f"{name}.pt")
+
+    if checkpoints is not None:
+        for cell in RESUMED_ELSEWHERE:
+            trainer = make(engine, cell, model_path, Path(output_dir) / "run", num_processes)
+            checkpoint = Path(checkpoints) / name_of(cell) / "checkpoint-1"
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            save(name_of(cell), full_weights(trainer))
+    else:
+        for cell in CELLS:
+            folder = Path(output_dir) / name_of(cell)
+            save(name_of(cell), train_cell(engine, cell, model_path, folder, num_processes))
+        for stage, form in itertools.product(("sft", "dpo"), ("full", "lora")):
+            cell, name = (stage, form, "parameter", "acc2"), f"leak-{stage}-{form}"
+            folder = Path(output_dir) / name
+            save(name, train_without_projection(engine, cell, model_path, folder, num_processes))
+        cell, folder = ("sft", "full", "parameter", "acc2"), Path(output_dir)
+        result = train_without_projection(
+            engine, cell, model_path, folder / "leak-bf16", num_processes, bf16=True
+        )
+        save("leak-bf16", result)
+        save("signs", train_with_signs(engine, model_path, folder / "signs", num_processes))
+        errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
+        save("errors", errors)
+        save("bf16", train_in_bf16(engine, model_path, folder / "bf16", num_processes))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

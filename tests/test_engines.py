@@ -1,0 +1,195 @@
+"""Two processes under every engine (gloo, CPU) take the steps of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine_worker import CELLS, ENGINES, RESUMED_ELSEWHERE, make, name_of
+from runs import logged, max_difference, weights
+
+HERE = Path(__file__).parent
+
+# A launch for all cells of an engine takes half a minute to one and a half on two cores.
+pytestmark = pytest.mark.timeout(600)
+
+# What accelerate must have run, and what must have served it.
+RUNS_AS = {
+    "ddp": ("MULTI_CPU", "TorchBackend"),
+    "fsdp2": ("FSDP", "TorchBackend"),
+    "zero1": ("DEEPSPEED", "Zero12Backend"),
+    "zero2": ("DEEPSPEED", "Zero12Backend"),
+    "zero3": ("DEEPSPEED", "Zero3Backend"),
+}
+
+
+def launch(num_processes, *arguments):
+    """A process that fails leaves its peers waiting: torchrun ends them, the timeout the rest."""
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+            str(num_processes), str(HERE / "engine_worker.py"), *map(str, arguments),
+        ],
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+        },
+        cwd=HERE.parent, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-6000:]
+
+
+@pytest.fixture(scope="session")
+def launched(base_model_path, tmp_path_factory):
+    """The output folder of an engine: processes spend their time importing, so all at once."""
+    folders = {}
+
+    def results_of(engine):
+        if engine not in folders:
+            folders[engine] = tmp_path_factory.mktemp(engine)
+            launch(2, engine, base_model_path, folders[engine])
+        return folders[engine]
+
+    return results_of
+
+
+@pytest.fixture(scope="session")
+def one_process(base_model_path, tmp_path_factory):
+    """What one process makes of a cell: weights and log."""
+    results = {}
+
+    def result_of(cell):
+        if cell not in results:
+            folder = tmp_path_factory.mktemp(name_of(cell))
+            trainer = make("one", cell, base_model_path, folder, 1, save_strategy="no")
+            trainer.train()
+            results[cell] = weights(trainer), logged(trainer)
+        return results[cell]
+
+    return result_of
+
+
+def load(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
+    expected, expected_log = one_process(cell)
+    result = load(launched(engine), name_of(cell))
+    assert result["num_processes"] == 2
+    assert (result["engine"], result["backend"]) == RUNS_AS[engine]
+    difference = max_difference(expected, result["weights"])
+    record_property("max_parameter_difference", difference)
+    record_property("max_cosine_after_projection", result["cosine"])
+    # Sums over samples are rounded in another order: 1e-7 of a gradient of size 1, times the
+    # learning rate; AdamW divides by the root of the second moment, at most 1 / epsilon.
+    assert difference < 2e-6
+    assert result["cosine"] < 1e-6  # rounding of float32
+    for ours, theirs in zip(expected_log, result["log"], strict=True):
+        for key in ours:
+            if key.startswith("ogpsa/") and key != "ogpsa/basis_megabytes":
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_on_two_processes_is_bitwise(engine, cell, launched):
+    result = load(launched(engine), name_of(cell))
+    assert max_difference(result["weights"], result["resumed"]) == 0
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launched):
+    """Memory per process is rank x trained parameters x 4 bytes / shards."""
+    result = load(launched(engine), name_of(cell))
+    held, basis_bytes = result["held_entries_and_basis_bytes"].T
+    if engine == "ddp":
+        assert held.tolist() == [result["num_entries"]] * 2
+    else:
+        assert held.sum() == result["num_entries"]
+        # FSDP2 gives one process two of the three rows of LoRA's A, the others halve everything.
+        assert held.max() <= result["num_entries"] * 2 / 3
+    rank, bytes_per_entry = 2, 4
+    assert (basis_bytes == rank * held * bytes_per_entry).all()
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_sends_one_stacked_all_reduce(engine, cell, launched):
+    """Products with each row, and the square, of every parameter; nothing where all is whole."""
+    result = load(launched(engine), name_of(cell))
+    rank, bytes_per_entry, num_steps = 2, 4, 3
+    expected = result["num_parameters"] * (rank + 1) * bytes_per_entry
+    assert result["sent_bytes"] == ([] if engine == "ddp" else [expected] * num_steps)
+
+
+@pytest.mark.parametrize("name", ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
+    """Refreshes before every step, but no projection: bit for bit plain TRL, and its files."""
+    folder = launched(engine)
+    result = load(folder, f"leak-{name}")
+    plain, refreshed = result["plain"], result["refreshed"]
+    assert max_difference(plain["weights"], refreshed["weights"]) == 0
+    if engine == "zero3":  # it counts only parameters that happen to be gathered
+        del plain["log"][-1]["total_flos"], refreshed["log"][-1]["total_flos"]
+    assert plain["log"] == refreshed["log"]
+    paths = {kind: folder / f"leak-{name}" / kind for kind in ("plain", "refreshed")}
+    files = {
+        kind: sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+        for kind, path in paths.items()
+    }
+    assert files["plain"] == files["refreshed"]
+    saved = [file for file in files["plain"] if file.endswith(".safetensors")]
+    assert len(saved) == 4  # three checkpoints of the model only, and the last
+    for file in saved:
+        left, right = (load_file(path / file) for path in paths.values())
+        assert max_difference(left, right) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launched):
+    result = load(launched(engine), "bf16")
+    assert result["backend"] == ("Zero1BF16Backend" if engine == "zero1" else RUNS_AS[engine][1])
+    assert result["cosine"] < 1e-6
+    assert max_difference(result["weights"], result["resumed"]) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
+    folder = launched(engine)
+    expected = load(folder, "sft-full-model-acc1")["weights"]
+    assert max_difference(expected, load(folder, "signs")) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
+    """Called after the step, as under an engine that has made it already."""
+    of_project, of_step = load(launched(engine), "errors")
+    assert "No parameter has a gradient on process 0" in of_project
+    if engine.startswith("zero"):
+        assert "ended without a step of the DeepSpeed engine" in of_step
+    else:
+        assert of_step == of_project
+
+
+@pytest.fixture(scope="session")
+def on_four_processes(launched, base_model_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    launch(4, "fsdp2", base_model_path, folder, launched("fsdp2"))
+    return folder
+
+
+@pytest.mark.parametrize("cell", RESUMED_ELSEWHERE, ids=name_of)
+def test_fsdp2_resumes_on_another_number_of_processes(cell, launched, on_four_processes):
+    """The basis is sharded anew; the rest of the run is that of two processes."""
+    expected = load(launched("fsdp2"), name_of(cell))["weights"]
+    resumed = load(on_four_processes, name_of(cell))
+    assert max_difference(expected, resumed) < 2e-6
