@@ -194,19 +194,26 @@ def _state_for(backend: GradientBackend, files: Sequence[_File]) -> dict[str, Te
 
 
 def _rows_of(name: str, wanted: Shard, files: Sequence[_File]) -> Tensor | None:
-    """The basis rows of one parameter on this process; None where all are zero."""
-    pieces = []
-    for file in files:
-        if f"basis.{name}" in file.names:
-            have = file.shards[name]
-            start = max(wanted.start, have.start)
-            end = min(wanted.start + wanted.size, have.start + have.size)
-            if start < end or have == wanted:
-                rows_KN = file.tensors.get_slice(f"basis.{name}")
-                pieces.append((start, rows_KN[:, start - have.start : end - have.start]))
-    if not pieces:
+    """
+    The basis rows of one parameter on this process; None where all are zero.
+
+    Raises:
+        ValueError: no file holds some of its entries.
+    """
+    holding = [file for file in files if f"basis.{name}" in file.names]
+    if not holding:
         return None
-    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], dim=1)
+    pieces, position, end = [], wanted.start, wanted.start + wanted.size
+    for file in sorted(holding, key=lambda file: file.shards[name].start):
+        have = file.shards[name]
+        last = min(have.start + have.size, end)
+        if have.start <= position < last or wanted == have:  # replicas hold the same: taken once
+            rows_KN = file.tensors.get_slice(f"basis.{name}")
+            pieces.append(rows_KN[:, position - have.start : last - have.start])
+            position = last
+    if position < end:
+        raise ValueError(f"No shard holds the entries of {name!r} from {position} on.")
+    return torch.cat(pieces, dim=1) if pieces else None
 
 
 def _all_files(folder: Path) -> list[Path]:

@@ -53,12 +53,7 @@ def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
             f"OGPSA supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this "
             f"run is {state.distributed_type.value}. Launch with one of `configs/accelerate/`."
         )
-    if accelerator.parallelism_config is not None:
-        raise ValueError(
-            "OGPSA supports data parallelism only, but a `parallelism_config` (hybrid sharding, "
-            "tensor, context or sequence parallelism) is set. Unset it, and shard over all "
-            "processes with `configs/accelerate/fsdp2.yaml`."
-        )
+    _check_parallelism(accelerator)
     if state.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             "OGPSA supports `bf16: true` and full precision, but mixed precision is "
@@ -76,6 +71,27 @@ def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
             f"OGPSA projects the accumulated gradient, but the optimizer {optimizer_name!r} "
             "updates the parameters during the backward pass and never holds it. Set `optim: "
             "adamw_torch`."
+        )
+
+
+def _check_parallelism(accelerator: Accelerator) -> None:
+    """FSDP2 may shard within groups of processes (HSDP); all else splits a sample or a matrix."""
+    config = accelerator.parallelism_config
+    if config is None:
+        return
+    splits = {"tp_size": config.tp_size, "cp_size": config.cp_size, "sp_size": config.sp_size}
+    split = ", ".join(f"`{name}: {size}`" for name, size in splits.items() if (size or 1) > 1)
+    if split:
+        raise ValueError(
+            f"OGPSA supports data parallelism only, but `parallelism_config` sets {split} (tensor, "
+            "context or sequence parallelism). Leave it at 1, and shard the model with "
+            "`configs/accelerate/fsdp2.yaml`."
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            "OGPSA supports a `parallelism_config` under FSDP2 only, where it shards within groups "
+            f"of processes, but the engine of this run is {accelerator.distributed_type.value}. "
+            "Unset it, or launch with `configs/accelerate/hsdp.yaml`."
         )
 
 

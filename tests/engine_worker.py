@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
@@ -29,6 +30,8 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CELLS = list(
     itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
 )
+# Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
+ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS) | {"hsdp": CELLS[1::2]}
 RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
 GLOBAL_BATCH = 8
 
@@ -44,7 +47,7 @@ def use_cpu(engine):
     accelerate picks FSDP2 and DeepSpeed only where it sees GPUs, so the state that it asks is made
     beforehand. DeepSpeed would compile an operator for shared memory; gloo does without.
     """
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "hsdp"):
         original_init = AcceleratorState.__init__
 
         def as_if_on_gpus(self, *args, **kwargs):
@@ -70,12 +73,14 @@ def use_cpu(engine):
 
 
 def engine_arguments(engine, bf16):
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "hsdp"):
         config = {
             "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "state_dict_type": "FULL_STATE_DICT",
         }  # fmt: skip
-        return {"fsdp": True, "fsdp_config": config}
+        mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+        more = {"parallelism_config": mesh} if engine == "hsdp" else {}
+        return {"fsdp": True, "fsdp_config": config, **more}
     if engine.startswith("zero"):
         config = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -230,7 +235,7 @@ def train_with_signs(engine, model_path, folder, num_processes):
         return make_weights(*args) * (-1) ** int(os.environ["RANK"])
 
     linalg.orthonormal_weights = with_sign
-    cell = ("sft", "full", "model", "acc1")
+    cell = ("sft", "full", "model", "acc2")
     trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
     trainer.train()
     linalg.orthonormal_weights = make_weights
@@ -288,7 +293,7 @@ def main(engine, model_path, output_dir, checkpoints=None):
             trainer.train(resume_from_checkpoint=str(checkpoint))
             save(name_of(cell), full_weights(trainer))
     else:
-        for cell in CELLS:
+        for cell in ENGINE_CELLS[engine]:
             folder = Path(output_dir) / name_of(cell)
             save(name_of(cell), train_cell(engine, cell, model_path, folder, num_processes))
         for stage, form in itertools.product(("sft", "dpo"), ("full", "lora")):

@@ -1,4 +1,4 @@
-"""Two processes under every engine (gloo, CPU) take the steps of one process."""
+"""Several processes under every engine (gloo, CPU) take the steps of one process."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine_worker import CELLS, ENGINES, RESUMED_ELSEWHERE, make, name_of
+from engine_worker import ENGINE_CELLS, RESUMED_ELSEWHERE, make, name_of
 from runs import logged, max_difference, weights
 
 HERE = Path(__file__).parent
@@ -17,14 +17,27 @@ HERE = Path(__file__).parent
 # A launch for all cells of an engine takes half a minute to one and a half on two cores.
 pytestmark = pytest.mark.timeout(600)
 
+every_engine = pytest.mark.parametrize("engine", ENGINE_CELLS)
+every_cell = pytest.mark.parametrize(
+    ("engine", "cell"),
+    [
+        pytest.param(engine, cell, id=f"{engine}-{name_of(cell)}")
+        for engine, cells in ENGINE_CELLS.items()
+        for cell in cells
+    ],
+)
 # What accelerate must have run, and what must have served it.
 RUNS_AS = {
     "ddp": ("MULTI_CPU", "TorchBackend"),
     "fsdp2": ("FSDP", "TorchBackend"),
+    "hsdp": ("FSDP", "TorchBackend"),
     "zero1": ("DEEPSPEED", "Zero12Backend"),
     "zero2": ("DEEPSPEED", "Zero12Backend"),
     "zero3": ("DEEPSPEED", "Zero3Backend"),
 }
+
+
+NUM_PROCESSES = dict.fromkeys(ENGINE_CELLS, 2) | {"hsdp": 4}
 
 
 def launch(num_processes, *arguments):
@@ -51,7 +64,7 @@ def launched(base_model_path, tmp_path_factory):
     def results_of(engine):
         if engine not in folders:
             folders[engine] = tmp_path_factory.mktemp(engine)
-            launch(2, engine, base_model_path, folders[engine])
+            launch(NUM_PROCESSES[engine], engine, base_model_path, folders[engine])
         return folders[engine]
 
     return results_of
@@ -77,12 +90,11 @@ def load(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
+@every_cell
+def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
     expected, expected_log = one_process(cell)
     result = load(launched(engine), name_of(cell))
-    assert result["num_processes"] == 2
+    assert result["num_processes"] == NUM_PROCESSES[engine]
     assert (result["engine"], result["backend"]) == RUNS_AS[engine]
     difference = max_difference(expected, result["weights"])
     record_property("max_parameter_difference", difference)
@@ -97,15 +109,13 @@ def test_two_processes_take_the_steps_of_one(engine, cell, launched, one_process
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resume_on_two_processes_is_bitwise(engine, cell, launched):
+@every_cell
+def test_resume_on_several_processes_is_bitwise(engine, cell, launched):
     result = load(launched(engine), name_of(cell))
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-@pytest.mark.parametrize("engine", ENGINES)
+@every_cell
 def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launched):
     """Memory per process is rank x trained parameters x 4 bytes / shards."""
     result = load(launched(engine), name_of(cell))
@@ -113,15 +123,15 @@ def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launche
     if engine == "ddp":
         assert held.tolist() == [result["num_entries"]] * 2
     else:
-        assert held.sum() == result["num_entries"]
+        num_replicas = 2 if engine == "hsdp" else 1
+        assert held.sum() == result["num_entries"] * num_replicas
         # FSDP2 gives one process two of the three rows of LoRA's A, the others halve everything.
         assert held.max() <= result["num_entries"] * 2 / 3
     rank, bytes_per_entry = 2, 4
     assert (basis_bytes == rank * held * bytes_per_entry).all()
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-@pytest.mark.parametrize("engine", ENGINES)
+@every_cell
 def test_a_step_sends_one_stacked_all_reduce(engine, cell, launched):
     """Products with each row, and the square, of every parameter; nothing where all is whole."""
     result = load(launched(engine), name_of(cell))
@@ -131,7 +141,7 @@ def test_a_step_sends_one_stacked_all_reduce(engine, cell, launched):
 
 
 @pytest.mark.parametrize("name", ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "bf16"])
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
     """Refreshes before every step, but no projection: bit for bit plain TRL, and its files."""
     folder = launched(engine)
@@ -154,7 +164,7 @@ def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
         assert max_difference(left, right) == 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launched):
     result = load(launched(engine), "bf16")
     assert result["backend"] == ("Zero1BF16Backend" if engine == "zero1" else RUNS_AS[engine][1])
@@ -162,14 +172,14 @@ def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launche
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
     folder = launched(engine)
-    expected = load(folder, "sft-full-model-acc1")["weights"]
+    expected = load(folder, "sft-full-model-acc2")["weights"]
     assert max_difference(expected, load(folder, "signs")) == 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@every_engine
 def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
     """Called after the step, as under an engine that has made it already."""
     of_project, of_step = load(launched(engine), "errors")
