@@ -9,6 +9,7 @@ from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACC
 
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CELLS = list(
     itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
 )
+NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
 # Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
 ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS) | {"hsdp": CELLS[1::2]}
 RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
@@ -38,6 +40,20 @@ GLOBAL_BATCH = 8
 
 def name_of(cell):
     return "-".join(cell)
+
+
+def launch(num_processes, *arguments, on_gpu=False):
+    """Run this file. A process that fails leaves its peers waiting: torchrun ends them all."""
+    hide_gpus = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+            str(num_processes), __file__, *map(str, arguments),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hide_gpus},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-6000:]
 
 
 def use_cpu(engine):
@@ -162,6 +178,7 @@ def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **
             "per_device_train_batch_size": GLOBAL_BATCH // num_passes // num_processes,
             "optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4,
             "max_grad_norm": 0.5, "save_strategy": "steps", "save_steps": 1,
+            "use_cpu": ON_CPU or engine == "one",
             **engine_arguments(engine, options.get("bf16", False)), **options,
         },
     )  # fmt: skip

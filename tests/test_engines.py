@@ -1,18 +1,11 @@
 """Several processes under every engine (gloo, CPU) take the steps of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine_worker import ENGINE_CELLS, RESUMED_ELSEWHERE, make, name_of
+from engine_worker import ENGINE_CELLS, NUM_PROCESSES, RESUMED_ELSEWHERE, launch, make, name_of
 from runs import logged, max_difference, weights
-
-HERE = Path(__file__).parent
 
 # A launch for all cells of an engine takes half a minute to one and a half on two cores.
 pytestmark = pytest.mark.timeout(600)
@@ -35,25 +28,6 @@ RUNS_AS = {
     "zero2": ("DEEPSPEED", "Zero12Backend"),
     "zero3": ("DEEPSPEED", "Zero3Backend"),
 }
-
-
-NUM_PROCESSES = dict.fromkeys(ENGINE_CELLS, 2) | {"hsdp": 4}
-
-
-def launch(num_processes, *arguments):
-    """A process that fails leaves its peers waiting: torchrun ends them, the timeout the rest."""
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-            str(num_processes), str(HERE / "engine_worker.py"), *map(str, arguments),
-        ],
-        env={
-            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-        },
-        cwd=HERE.parent, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-6000:]
 
 
 @pytest.fixture(scope="session")
@@ -203,3 +177,12 @@ def test_fsdp2_resumes_on_another_number_of_processes(cell, launched, on_four_pr
     expected = load(launched("fsdp2"), name_of(cell))["weights"]
     resumed = load(on_four_processes, name_of(cell))
     assert max_difference(expected, resumed) < 2e-6
+
+
+@pytest.mark.parametrize("cell", RESUMED_ELSEWHERE, ids=name_of)
+def test_one_process_resumes_what_ddp_began(cell, launched, base_model_path, tmp_path):
+    folder = launched("ddp")
+    trainer = make("one", cell, base_model_path, tmp_path, 1, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(folder / name_of(cell) / "checkpoint-1"))
+    expected = load(folder, name_of(cell))["weights"]
+    assert max_difference(expected, weights(trainer)) < 2e-6

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine_worker import ENGINE_CELLS, NUM_PROCESSES, launch, make, name_of
 from ogpsa_trl import OGPSAConfig
 from runs import CosineCallback, capability_groups, make_trainer, max_difference, trained, weights
 
@@ -76,3 +77,18 @@ def test_resume_is_the_run_that_never_stopped(base_model_path, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # Kernels of a GPU may add up in an order of their own: 1e-6 is rounding.
     assert max_difference(weights(resumed), straight) < 1e-6
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("engine", ENGINE_CELLS)
+def test_gpus_take_the_steps_of_one_process_on_the_cpu(engine, base_model_path, tmp_path):
+    """The table of tests/test_engines.py with NCCL; every cell in one launch."""
+    if torch.cuda.device_count() < NUM_PROCESSES[engine]:
+        pytest.skip(f"{engine} needs {NUM_PROCESSES[engine]} GPUs")
+    launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, on_gpu=True)
+    for cell in ENGINE_CELLS[engine]:
+        result = torch.load(tmp_path / f"{name_of(cell)}.pt", weights_only=True)
+        one = make("one", cell, base_model_path, tmp_path / "one", 1, save_strategy="no")
+        one.train()
+        assert max_difference(weights(one), result["weights"]) < 2e-5, cell
+        assert result["cosine"] < 1e-5, cell

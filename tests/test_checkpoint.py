@@ -1,0 +1,168 @@
+"""A checkpoint is the same subspace for any number of processes, however they shard it."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.backends import Shard
+from ogpsa_trl.checkpoint import FILE_NAME, file_names, load_subspace, save_subspace
+from ogpsa_trl.subspace import CapabilitySubspace
+
+SIZES = {"embed": 12, "norm": 3, "head": 7, "unused": 5}
+RANK = 2
+
+
+def rows_of(name):
+    """The whole basis of a parameter; one parameter has none."""
+    if name == "unused":
+        return None
+    first = 100 * list(SIZES).index(name)
+    return torch.arange(first, first + RANK * SIZES[name]).float().view(RANK, -1)
+
+
+def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
+    """A subspace of one process of several, as if all of them did what this one does."""
+    backend = SimpleNamespace(
+        parameters=[(name, None) for name in SIZES],
+        shards=[Shard(start, size, SIZES[name]) for name, (start, size) in shards.items()],
+        is_sharded=num_processes > 1,
+        process_index=process_index,
+        num_processes=num_processes,
+        device=torch.device("cpu"),
+        sum_over_processes=lambda value: value * num_processes if others_agree else value,
+    )
+    return CapabilitySubspace(backend, OGPSAConfig())
+
+
+def filled(shards, **process):
+    subspace = make_subspace(shards, **process)
+    for index, (name, (start, size)) in enumerate(shards.items()):
+        rows = rows_of(name)
+        if rows is not None and size:
+            subspace.basis[index] = rows[:, start : start + size].contiguous()
+    subspace.mean_coordinates = torch.ones(len(SIZES), RANK)
+    subspace.is_due = False
+    return subspace
+
+
+def by_rows(num_processes, process_index):
+    """Every parameter is divided: FSDP2 and ZeRO-3. Small ones leave some processes nothing."""
+    shards = {}
+    for name, size in SIZES.items():
+        per_process = -(-size // num_processes)
+        start = min(per_process * process_index, size)
+        shards[name] = (start, min(per_process, size - start))
+    return shards
+
+
+def end_to_end(num_processes, process_index):
+    """One range of all parameters laid end to end: ZeRO-1 and ZeRO-2."""
+    per_process = -(-sum(SIZES.values()) // num_processes)
+    first, shards, offset = per_process * process_index, {}, 0
+    for name, size in SIZES.items():
+        start = min(max(first - offset, 0), size)
+        end = min(max(first + per_process - offset, 0), size)
+        shards[name] = (start if end > start else 0, end - start)
+        offset += size
+    return shards
+
+
+def in_replicas(num_processes, process_index):
+    """Two replicas of the same shards: HSDP."""
+    half = max(num_processes // 2, 1)
+    return by_rows(half, process_index % half)
+
+
+WHOLE = {name: (0, size) for name, size in SIZES.items()}
+LAYOUTS = {"rows": by_rows, "end to end": end_to_end, "replicas": in_replicas}
+layouts = st.tuples(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 6))
+
+
+def processes_of(layout):
+    name, num_processes = layout
+    if num_processes == 1:
+        return [(WHOLE, {})]
+    return [
+        (LAYOUTS[name](num_processes, i), {"process_index": i, "num_processes": num_processes})
+        for i in range(num_processes)
+    ]
+
+
+def assert_holds_its_shards(subspace, shards):
+    for rows, (name, (start, size)) in zip(subspace.basis, shards.items(), strict=True):
+        whole = rows_of(name)
+        if whole is None or size == 0:
+            assert rows is None or rows.numel() == 0
+        else:
+            assert torch.equal(rows, whole[:, start : start + size])
+
+
+def save_all(layout, folder):
+    for shards, process in processes_of(layout):
+        save_subspace(filled(shards, **process), str(folder))
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=layouts, after=layouts)
+def test_any_sharding_is_read_by_any_other(before, after, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_all(before, folder)
+    for shards, process in processes_of(after):
+        subspace = make_subspace(shards, **process)
+        load_subspace(subspace, str(folder))
+        assert not subspace.is_due
+        assert_holds_its_shards(subspace, shards)
+        assert torch.equal(subspace.mean_coordinates, torch.ones(len(SIZES), RANK))
+
+
+def test_a_new_sharding_is_logged(tmp_path, caplog):
+    save_all(("rows", 2), tmp_path)
+    subspace = make_subspace(by_rows(4, 0), num_processes=4)
+    with caplog.at_level(logging.INFO):
+        load_subspace(subspace, str(tmp_path))
+    assert "is sharded over 2 files: it is sharded anew for 4 processes" in caplog.text
+
+
+def test_a_process_needs_its_own_file_only(tmp_path):
+    """Machines that share no disk go on with what each has written."""
+    save_all(("rows", 4), tmp_path)
+    for name in set(file_names(4)) - {file_names(4)[2]}:
+        (tmp_path / name).unlink()
+    subspace = make_subspace(by_rows(4, 2), process_index=2, num_processes=4)
+    load_subspace(subspace, str(tmp_path))
+    assert not subspace.is_due
+    assert_holds_its_shards(subspace, by_rows(4, 2))
+
+
+def test_a_missing_shard_is_a_warning_and_a_refresh(tmp_path, caplog):
+    save_all(("rows", 4), tmp_path)
+    (tmp_path / file_names(4)[1]).unlink()
+    subspace = make_subspace(WHOLE)
+    load_subspace(subspace, str(tmp_path))
+    assert subspace.is_due
+    assert "holds no whole capability subspace" in caplog.text
+    assert file_names(4)[0] in caplog.text
+
+
+def test_all_processes_refresh_if_one_has_no_basis(tmp_path):
+    save_all(("rows", 2), tmp_path)
+    subspace = make_subspace(by_rows(2, 0), num_processes=2, others_agree=False)
+    load_subspace(subspace, str(tmp_path))
+    assert subspace.is_due
+
+
+@pytest.mark.parametrize("before", [("rows", 4), ("rows", 1)])
+def test_saving_replaces_the_files_of_another_number_of_processes(before, tmp_path):
+    save_all(before, tmp_path)
+    save_all(("rows", 2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == file_names(2)
+
+
+def test_files_of_one_process_and_of_several():
+    assert file_names(1) == [FILE_NAME]
+    assert file_names(12)[-1] == "ogpsa_subspace-00012-of-00012.safetensors"
