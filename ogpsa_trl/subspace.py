@@ -224,7 +224,7 @@ class CapabilitySubspace:
         self.is_due = bool(state["is_due"])
 
     def _store(self, rows_PRN: list[Tensor | None], weights_BKR: Tensor) -> None:
-        """Replace the basis, one parameter at a time, so that only one is held twice."""
+        """Replace the basis, one parameter at a time: rows and old basis go as the new one comes."""
         dtype = getattr(torch, self.config.basis_dtype)
         weights_PKR = weights_BKR.float().expand(len(rows_PRN), -1, -1)
         for index, rows_RN in enumerate(rows_PRN):
