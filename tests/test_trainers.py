@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig
@@ -14,7 +13,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
 from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
-from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
@@ -549,41 +547,6 @@ class TestErrors:
         self.assert_refused(
             "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}", base_model_path,
             tmp_path, capability=capability_groups(), config={"rank": 1},
-        )  # fmt: skip
-
-    def test_engines_that_shard(self, base_model_path, tmp_path):
-        """Without a GPU and DeepSpeed the training arguments cannot ask for one."""
-        accelerator = make_trainer("sft", base_model_path, tmp_path).accelerator
-        for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            accelerator.state.distributed_type = DistributedType(engine)
-            with pytest.raises(ValueError, match=f"engine of this run is {engine}. Launch with"):
-                check_supported(accelerator, "adamw_torch")
-        accelerator.state.distributed_type = DistributedType.NO
-
-    def test_models_on_several_devices(self, base_model_path, tmp_path):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
-        with pytest.raises(ValueError, match=r"spread over cpu, meta\. Load it"):
-            make_backend(trainer.accelerator, model, model)
-
-    def test_fp16(self, base_model_path, tmp_path):
-        """Without a GPU the training arguments refuse `fp16: true` before we can."""
-        accelerator = make_trainer("sft", base_model_path, tmp_path).accelerator
-        accelerator.state._mixed_precision = "fp16"
-        with pytest.raises(ValueError, match="mixed precision is 'fp16'"):
-            check_supported(accelerator, "adamw_torch")
-
-    def test_compilation(self, base_model_path, tmp_path):
-        self.assert_refused(
-            "does not support `torch_compile`", base_model_path, tmp_path,
-            capability=capability_groups(), torch_compile=True,
-        )  # fmt: skip
-
-    @pytest.mark.parametrize("optimizer", ["lomo", "galore_adamw_layerwise"])
-    def test_optimizers_without_an_accumulated_gradient(self, optimizer, base_model_path, tmp_path):
-        self.assert_refused(
-            f"optimizer '{optimizer}' updates", base_model_path, tmp_path,
-            capability=capability_groups(), optim=optimizer,
         )  # fmt: skip
 
 
