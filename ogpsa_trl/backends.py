@@ -15,7 +15,14 @@ The mathematics above sees one interface, whatever the engine:
     accumulation(is_last)      context of one forward and backward pass that adds to the gradients
     backward(loss)             the engine's own backward pass, without an optimizer step
     clear_gradients()          forget the gradients
-    when_final(action)         context of a training step: runs `action` on the final gradients
+    around_step(context)       context of a training step: enters `context()` when its gradients
+                               are final, before they are clipped; leaves it after the optimizer
+    weights(parameter)         this process's shard of what the optimizer updates, writable in place
+    optimizer_name             class of the optimizer
+    publish_weights()          bring what was written there to the model
+    holds_weights              whether these weights are sharded as the gradients are; if not,
+                               neither they nor the second moment can be asked for
+    second_moment(parameter)   this process's shard of Adam's second moment; None if there is none
 
 `TorchBackend` serves one process, DDP and FSDP2; DeepSpeed's ZeRO is in `zero`. Which engine has
 which backend, and what is refused, says `engines`.
@@ -35,8 +42,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 Value = TypeVar("Value")
+StepContext = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Shard(NamedTuple):
@@ -55,13 +64,21 @@ class GradientBackend(ABC):
         accelerator: The trainer's accelerator.
         model: The model that holds the parameters, not wrapped.
         wrapped_model: The model to call, wrapped by the engine (the same object on one process).
+        optimizer: The optimizer, as the engine has it.
     """
 
+    holds_weights = True
+
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        wrapped_model: nn.Module,
+        optimizer: Optimizer,
     ) -> None:
         self.accelerator = accelerator
         self.wrapped_model = wrapped_model
+        self.optimizer: Any = optimizer
         # `named_parameters` lists tied weights once, under the first of their names.
         self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.device = accelerator.device
@@ -74,6 +91,11 @@ class GradientBackend(ABC):
             group = self._shard_group(parameter)
             if group is not None:
                 self._shard_groups[group].append(index)
+
+    @property
+    def optimizer_name(self) -> str:
+        """Class of the optimizer that updates the weights."""
+        return type(self.optimizer).__name__
 
     @property
     def is_sharded(self) -> bool:
@@ -109,11 +131,24 @@ class GradientBackend(ABC):
         """Forget all gradients, also those that the engine keeps elsewhere."""
 
     @abstractmethod
-    def when_final(self, action: Callable[[], None]) -> contextlib.AbstractContextManager[Any]:
+    def around_step(self, context: StepContext) -> contextlib.AbstractContextManager[Any]:
         """
-        Context of a training step: if it is the last of an optimizer step, `action` runs once,
-        after the gradients are averaged and before they are clipped.
+        Context of a training step. If it is the last of an optimizer step, `context()` is entered
+        after the gradients are averaged and before they are clipped, and left after the optimizer
+        has updated the weights.
         """
+
+    @abstractmethod
+    def weights(self, parameter: nn.Parameter) -> Tensor:
+        """This process's shard of the weights that the optimizer updates, shape [N], writable."""
+
+    @abstractmethod
+    def publish_weights(self) -> None:
+        """Bring weights that were written to `weights` to the model. A collective call."""
+
+    @abstractmethod
+    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+        """This process's shard of Adam's second moment, shape [N]; None before its first step."""
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:
         """Sum per-parameter scalars over the shards, one all-reduce for each process group."""
@@ -172,9 +207,13 @@ class TorchBackend(GradientBackend):
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        wrapped_model: nn.Module,
+        optimizer: Optimizer,
     ) -> None:
-        super().__init__(accelerator, model, wrapped_model)
+        super().__init__(accelerator, model, wrapped_model, optimizer)
         whole = [name for name, p in self.parameters if not isinstance(p, DTensor)]
         if self.is_sharded and whole:
             raise ValueError(
@@ -204,8 +243,7 @@ class TorchBackend(GradientBackend):
             return None
         if not parameter.grad.is_contiguous():  # a gradient has the strides of its parameter
             parameter.grad = parameter.grad.contiguous()
-        gradient = parameter.grad
-        return (gradient.to_local() if isinstance(gradient, DTensor) else gradient).view(-1)
+        return _local(parameter.grad).view(-1)
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
@@ -237,11 +275,33 @@ class TorchBackend(GradientBackend):
             parameter.grad = None
 
     @contextlib.contextmanager
-    def when_final(self, action: Callable[[], None]) -> Iterator[None]:
-        """Clipping comes later, in the training loop, and acts on what `action` leaves."""
+    def around_step(self, context: StepContext) -> Iterator[None]:
+        """Clipping and the optimizer's step come later, in the training loop."""
         yield
-        if self.accelerator.sync_gradients:
-            action()
+        if not self.accelerator.sync_gradients:
+            return
+        entered = context()
+        entered.__enter__()
+
+        def leave(*_: Any) -> None:
+            handle.remove()
+            entered.__exit__(None, None, None)
+
+        handle = self.optimizer.register_step_post_hook(leave)
+
+    def weights(self, parameter: nn.Parameter) -> Tensor:
+        return _local(parameter.data).reshape(-1)  # a copy where it is not contiguous
+
+    def publish_weights(self) -> None:
+        """The optimizer's weights are the model's."""
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+        moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        return None if moment is None else _local(moment).view(-1)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sharding_dim(parameter: nn.Parameter) -> int | None:

@@ -1,10 +1,13 @@
 """OGPSAConfig: the method's settings and their checks."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Scope = Literal["parameter", "model"]
-Target = Literal["gradient", "update"]
+Target = Literal["gradient", "update", "none"]
+Metric = Literal["euclidean", "optimizer"]
+Constraint = Literal["equality", "inequality"]
 BasisDtype = Literal["float32", "bfloat16"]
 
 
@@ -34,7 +37,26 @@ class OGPSAConfig:
         default="gradient",
         metadata={
             "help": "What is projected. 'gradient': the accumulated gradient, before clipping "
-            "(official)."
+            "(official). 'update': what the optimizer did to the weights, with momentum, "
+            "preconditioner, clipping and weight decay, so that the first-order guarantee holds "
+            "for any optimizer; costs a copy of the trained weights during the optimizer's step. "
+            "'none': nothing; with `replay_weight` the run is plain replay."
+        },
+    )
+    metric: Metric = field(
+        default="euclidean",
+        metadata={
+            "help": "In what sense the step that is taken is the nearest one. 'euclidean': an "
+            "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
+            "Adam's second moment, with `target: update`; for an optimizer without one it is "
+            "the euclidean one."
+        },
+    )
+    constraint: Constraint = field(
+        default="equality",
+        metadata={
+            "help": "'equality': no capability loss changes, to first order (official). "
+            "'inequality': none rises; a step that lowers them all is left alone."
         },
     )
     refresh_interval: int = field(
@@ -71,6 +93,36 @@ class OGPSAConfig:
             "are in flight in both official recipes."
         },
     )
+    restoration: float = field(
+        default=0.0,
+        metadata={
+            "help": "With `target: update`: share of the rise of each capability loss above its "
+            "value at the start of training that is taken back until the next refresh, at "
+            "least 0. 0 is off (official); 1 takes back all that is known."
+        },
+    )
+    restoration_cap: float = field(
+        default=0.5,
+        metadata={
+            "help": "Largest length of that correction, relative to the rest of the update, above "
+            "0. 0.5 is measured: results were flat between 0.2 and 0.5."
+        },
+    )
+    capability_ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the old capability gradients (and rises of their losses) kept in a "
+            "refresh, at least 0 and below 1. 0 is off (official)."
+        },
+    )
+    replay_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adds this multiple of the mean capability gradient of a refresh to the "
+            "gradient of the step after it, at least 0. 0 is off (paper). With `target: none` "
+            "and `refresh_interval: 1` it is replay of the capability data."
+        },
+    )
     basis_dtype: BasisDtype = field(
         default="float32",
         metadata={
@@ -83,10 +135,30 @@ class OGPSAConfig:
         hints = get_type_hints(type(self))
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), hints[setting.name])
-        if self.target == "update":
+        if self.metric == "optimizer" and self.target != "update":
             raise ValueError(
-                "`target` 'update' is not available in this version. Set `target: gradient`, "
-                "which projects the accumulated gradient before the optimizer sees it."
+                "`metric` 'optimizer' is a metric of updates, but `target` is "
+                f"{self.target!r}. Set `target: update`, or `metric: euclidean`."
+            )
+        if self.restoration and self.target != "update":
+            raise ValueError(
+                f"`restoration` corrects the update, but `target` is {self.target!r}. Set `target: "
+                "update`, or `restoration: 0`."
+            )
+        if self.restoration_cap == 0:
+            raise ValueError(
+                "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` to switch the "
+                "correction off."
+            )
+        if self.capability_ema >= 1:
+            raise ValueError(
+                "`capability_ema` must be below 1, because new capability gradients would not "
+                f"count, but got {self.capability_ema!r}. Values from 0 to 0.7 were tried."
+            )
+        if self.target == "none" and not self.replay_weight:
+            raise ValueError(
+                "With `target: none` and `replay_weight: 0` OGPSA would do nothing. Set "
+                "`replay_weight: 1`, or train plain TRL (`ogpsa: false` in YAML)."
             )
         if self.gradients_per_group > self.num_samples:
             raise ValueError(
@@ -97,13 +169,18 @@ class OGPSAConfig:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Check one setting: a choice, or an integer of at least 1, optional if the type says so."""
+    """Check one setting: a choice, a number, or an integer of at least 1 (optional by its type)."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
             raise ValueError(
                 f"`{name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}."
             )
+        return
+    if hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be a number of at least 0, but got {value!r}.")
         return
     optional = type(None) in get_args(hint)
     if optional and value is None:

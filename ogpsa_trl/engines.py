@@ -4,12 +4,14 @@ import logging
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from ogpsa_trl.backends import GradientBackend, TorchBackend
+from ogpsa_trl.config import Target
 from ogpsa_trl.zero import make_zero_backend
 
 logger = logging.getLogger(__name__)
@@ -30,13 +32,16 @@ _ZERO_OPTIONS = {
 }
 
 
-def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
+def check_supported(
+    accelerator: Accelerator, optimizer_name: str, target: Target = "gradient"
+) -> None:
     """
     Refuse what is not tested, by name, before anything is trained.
 
     Args:
         accelerator: The trainer's accelerator.
         optimizer_name: `TrainingArguments.optim`.
+        target: `OGPSAConfig.target`.
 
     Raises:
         ValueError: engine, precision, compilation or optimizer is not supported.
@@ -47,7 +52,7 @@ def check_supported(accelerator: Accelerator, optimizer_name: str) -> None:
     elif state.distributed_type == DistributedType.DEEPSPEED:
         plugin = state.deepspeed_plugin
         assert plugin is not None
-        _check_deepspeed(plugin.deepspeed_config)
+        _check_deepspeed(plugin.deepspeed_config, target)
     elif state.distributed_type not in _REPLICATED:
         raise ValueError(
             f"OGPSA supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this "
@@ -108,7 +113,7 @@ def _check_fsdp(plugin: Any) -> None:
         )
 
 
-def _check_deepspeed(config: dict[str, Any]) -> None:
+def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
@@ -132,7 +137,14 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
                 f"Leave it out of the DeepSpeed configuration."
             )
     is_bf16 = config.get("bf16", {}).get("enabled") in (True, "true")
-    if is_bf16 and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+    is_fp32_accumulated = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if is_bf16 and is_fp32_accumulated and stage == 1 and target == "update":
+        raise ValueError(
+            "`target: update` needs gradients that are sharded as the optimizer's weights are, but "
+            "with `zero_optimization.stage` 1, bf16 and `grad_accum_dtype` 'fp32' DeepSpeed keeps "
+            "them whole. Set the stage to 2, as in `configs/accelerate/zero2.yaml`."
+        )
+    if is_bf16 and not is_fp32_accumulated:
         logger.warning(
             "DeepSpeed keeps gradients in bfloat16, so that the projection leaves their rounding: "
             "cosines of 5e-4 with the capability directions, instead of 1e-8. Set "
@@ -142,19 +154,27 @@ def _check_deepspeed(config: dict[str, Any]) -> None:
 
 
 def make_backend(
-    accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module
+    accelerator: Accelerator, model: nn.Module, wrapped_model: nn.Module, optimizer: Any
 ) -> GradientBackend:
     """
     The backend of the engine that `accelerator` runs.
 
+    Args:
+        accelerator: The trainer's accelerator.
+        model: The model that holds the parameters, not wrapped.
+        wrapped_model: The model to call, wrapped by the engine.
+        optimizer: The trainer's optimizer, wrapped by accelerate.
+
     Raises:
         ValueError: the parameters are sharded or spread over devices, although the engine is not.
     """
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
     match accelerator.distributed_type:
         case DistributedType.DEEPSPEED:
             return make_zero_backend(accelerator, wrapped_model)
         case DistributedType.FSDP:
-            return TorchBackend(accelerator, model, wrapped_model)
+            return TorchBackend(accelerator, model, wrapped_model, optimizer)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(
@@ -168,4 +188,4 @@ def make_backend(
                 "sharded (a DTensor). Load the model without `tp_plan` or `distributed_config`, "
                 "and shard it with `configs/accelerate/fsdp2.yaml`."
             )
-    return TorchBackend(accelerator, model, wrapped_model)
+    return TorchBackend(accelerator, model, wrapped_model, optimizer)

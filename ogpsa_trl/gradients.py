@@ -35,12 +35,11 @@ class CapabilityGradients:
     names: list[str]
     weights: Tensor
 
-    def group_losses(self) -> dict[str, float]:
-        """Token-mean loss of every group."""
-        weights = self.weights.tolist()
-        parts = list(zip(self.names, self.losses, weights, strict=True))
+    def group_means(self, values: Sequence[float]) -> dict[str, float]:
+        """Means over the parts of every group, weighted as their losses are."""
+        parts = list(zip(self.names, values, self.weights.tolist(), strict=True))
         return {
-            group: sum(loss * weight for name, loss, weight in parts if name == group)
+            group: sum(value * weight for name, value, weight in parts if name == group)
             / sum(weight for name, _, weight in parts if name == group)
             for group in dict.fromkeys(self.names)
         }

@@ -12,6 +12,8 @@ Shapes:
     B: blocks, one subspace each: every parameter (scope "parameter") or one (scope "model")
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -41,18 +43,22 @@ def dot(rows_KN: Tensor, vector_N: Tensor) -> Tensor:
     return total_K
 
 
-def gram(rows_KN: Tensor) -> Tensor:
+def gram(rows_KN: Tensor, metric_N: Tensor | None = None) -> Tensor:
     """
-    Scalar products of the rows with each other.
+    Scalar products of the rows with each other, `B D B^T` with a diagonal metric D.
 
     Matrix-vector products, not one matrix product: those may run in TF32, with three digits.
+
+    Args:
+        rows_KN: Any floating dtype.
+        metric_N: The diagonal of D, float32. `None` is the identity.
 
     Returns:
         Shape [K, K], float32. This process's share where the entries are sharded.
     """
     gram_KK = torch.zeros(len(rows_KN), len(rows_KN), device=rows_KN.device)
     for products_K, row_N in zip(gram_KK, rows_KN, strict=True):
-        products_K.copy_(dot(rows_KN, row_N))
+        products_K.copy_(dot(rows_KN, row_N if metric_N is None else metric_N * row_N))
     return gram_KK
 
 
@@ -72,10 +78,16 @@ def combine(weights_KR: Tensor, rows_RN: Tensor, dtype: torch.dtype) -> Tensor:
     return combined_KN
 
 
-def subtract_(vector_N: Tensor, rows_KN: Tensor, weights_K: Tensor) -> None:
-    """`vector_N -= weights_K @ rows_KN`, in float32, rounded once to the vector's dtype."""
-    for vector, rows in zip(vector_N.split(_BLOCK), rows_KN.split(_BLOCK, dim=1), strict=True):
-        if vector.dtype == torch.float32:
+def subtract_(
+    vector_N: Tensor, rows_KN: Tensor, weights_K: Tensor, metric_N: Tensor | None = None
+) -> None:
+    """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded once to the vector's dtype."""
+    metrics = metric_N.split(_BLOCK) if metric_N is not None else itertools.repeat(None)
+    blocks = zip(vector_N.split(_BLOCK), rows_KN.split(_BLOCK, dim=1), strict=True)
+    for (vector, rows), metric in zip(blocks, metrics, strict=False):
+        if metric is not None:
+            vector.copy_(vector.float() - metric * (rows.float().T @ weights_K))
+        elif vector.dtype == torch.float32:
             vector.addmv_(rows.float().T, weights_K, alpha=-1)
         else:
             vector.copy_(torch.addmv(vector.float(), rows.float().T, weights_K, alpha=-1))
@@ -139,3 +151,24 @@ def inverse_gram(gram_BKK: Tensor) -> Tensor:
         Shape [B, K, K], float64 on the CPU.
     """
     return torch.linalg.pinv(gram_BKK.cpu().double(), rtol=0.1, hermitian=True)
+
+
+def adam_metric(second_moment_N: Tensor, mean: Tensor) -> Tensor:
+    """
+    The diagonal metric in which Adam's step is steepest descent, with a floor.
+
+    Entries that the training data never touches have a second moment near zero; without a floor
+    they would take up the whole correction and the step would explode.
+
+    Args:
+        second_moment_N: Adam's running mean of squared gradients, not corrected for its bias
+            (a common factor of a metric changes no projection).
+        mean: Its mean over the whole tensor, a scalar.
+
+    Returns:
+        `1 / (s + rms(s))` with `s` the root of the second moment, shape [N], float32. Zero for a
+        tensor that no gradient has reached: it takes no part in a correction.
+    """
+    mean = mean.float()
+    metric_N = 1 / (second_moment_N.float().sqrt() + mean.sqrt())
+    return torch.where(mean > 0, metric_N, torch.zeros_like(metric_N))

@@ -29,6 +29,15 @@ Yi Zhong}},
 }
 
 
+_DONE = {
+    "gradient": "The gradient of the safety loss was projected away from the gradients of "
+    "capability losses.",
+    "update": "The update of every optimizer step was corrected so that, to first order, it keeps "
+    "capability losses.",
+    "none": "Gradients of capability losses were added to the gradient of the safety loss.",
+}
+
+
 def settings_section(config: OGPSAConfig, groups: Sequence[CapabilityGroup]) -> str:
     """Markdown section with the settings of the method and the capability groups."""
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items())
@@ -39,7 +48,7 @@ def settings_section(config: OGPSAConfig, groups: Sequence[CapabilityGroup]) -> 
 
 ## OGPSA
 
-The gradient of the safety loss was projected away from the gradients of these capability groups.
+{_DONE[config.target]} These are the capability groups, and the settings:
 
 | capability group | samples | tokens in the loss |
 |---|---|---|

@@ -1,10 +1,14 @@
 """
-CapabilitySubspace: from capability gradients to a basis, and the projection of the gradient.
+CapabilitySubspace: from capability gradients to a basis, and the projection of a step.
 
     refresh:  G = A A^T                    A: capability gradients, one row each; summed over shards
               B = W A                      W from G, so that the rows of B are orthonormal
-    project:  c = B g                      summed over shards: all that a step sends
-              g <- g - B^T (B B^T)^-1 c    the inverse is the identity up to the rounding of B
+    project:  p = B v                      summed over shards: all that a step sends
+              v <- v - D B^T w             w from p, C and H = B D B^T (`constraints`)
+
+v is the gradient or the optimizer's update, D the identity or the optimizer's metric, C = A B^T the
+coordinates of the capability gradients. With D the identity and the constraint an equality,
+w = H^-1 p, and H is the identity up to the rounding of B.
 
 Scope "parameter" does this for every parameter tensor on its own, scope "model" once for the whole
 parameter vector; the rows are stored per parameter in both. Storage and communication belong to
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import linalg
+from ogpsa_trl import constraints, linalg
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.gradients import CapabilityGradients
@@ -30,13 +34,64 @@ from ogpsa_trl.gradients import CapabilityGradients
 class Projection:
     """What a projection did, as tensors on the device, so that a step need not wait for them."""
 
+    # Share of the squared length, in the metric, that was removed, in [0, 1].
     removed_fraction: Tensor
+    # Share of the squared length that was in the subspace before, in [0, 1].
+    share_inside: Tensor
+    # With the mean capability gradient, before the projection, in [-1, 1] (where `rank` drops
+    # directions: with the part of the mean that is kept).
     cosine: Tensor
+    # Names of the parameters held in this step.
     held: list[str]
+    restoration: "Restoration | None" = None
 
 
+@dataclass
+class Restoration:
+    """How long a correction is relative to the rest of the update, and whether the cap binds."""
+
+    ratio: Tensor
+    is_capped: Tensor
+
+
+@dataclass
+class Refresh:
+    """
+    How the loss of each capability gradient has changed, in nats, one entry for each.
+
+    Attributes:
+        drift: Since the first refresh of the run.
+        predicted_change: What the updates since the last refresh should have done, to first order;
+            zero where the update is not projected, and so not known. `None` at the first.
+        realised_change: Since the last refresh. `None` at the first.
+    """
+
+    drift: list[float]
+    predicted_change: list[float] | None
+    realised_change: list[float] | None
+
+
+@dataclass
+class _Products:
+    """Products of a vector v with the basis B and with itself, in a metric D, over all shards."""
+
+    products_BK: Tensor  # B v
+    squares_P: Tensor  # v v^T of every parameter
+    square: Tensor  # and of all
+    gram_BKK: Tensor  # B D B^T
+    metric_square: Tensor  # v D^-1 v^T of all
+
+
+# Optimizers that keep a second moment under this name, `exp_avg_sq`, and those known to have none.
+_ADAM = ("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam")
+_NO_MOMENT = ("SGD",)
+
+_TINY = torch.finfo(torch.float32).tiny
+
+# What is saved beside the rows. The first are on the device, the masks on the CPU.
 _SMALL_STATE = (
-    "inverse_gram", "mean_coordinates", "mean_square", "rank", "is_waiting", "was_held",
+    "gram", "inverse_gram", "coordinates", "mean_coordinates", "mean_square", "rank",
+    "start_losses", "losses", "drift", "predicted_change", "is_waiting", "was_held",
 )  # fmt: skip
 
 
@@ -59,22 +114,55 @@ class CapabilitySubspace:
     def __init__(self, backend: GradientBackend, config: OGPSAConfig) -> None:
         self.backend = backend
         self.config = config
+        if config.target == "update":
+            self._check_weights()
+        if config.metric == "optimizer" and backend.optimizer_name not in (*_ADAM, *_NO_MOMENT):
+            raise ValueError(
+                f"`metric: optimizer` reads the second moment of {', '.join(_ADAM)} (and takes "
+                f"{', '.join(_NO_MOMENT)}, which has none, as `euclidean`), but the optimizer is "
+                f"{backend.optimizer_name}. Set `optim: adamw_torch`, or `metric: euclidean`."
+            )
         num_parameters = len(backend.parameters)
         # Rows of the basis per parameter, shape [K, N]; None where all are zero.
         self.basis: list[Tensor | None] = [None] * num_parameters
-        # (B B^T)^-1, shape [B, K, K].
+        # B B^T and its inverse, shape [B, K, K].
+        self.gram = torch.zeros(1, 0, 0)
         self.inverse_gram = torch.zeros(1, 0, 0)
+        # The capability gradients in the basis, shape [B, R, K].
+        self.coordinates = torch.zeros(1, 0, 0)
         # The mean capability gradient: its coordinates in the basis, shape [B, K], and its squared
         # length. All that the cosine needs.
         self.mean_coordinates = torch.zeros(1, 0)
         self.mean_square = torch.zeros(())
         # Number of directions, the mean over the blocks.
         self.rank = torch.zeros(())
+        # Per capability gradient, shape [R]: its loss at the first refresh and at the last, its
+        # rise since the first (averaged as the gradients are), and what the updates since the last
+        # refresh should have changed it by.
+        self.start_losses = self.losses = torch.zeros(0)
+        self.drift = self.predicted_change = torch.zeros(0)
+        # The mean capability gradient has not been replayed yet.
+        self.is_fresh = False
         # Per parameter, on the CPU: its direction is not known yet; it was held once.
         self.is_waiting = torch.zeros(num_parameters, dtype=torch.bool)
         self.was_held = torch.zeros(num_parameters, dtype=torch.bool)
         # A refresh is needed before the next step: there is no basis yet, or a parameter was held.
         self.is_due = True
+
+    def _check_weights(self) -> None:
+        for name, parameter in self.backend.parameters:
+            weights_N = self.backend.weights(parameter)
+            if weights_N.dtype != torch.float32:
+                raise ValueError(
+                    "`target: update` corrects weights in float32, which bfloat16 would round away,"
+                    f" but {name!r} is {weights_N.dtype}. Load the model with `dtype: float32`; "
+                    "`bf16: true` then computes in bfloat16."
+                )
+            if weights_N.data_ptr() != self.backend.weights(parameter).data_ptr():
+                raise ValueError(
+                    f"`target: update` writes to weights in place, but {name!r} is not contiguous "
+                    "in memory. Set `parameter.data = parameter.data.contiguous()`."
+                )
 
     @property
     def basis_bytes(self) -> int:
@@ -82,7 +170,7 @@ class CapabilitySubspace:
         return sum(rows.nbytes for rows in self.basis if rows is not None)
 
     @torch.no_grad()
-    def refresh(self, gradients: CapabilityGradients) -> None:
+    def refresh(self, gradients: CapabilityGradients) -> Refresh:
         """
         Replace the basis. A collective call: every process makes it.
 
@@ -93,6 +181,10 @@ class CapabilitySubspace:
         Raises:
             FloatingPointError: a capability gradient is not finite. The basis is left as it was.
         """
+        if len(self.start_losses) != len(gradients.names):  # the first, or other groups than before
+            self.start_losses = self.losses = torch.zeros(0)
+        else:
+            self._average(gradients.rows)
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         for name, loss, products_PR in zip(
             gradients.names, gradients.losses, gram_PRR.unbind(1), strict=True
@@ -108,10 +200,12 @@ class CapabilitySubspace:
             lambda: linalg.orthonormal_weights(gram_BRR, self.config.rank)
         )
         self._store(gradients.rows, weights_BKR)
-        stored_PKK = self._sum_grams(self.basis, weights_BKR.shape[1])
+        stored_BKK = self._merge(self._sum_grams(self.basis, weights_BKR.shape[1]))
+        self.gram = self._small(stored_BKK)
         self.inverse_gram = self._small(
-            self.backend.from_first_process(lambda: linalg.inverse_gram(self._merge(stored_PKK)))
+            self.backend.from_first_process(lambda: linalg.inverse_gram(stored_BKK))
         )
+        self.coordinates = self._small(gram_BRR @ weights_BKR.mT)
         mean_R = gradients.weights
         self.mean_coordinates = self._small(weights_BKR @ gram_BRR @ mean_R)
         self.mean_square = self._small((mean_R @ gram_BRR @ mean_R).sum())
@@ -119,22 +213,66 @@ class CapabilitySubspace:
         is_zero_P = (gram_PRR.diagonal(dim1=1, dim2=2) == 0).all(dim=1)
         self.is_waiting = is_zero_P & ~self.was_held
         self.is_due = False
+        self.is_fresh = True
+        return self._watch_losses(torch.tensor(gradients.losses, dtype=torch.float64))
+
+    def _average(self, rows_PRN: list[Tensor | None]) -> None:
+        """Keep a share of the old capability gradients, A = C B, in the new ones."""
+        share = self.config.capability_ema
+        if share == 0:
+            return
+        coordinates_PRK = share * self.coordinates.expand(len(rows_PRN), -1, -1)
+        for index, (rows_RN, basis_KN) in enumerate(zip(rows_PRN, self.basis, strict=True)):
+            if rows_RN is not None:
+                rows_RN *= 1 - share
+            if basis_KN is not None:
+                old_RN = linalg.combine(coordinates_PRK[index], basis_KN, torch.float32)
+                rows_PRN[index] = old_RN if rows_RN is None else rows_RN.add_(old_RN)
+
+    def _watch_losses(self, losses_R: Tensor) -> Refresh:
+        """Compare the losses with those of the first and of the last refresh."""
+        realised_R = losses_R - self.losses.cpu().double() if len(self.losses) else None
+        predicted_R = self.predicted_change.cpu()
+        if len(self.start_losses) == 0:
+            self.start_losses = self._small(losses_R)
+            self.drift = torch.zeros_like(self.start_losses)
+        rise_R = losses_R - self.start_losses.cpu().double()
+        share = self.config.capability_ema
+        self.drift = share * self.drift + (1 - share) * self._small(rise_R)
+        self.losses = self._small(losses_R)
+        self.predicted_change = torch.zeros_like(self.losses)
+        changes = (predicted_R.tolist(), realised_R.tolist()) if realised_R is not None else None
+        return Refresh(rise_R.tolist(), *(changes or (None, None)))
+
+    @torch.no_grad()
+    def replay(self) -> Tensor | None:
+        """
+        Add the mean capability gradient to the gradient of the first step after a refresh.
+
+        Returns:
+            The length of what was added; None in other steps.
+        """
+        weight = self.config.replay_weight
+        if not self.is_fresh or weight == 0:
+            return None
+        self.is_fresh = False
+        coordinates_PK = self.mean_coordinates.expand(len(self.basis), -1)
+        for (_, parameter), rows_KN, weights_K in zip(
+            self.backend.parameters, self.basis, coordinates_PK, strict=True
+        ):
+            gradient_N = self.backend.gradient(parameter)
+            if gradient_N is not None and rows_KN is not None:
+                linalg.subtract_(gradient_N, rows_KN, -weight * weights_K)
+        return weight * self.mean_square.sqrt()
 
     @torch.no_grad()
     def project(self) -> Projection:
         """
-        Remove from the gradient its component in the subspace, in place. A collective call.
-
-        Returns:
-            `removed_fraction`: share of the gradient's squared length removed, in [0, 1];
-            `cosine`: between the gradient and the mean capability gradient, before the projection,
-            in [-1, 1] (where `rank` drops directions: with the part of the mean that is kept);
-            `held`: the names of the parameters held in this step.
+        Make the gradient keep the constraint, in place. A collective call.
 
         Raises:
             RuntimeError: this process has no gradient of any parameter.
         """
-        num_rows = self.inverse_gram.shape[-1]
         gradients = [self.backend.gradient(parameter) for _, parameter in self.backend.parameters]
         if all(g is None for g in gradients) and any(shard.size for shard in self.backend.shards):
             raise RuntimeError(
@@ -142,45 +280,199 @@ class CapabilitySubspace:
                 "step would not be projected. Check that the loss depends on trained parameters; "
                 "if it does, please report the engine and its version."
             )
-        products_PX = torch.zeros(len(gradients), num_rows + 1, device=self.inverse_gram.device)
-        for products_X, rows_KN, gradient_N in zip(products_PX, self.basis, gradients, strict=True):
-            if gradient_N is not None:
-                products_X[-1] = linalg.dot(gradient_N[None], gradient_N)[0]
-                if rows_KN is not None:
-                    products_X[:-1] = linalg.dot(rows_KN, gradient_N)
-        products_PX = self.backend.sum_over_shards(products_PX)  # P (K + 1) floats, all it sends
-        squares_P = products_PX[:, -1]
-        products_BK = self._merge(products_PX[:, :-1])
-        weights_BK = (self.inverse_gram @ products_BK[..., None]).squeeze(-1)
+        # A step goes along minus the gradient, so what the constraint is about has the other sign.
+        return self._project(gradients, gradients, is_descent=True)
 
-        for rows_KN, gradient_N, weights_K in zip(
-            self.basis, gradients, weights_BK.expand(len(gradients), -1), strict=True
+    @torch.no_grad()
+    def copy_weights(self) -> list[Tensor]:
+        """This process's shards of the weights, copied: what `project_update` compares with."""
+        return [self.backend.weights(parameter).clone() for _, parameter in self.backend.parameters]
+
+    @torch.no_grad()
+    def project_update(self, weights_before: list[Tensor]) -> Projection:
+        """
+        Make what the optimizer did since `copy_weights` keep the constraint. A collective call.
+
+        Args:
+            weights_before: The copied weights. They are used up.
+        """
+        weights = [self.backend.weights(parameter) for _, parameter in self.backend.parameters]
+        updates = [
+            before.neg_().add_(after) for after, before in zip(weights, weights_before, strict=True)
+        ]
+        projection = self._project(updates, weights, is_descent=False)
+        self.backend.publish_weights()
+        return projection
+
+    @torch.no_grad()
+    def share_inside(self, weights_before: list[Tensor]) -> Tensor:
+        """
+        Share of the squared length of the update since `copy_weights` that lies in the subspace, in
+        [0, 1]. A collective call; the copied weights are used up.
+        """
+        parameters = (parameter for _, parameter in self.backend.parameters)
+        updates = [
+            before.neg_().add_(self.backend.weights(parameter))
+            for before, parameter in zip(weights_before, parameters, strict=True)
+        ]
+        products = self._products(updates, None)
+        return self._inside(products) / products.square
+
+    def _project(
+        self,
+        vectors: Sequence[Tensor | None],
+        targets: Sequence[Tensor | None],
+        *,
+        is_descent: bool,
+    ) -> Projection:
+        """Find what the vectors of all parameters have to lose, and take it from the targets."""
+        means_P = self._second_moment_means() if self.config.metric == "optimizer" else None
+        products = self._products(vectors, means_P)
+        weights_BK = self._weights(products, is_descent=is_descent)
+        removed = _square(weights_BK, products.gram_BKK)
+        restoration = None
+        if self.config.restoration:
+            restoring_BK, restoration = self._restoring(products, weights_BK)
+            weights_BK = weights_BK + restoring_BK
+        if not is_descent:
+            left_BK = products.products_BK - _times(products.gram_BKK, weights_BK)
+            self.predicted_change = self.predicted_change + _times(self.coordinates, left_BK).sum(
+                dim=0
+            )
+        for index, (rows_KN, target_N, weights_K) in enumerate(
+            zip(self.basis, targets, weights_BK.expand(len(targets), -1), strict=True)
         ):
-            if rows_KN is not None and gradient_N is not None:
-                linalg.subtract_(gradient_N, rows_KN, weights_K)
+            if rows_KN is not None and target_N is not None:
+                linalg.subtract_(target_N, rows_KN, weights_K, self._metric(index, means_P))
+        held = self._hold(vectors, targets, products.squares_P)
 
-        held = self._hold(gradients, squares_P)
-        tiny = torch.finfo(squares_P.dtype).tiny
-        square = squares_P.sum().clamp_min(tiny)
-        removed = (weights_BK * products_BK).sum()
         if held:
-            removed = removed + squares_P[held].sum()
-        in_mean = (weights_BK * self.mean_coordinates).sum()
-        length = (square * self.mean_square).sqrt().clamp_min(tiny)
-        names = [self.backend.parameters[index][0] for index in held]
-        return Projection((removed / square).clamp(0, 1), in_mean / length, names)
+            removed = removed + products.squares_P[held].sum()
+        in_mean = (_times(self.inverse_gram, products.products_BK) * self.mean_coordinates).sum()
+        return Projection(
+            removed_fraction=(removed / products.metric_square).clamp(0, 1),
+            share_inside=self._inside(products) / products.square,
+            cosine=in_mean / (products.square * self.mean_square).sqrt().clamp_min(_TINY),
+            held=[self.backend.parameters[index][0] for index in held],
+            restoration=restoration,
+        )
 
-    def _hold(self, gradients: list[Tensor | None], squares_P: Tensor) -> list[int]:
-        """Zero the gradients of waiting parameters; ask for a refresh if any was not zero."""
+    def _products(self, vectors: Sequence[Tensor | None], means_P: Tensor | None) -> "_Products":
+        """
+        The products of the vectors of all parameters with the basis and with themselves, in the
+        metric that `means_P` (of the second moments) belong to, or the identity.
+        """
+        num_rows = self.inverse_gram.shape[-1]
+        products_PX = torch.zeros(
+            len(vectors), num_rows + 2 + num_rows**2, device=self.inverse_gram.device
+        )
+        if means_P is None:  # the basis alone gives the rest
+            products_PX = products_PX[:, : num_rows + 1].contiguous()
+        for index, (products_X, rows_KN, vector_N) in enumerate(
+            zip(products_PX, self.basis, vectors, strict=True)
+        ):
+            if vector_N is None:
+                continue
+            products_X[num_rows] = linalg.dot(vector_N[None], vector_N)[0]
+            if rows_KN is not None:
+                products_X[:num_rows] = linalg.dot(rows_KN, vector_N)
+            metric_N = self._metric(index, means_P)
+            if metric_N is not None:
+                scaled_N = torch.where(metric_N > 0, vector_N / metric_N, 0.0)
+                products_X[num_rows + 1] = linalg.dot(scaled_N[None], vector_N)[0]
+                if rows_KN is not None:
+                    products_X[num_rows + 2 :] = linalg.gram(rows_KN, metric_N).flatten()
+        products_PX = self.backend.sum_over_shards(products_PX)  # all that a step sends
+        squares_P = products_PX[:, num_rows]
+        products_BK = self._merge(products_PX[:, :num_rows])
+        square = squares_P.sum().clamp_min(_TINY)
+        if means_P is None:
+            return _Products(products_BK, squares_P, square, self.gram, square)
+        gram_PKK = products_PX[:, num_rows + 2 :].unflatten(1, (num_rows, num_rows))
+        metric_square = products_PX[:, num_rows + 1].sum().clamp_min(_TINY)
+        return _Products(products_BK, squares_P, square, self._merge(gram_PKK), metric_square)
+
+    def _weights(self, products: "_Products", *, is_descent: bool) -> Tensor:
+        """The weights of the basis rows that a step has to lose, shape [B, K]."""
+        if self.config.constraint == "equality" and self.config.metric == "euclidean":
+            # Nothing leaves the device.
+            return _times(self.inverse_gram, products.products_BK)
+        # Along minus a gradient, what would rise falls.
+        sign = -1 if is_descent else 1
+        products_BK = sign * products.products_BK.cpu()
+        gram_BKK = products.gram_BKK.cpu()
+        if self.config.constraint == "equality":
+            weights_BK = constraints.equality_weights(products_BK, gram_BKK)
+        else:
+            weights_BK = constraints.inequality_weights(
+                products_BK, gram_BKK, self.coordinates.cpu()
+            )
+        return self._small(sign * weights_BK)
+
+    def _inside(self, products: "_Products") -> Tensor:
+        """Squared length of what lies in the subspace."""
+        return _square(products.products_BK, self.inverse_gram)
+
+    def _restoring(self, products: "_Products", removal_BK: Tensor) -> tuple[Tensor, "Restoration"]:
+        """Weights that take back a part of the rise of each capability loss, shape [B, K]."""
+        per_step = self.config.restoration / self.config.refresh_interval
+        weights_BK, square = constraints.restoration_weights(
+            per_step * self.drift.clamp_min(0).cpu(),
+            products.gram_BKK.cpu(),
+            self.coordinates.cpu(),
+        )
+        weights_BK, length = self._small(weights_BK), self._small(square).clamp_min(0).sqrt()
+        rest = (
+            (
+                products.metric_square
+                - 2 * (removal_BK * products.products_BK).sum()
+                + _square(removal_BK, products.gram_BKK)
+            )
+            .clamp_min(0)
+            .sqrt()
+        )
+        scale = (self.config.restoration_cap * rest / length.clamp_min(_TINY)).clamp_max(1)
+        ratio = scale * length / rest.clamp_min(_TINY)
+        return scale * weights_BK, Restoration(ratio, (scale < 1).float())
+
+    def _second_moment_means(self) -> Tensor | None:
+        """Mean of Adam's second moment over every parameter, shape [P]; None where it has none."""
+        parameters = list(zip(self.backend.parameters, self.backend.shards, strict=True))
+        means_P = torch.zeros(len(parameters), 2, device=self.backend.device)
+        for mean, ((_, parameter), shard) in zip(means_P, parameters, strict=True):
+            moment_N = self.backend.second_moment(parameter)
+            if moment_N is not None:
+                mean[0] = moment_N.float().sum() / max(shard.total, 1)
+                mean[1] = 1
+        means_P = self.backend.sum_over_shards(means_P)
+        return means_P[:, 0] if means_P[:, 1].any() else None
+
+    def _metric(self, index: int, means_P: Tensor | None) -> Tensor | None:
+        """The diagonal of the optimizer's metric for one parameter; None for the identity."""
+        if means_P is None:
+            return None
+        _, parameter = self.backend.parameters[index]
+        moment_N = self.backend.second_moment(parameter)
+        if moment_N is None:  # not trained yet, or not on this process
+            return torch.zeros(self.backend.shards[index].size, device=self.backend.device)
+        return linalg.adam_metric(moment_N, means_P[index])
+
+    def _hold(
+        self,
+        vectors: Sequence[Tensor | None],
+        targets: Sequence[Tensor | None],
+        squares_P: Tensor,
+    ) -> list[int]:
+        """Take all from the targets of waiting parameters that would move; ask for a refresh."""
         waiting = self.is_waiting.nonzero().flatten().tolist()
         if not waiting:  # the common case: nothing is read back from the device
             return []
         is_moving = (squares_P[waiting] > 0).tolist()
         held = [index for index, moves in zip(waiting, is_moving, strict=True) if moves]
         for index in held:
-            gradient_N = gradients[index]
-            if gradient_N is not None:
-                gradient_N.zero_()
+            vector_N, target_N = vectors[index], targets[index]
+            if vector_N is not None and target_N is not None:
+                target_N -= vector_N.clone() if vector_N is target_N else vector_N
         self.was_held[held] = True
         self.is_due = self.is_due or bool(held)
         return held
@@ -224,7 +516,7 @@ class CapabilitySubspace:
         self.is_due = bool(state["is_due"])
 
     def _store(self, rows_PRN: list[Tensor | None], weights_BKR: Tensor) -> None:
-        """Replace the basis, one parameter at a time: rows and old basis go as the new one comes."""
+        """Replace the basis, one parameter at a time: rows and old basis go as the new comes."""
         dtype = getattr(torch, self.config.basis_dtype)
         weights_PKR = weights_BKR.float().expand(len(rows_PRN), -1, -1)
         for index, rows_RN in enumerate(rows_PRN):
@@ -249,3 +541,13 @@ class CapabilitySubspace:
     def _small(self, values: Tensor) -> Tensor:
         """A small float64 result of the CPU, where and as the step needs it."""
         return values.float().to(self.backend.device)
+
+
+def _times(matrix_BXK: Tensor, vector_BK: Tensor) -> Tensor:
+    """Matrix times vector for every block, shape [B, X]."""
+    return (matrix_BXK @ vector_BK[..., None]).squeeze(-1)
+
+
+def _square(vector_BK: Tensor, matrix_BKK: Tensor) -> Tensor:
+    """Sum of v M v^T over the blocks, a scalar."""
+    return (vector_BK * _times(matrix_BKK, vector_BK)).sum()

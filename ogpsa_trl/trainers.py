@@ -1,10 +1,10 @@
 """OGPSAMixin, and the trainers that swap in for TRL's."""
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
@@ -24,12 +25,16 @@ from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, named_groups, pr
 from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.subspace import CapabilitySubspace, Projection
 
 logger = logging.getLogger(__name__)
 
 # A refresh that takes longer than this shows a progress bar.
 _SECONDS_WITHOUT_BAR = 5
+
+# A change of a capability loss that differs from its prediction by more than this share of the loss
+# is worth a warning.
+_LARGEST_SURPRISE = 0.1
 
 
 class OGPSAMixin(Trainer):
@@ -56,7 +61,7 @@ class OGPSAMixin(Trainer):
     model: Any
     model_wrapped: Any
     processing_class: Any
-    maybe_activation_offload_context: AbstractContextManager[Any]
+    maybe_activation_offload_context: contextlib.AbstractContextManager[Any]
 
     def __init__(
         self,
@@ -86,7 +91,9 @@ class OGPSAMixin(Trainer):
         self._name, self._paper = f"OGPSA ({self._name})", PAPER
         self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
-        check_supported(self.accelerator, OptimizerNames(self.args.optim).value)
+        check_supported(
+            self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
+        )
         preparation = self.capability_preparation()
         self.capability_groups = [
             prepare_group(
@@ -153,23 +160,77 @@ class OGPSAMixin(Trainer):
 
         with progress, self.maybe_activation_offload_context:
             gradients = capability_gradients(backend, self.capability_groups, sum_nll)
-        self.subspace.refresh(gradients)
+        losses = gradients.losses
+        refresh = self.subspace.refresh(gradients)
         self._record(
             rank=self.subspace.rank,
             refresh_seconds=time.perf_counter() - start,
             basis_megabytes=self.subspace.basis_bytes / 1e6,
-            **{f"capability_loss/{n}": loss for n, loss in gradients.group_losses().items()},
         )
+        self._record_groups("capability_loss", gradients.group_means(losses))
+        self._record_groups("drift", gradients.group_means(refresh.drift))
+        if refresh.realised_change is not None and self.ogpsa_config.target == "update":
+            predicted = gradients.group_means(refresh.predicted_change or [])
+            realised = gradients.group_means(refresh.realised_change)
+            self._record_groups("predicted_change", predicted)
+            self._record_groups("realised_change", realised)
+            self._compare(predicted, realised, gradients.group_means(losses))
+
+    def _compare(
+        self, predicted: dict[str, float], realised: dict[str, float], losses: dict[str, float]
+    ) -> None:
+        """Say when the first-order model, on which all of this rests, does not hold."""
+        for name, loss in losses.items():
+            if abs(realised[name] - predicted[name]) > _LARGEST_SURPRISE * loss:
+                logger.warning(
+                    "Step %d: since the last refresh the loss of capability group %r has changed "
+                    "by %.3g, but the first-order model predicts %.3g. Lower `refresh_interval` or "
+                    "`learning_rate`.",
+                    self.state.global_step, name, realised[name], predicted[name],
+                )  # fmt: skip
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.capability_groups:
             return super().training_step(*args, **kwargs)
-        with self.subspace.backend.when_final(self._project):
+        with self.subspace.backend.around_step(self._constrained_step):
             return super().training_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _constrained_step(self) -> Iterator[None]:
+        """Around clipping and the optimizer's step."""
+        if self.ogpsa_config.target == "gradient":
+            self._project()
+        length = self.subspace.replay()
+        if length is not None:
+            self._record(replay_length=length)
+        if self.ogpsa_config.target == "update":
+            weights_before = self.subspace.copy_weights()
+            yield
+            self._project_update(weights_before)
+        elif self._is_logging_next() and self.subspace.backend.holds_weights:
+            weights_before = self.subspace.copy_weights()
+            yield
+            self._record(update_in_subspace=self.subspace.share_inside(weights_before))
+        else:
+            yield
 
     def _project(self) -> None:
         projection = self.subspace.project()
-        self._record(removed_fraction=projection.removed_fraction, cosine=projection.cosine)
+        self._record(cosine=projection.cosine, gradient_in_subspace=projection.share_inside)
+        self._record_removal(projection)
+
+    def _project_update(self, weights_before: list[Tensor]) -> None:
+        projection = self.subspace.project_update(weights_before)
+        self._record(proposal_in_subspace=projection.share_inside)
+        if projection.restoration is not None:
+            self._record(
+                restoration_ratio=projection.restoration.ratio,
+                restoration_capped=projection.restoration.is_capped,
+            )
+        self._record_removal(projection)
+
+    def _record_removal(self, projection: Projection) -> None:
+        self._record(removed_fraction=projection.removed_fraction)
         if projection.held:
             self._record(held_parameters=float(len(projection.held)))
             logger.info(
@@ -178,9 +239,19 @@ class OGPSAMixin(Trainer):
                 self.state.global_step, len(projection.held), projection.held[0],
             )  # fmt: skip
 
+    def _is_logging_next(self) -> bool:
+        """Whether the step under way is one after which the trainer logs."""
+        return (
+            self.args.logging_strategy == IntervalStrategy.STEPS
+            and (self.state.global_step + 1) % self.state.logging_steps == 0
+        )
+
     def _record(self, **metrics: float | Tensor) -> None:
         for name, value in metrics.items():
             self._ogpsa_metrics[f"ogpsa/{name}"].append(value)
+
+    def _record_groups(self, name: str, values: dict[str, float]) -> None:
+        self._record(**{f"{name}/{group}": value for group, value in values.items()})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log, read from the device here and not in every step."""
@@ -198,7 +269,7 @@ class OGPSAMixin(Trainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         if self.capability_groups:
-            backend = make_backend(self.accelerator, self.model, self.model_wrapped)
+            backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
             self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
             if resume_from_checkpoint is not None:
                 load_subspace(self.subspace, resume_from_checkpoint)

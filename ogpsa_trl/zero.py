@@ -8,15 +8,16 @@ internals is pinned by tests/test_upstream.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ogpsa_trl.backends import GradientBackend, Shard
+from ogpsa_trl.backends import GradientBackend, Shard, StepContext
 
 
 class DeepSpeedBackend(GradientBackend):
@@ -30,8 +31,11 @@ class DeepSpeedBackend(GradientBackend):
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self.engine = engine
-        self.optimizer = engine.optimizer
-        super().__init__(accelerator, engine.module, engine)
+        super().__init__(accelerator, engine.module, engine, engine.optimizer)
+
+    @property
+    def optimizer_name(self) -> str:
+        return type(self.optimizer.optimizer).__name__
 
     def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """The engine makes gradients final in a pass that it knows to be the last."""
@@ -42,9 +46,9 @@ class DeepSpeedBackend(GradientBackend):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     @contextlib.contextmanager
-    def when_final(self, action: Callable[[], None]) -> Iterator[None]:
+    def around_step(self, context: StepContext) -> Iterator[None]:
         """
-        Clipping is a part of `engine.step`, and acts on what `action` leaves.
+        Clipping is a part of `engine.step`.
 
         Raises:
             RuntimeError: the training step ended without `engine.step`.
@@ -52,13 +56,13 @@ class DeepSpeedBackend(GradientBackend):
         step = self.engine.step
         is_done = False
 
-        def action_and_step(*args: Any, **kwargs: Any) -> Any:
+        def step_in_context(*args: Any, **kwargs: Any) -> Any:
             nonlocal is_done
             is_done = True
-            action()
-            return step(*args, **kwargs)
+            with context():
+                return step(*args, **kwargs)
 
-        self.engine.step = action_and_step
+        self.engine.step = step_in_context
         try:
             yield
         finally:
@@ -100,6 +104,24 @@ class Zero12Backend(DeepSpeedBackend):
         assert gradient.numel() == mapping.lp_fragment_address.numel
         return gradient.view(-1)
 
+    def weights(self, parameter: nn.Parameter) -> Tensor:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return torch.zeros(0, device=self.device)
+        return mapping.hp_fragment.data.view(-1)
+
+    def publish_weights(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return None
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        moment = self.optimizer.optimizer.state.get(flat, {}).get("exp_avg_sq")
+        address = mapping.hp_fragment_address
+        return None if moment is None else moment.view(-1).narrow(0, address.start, address.numel)
+
     def clear_gradients(self) -> None:
         """What the optimizer itself does when it skips a step; otherwise it would add up."""
         optimizer = self.optimizer
@@ -114,8 +136,11 @@ class Zero1BF16Backend(DeepSpeedBackend):
     """
     ZeRO-1 with parameters in bfloat16 and gradients in float32: an optimizer of its own.
 
-    It shards its state only: all gradients are whole on every process, and clipped there.
+    It shards its weights and state only: all gradients are whole on every process, and clipped
+    there.
     """
+
+    holds_weights = False
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self._position = {
@@ -136,6 +161,11 @@ class Zero1BF16Backend(DeepSpeedBackend):
         if not self.optimizer.fp32_groups_has_gradients[group][index]:
             return None
         return self.optimizer.fp32_groups_gradients[group][index].view(-1)
+
+    def weights(self, parameter: nn.Parameter) -> Tensor:
+        raise NotImplementedError("The weights of this optimizer are not sharded as its gradients.")
+
+    publish_weights = second_moment = weights  # pyright: ignore[reportAssignmentType]
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -160,6 +190,32 @@ class Zero3Backend(DeepSpeedBackend):
             parameter, release_swap_buffers=False
         )
         return buffer.narrow(0, 0, self._shard(parameter).size)
+
+    def weights(self, parameter: nn.Parameter) -> Tensor:
+        return self._state(parameter, None)
+
+    def publish_weights(self) -> None:
+        """To the partitions of the model, and from there to the parameters kept whole."""
+        optimizer = self.optimizer
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = optimizer.persistent_parameters
+        if persistent:  # marked as gathered: `all_gather` alone would skip them
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+        group, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        if "exp_avg_sq" not in self.optimizer.optimizer.state.get(flat, {}):
+            return None
+        return self._state(parameter, "exp_avg_sq")
+
+    def _state(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        state, _ = self.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        return state.data.view(-1).narrow(0, 0, self._shard(parameter).size)
 
     def clear_gradients(self) -> None:
         """

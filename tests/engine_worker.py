@@ -31,9 +31,30 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CELLS = list(
     itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
 )
+# Beside the projected gradient: the constrained update, in both metrics, with both constraints.
+SETTINGS = {
+    "update": {"target": "update"},
+    "optimizer": {"target": "update", "metric": "optimizer"},
+    "inequality": {"target": "update", "metric": "optimizer", "constraint": "inequality"},
+    "feedback": {
+        "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
+        "replay_weight": 0.5,
+    },
+    "replay": {"target": "none", "replay_weight": 0.5},
+}  # fmt: skip
+UPDATE_CELLS = [
+    ("sft", "full", "parameter", "acc2", "update"),
+    ("dpo", "lora", "model", "acc2", "update"),
+    ("sft", "lora", "parameter", "acc2", "optimizer"),
+    ("dpo", "full", "model", "acc2", "optimizer"),
+    ("sft", "full", "model", "acc2", "inequality"),
+    ("sft", "full", "model", "acc2", "feedback"),
+    ("dpo", "full", "parameter", "acc2", "replay"),
+]
 NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
 # Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
-ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS) | {"hsdp": CELLS[1::2]}
+ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS + UPDATE_CELLS)
+ENGINE_CELLS["hsdp"] = CELLS[1::2] + UPDATE_CELLS
 RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
 GLOBAL_BATCH = 8
 
@@ -51,7 +72,7 @@ def launch(num_processes, *arguments, on_gpu=False):
             str(num_processes), __file__, *map(str, arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hide_gpus},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=500, check=False,
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1000, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
 
@@ -118,35 +139,46 @@ def engine_arguments(engine, bf16):
 
 
 class ProjectionProbe:
-    """What projections send, and the largest cosine they leave between gradient and basis rows."""
+    """What projections send, and the largest cosine they leave between step and basis rows."""
 
     def __init__(self, trainer):
         self.trainer, self.largest, self.sent_bytes = trainer, 0.0, []
-        self.project = trainer._project
-        trainer._project = self
+        self.project, self.project_update = trainer._project, trainer._project_update
+        trainer._project, trainer._project_update = self.on_gradient, self.on_update
 
-    def __call__(self):
+    def on_gradient(self):
+        self.counted(self.project)
+        backend = self.trainer.subspace.backend
+        self.measure([backend.gradient(p) for _, p in backend.parameters])
+
+    def on_update(self, weights_before):
+        copies = [weights_N.clone() for weights_N in weights_before]
+        self.counted(self.project_update, weights_before)
+        backend = self.trainer.subspace.backend
+        weights = [backend.weights(p) for _, p in backend.parameters]
+        self.measure([after - before for after, before in zip(weights, copies, strict=True)])
+
+    def counted(self, project, *args):
         all_reduce = torch.distributed.all_reduce
 
-        def counted(tensor, *args, **kwargs):
+        def counting(tensor, *args, **kwargs):
             self.sent_bytes.append(tensor.nbytes)
             return all_reduce(tensor, *args, **kwargs)
 
-        torch.distributed.all_reduce = counted
-        self.project()
+        torch.distributed.all_reduce = counting
+        project(*args)
         torch.distributed.all_reduce = all_reduce
+
+    def measure(self, vectors):
         subspace = self.trainer.subspace
         backend, model_wide = subspace.backend, subspace.config.scope == "model"
         num_rows = subspace.inverse_gram.shape[-1]
-        products = torch.zeros(len(backend.parameters), num_rows + 1, device=backend.device)
-        for row, (_, parameter), rows in zip(
-            products, backend.parameters, subspace.basis, strict=True
-        ):
-            gradient = backend.gradient(parameter)
-            if gradient is not None and rows is not None:
-                gradient = gradient.double()
-                row[:-1] = rows.double() @ gradient
-                row[-1] = gradient @ gradient
+        products = torch.zeros(len(vectors), num_rows + 1, device=backend.device)
+        for row, vector, rows in zip(products, vectors, subspace.basis, strict=True):
+            if vector is not None and rows is not None:
+                vector = vector.double()
+                row[:-1] = rows.double() @ vector
+                row[-1] = vector @ vector
         products = backend.sum_over_shards(products).double()
         if model_wide:
             products = products.sum(dim=0, keepdim=True)
@@ -161,7 +193,7 @@ def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **
     Where the loss accumulates, gradient checkpointing is on too. LoRA starts as usual in DPO, so
     that A is held in the second step; in SFT it starts with a B that is not zero.
     """
-    stage, form, scope, accumulation = cell
+    stage, form, scope, accumulation, *settings = cell
     num_passes = int(accumulation[-1])
     # Three rows on two processes: shards of two sizes, on four processes an empty one.
     lora = LoraConfig(
@@ -170,7 +202,10 @@ def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **
     )  # fmt: skip
     return make_trainer(
         stage, model_path, output_dir, plain=plain, capability=capability_groups(),
-        config=OGPSAConfig(scope=scope, refresh_interval=2, capability_batch_size=2),
+        config=OGPSAConfig(
+            scope=scope, refresh_interval=2, capability_batch_size=2,
+            **(SETTINGS[settings[0]] if settings else {}),
+        ),
         more={"peft_config": lora} if form == "lora" else None,
         **{
             "max_steps": 3, "gradient_accumulation_steps": num_passes,
@@ -270,7 +305,7 @@ def errors_without_gradients(engine, model_path, folder, num_processes):
     except RuntimeError as error:
         errors.append(str(error))
     try:
-        with trainer.subspace.backend.when_final(trainer.subspace.project):
+        with trainer.subspace.backend.around_step(trainer._constrained_step):
             pass
     except RuntimeError as error:
         errors.append(str(error))

@@ -15,9 +15,12 @@ from ogpsa_trl.arguments import TrainArguments
 
 CHOICES = {
     "scope": ("parameter", "model"),
-    "target": ("gradient", "update"),
+    "target": ("gradient", "update", "none"),
+    "metric": ("euclidean", "optimizer"),
+    "constraint": ("equality", "inequality"),
     "basis_dtype": ("float32", "bfloat16"),
 }
+NUMBERS = ("restoration", "restoration_cap", "capability_ema", "replay_weight")
 COUNTS = ("refresh_interval", "num_samples", "gradients_per_group", "capability_batch_size")
 
 
@@ -32,26 +35,30 @@ def test_the_defaults_are_the_official_ones():
     assert asdict(OGPSAConfig()) == {
         "scope": "parameter",
         "target": "gradient",
+        "metric": "euclidean",
+        "constraint": "equality",
         "refresh_interval": 30,
         "num_samples": 200,
         "gradients_per_group": 1,
         "rank": None,
         "capability_batch_size": 4,
+        "restoration": 0.0,
+        "restoration_cap": 0.5,
+        "capability_ema": 0.0,
+        "replay_weight": 0.0,
         "basis_dtype": "float32",
     }
 
 
 def test_every_setting_is_tested_here():
-    assert {f.name for f in fields(OGPSAConfig)} == {*CHOICES, *COUNTS, "rank"}
+    assert {f.name for f in fields(OGPSAConfig)} == {*CHOICES, *COUNTS, *NUMBERS, "rank"}
 
 
 @pytest.mark.parametrize("value", ["whole", "", None, 1, True, ["parameter"], {"a": 1}])
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_is_one_of_the_choices(name, value):
-    first, second = CHOICES[name]
-    assert_refused(
-        f"`{name}` must be one of {first!r}, {second!r}, but got {value!r}.", **{name: value}
-    )
+    choices = ", ".join(map(repr, CHOICES[name]))
+    assert_refused(f"`{name}` must be one of {choices}, but got {value!r}.", **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -73,12 +80,54 @@ def test_the_rank_is_a_count_or_unset(value):
     )
 
 
-def test_projecting_the_update_is_not_available_yet():
+def test_the_metric_of_the_optimizer_is_one_of_updates():
     assert_refused(
-        "`target` 'update' is not available in this version. Set `target: gradient`, which "
-        "projects the accumulated gradient before the optimizer sees it.",
-        target="update",
+        "`metric` 'optimizer' is a metric of updates, but `target` is 'gradient'. Set `target: "
+        "update`, or `metric: euclidean`.",
+        metric="optimizer",
     )
+    assert OGPSAConfig(metric="optimizer", target="update").metric == "optimizer"
+
+
+@pytest.mark.parametrize("value", [-0.1, "1", None, True, [1], float("inf"), float("nan")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_at_least_zero(name, value):
+    assert_refused(f"`{name}` must be a number of at least 0, but got {value!r}.", **{name: value})
+
+
+def test_restoration_is_of_updates():
+    assert_refused(
+        "`restoration` corrects the update, but `target` is 'gradient'. Set `target: update`, or "
+        "`restoration: 0`.",
+        restoration=1,
+    )
+    assert OGPSAConfig(restoration=1, target="update").restoration == 1
+
+
+def test_the_cap_of_the_restoration_is_above_zero():
+    assert_refused(
+        "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` to switch the "
+        "correction off.",
+        restoration_cap=0,
+    )
+
+
+@pytest.mark.parametrize("value", [1, 1.5])
+def test_new_capability_gradients_count(value):
+    assert_refused(
+        "`capability_ema` must be below 1, because new capability gradients would not count, but "
+        f"got {value!r}. Values from 0 to 0.7 were tried.",
+        capability_ema=value,
+    )
+
+
+def test_without_a_target_there_is_replay():
+    assert_refused(
+        "With `target: none` and `replay_weight: 0` OGPSA would do nothing. Set `replay_weight: "
+        "1`, or train plain TRL (`ogpsa: false` in YAML).",
+        target="none",
+    )
+    assert OGPSAConfig(target="none", replay_weight=1).replay_weight == 1
 
 
 def test_every_part_of_a_group_has_a_sample():
@@ -91,7 +140,7 @@ def test_every_part_of_a_group_has_a_sample():
     assert OGPSAConfig(gradients_per_group=3, num_samples=3).gradients_per_group == 3
 
 
-@pytest.mark.parametrize("name", ["scope", "basis_dtype"])
+@pytest.mark.parametrize("name", ["scope", "constraint", "basis_dtype"])
 def test_every_available_choice_is_accepted(name):
     for choice in CHOICES[name]:
         assert getattr(OGPSAConfig(**{name: choice}), name) == choice

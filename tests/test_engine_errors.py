@@ -226,6 +226,15 @@ class TestBFloat16Gradients:
         assert "cosines of 5e-4 with the capability directions" in message
         assert 'Set `"data_types": {"grad_accum_dtype": "fp32"}`' in message
 
+    def test_updates_of_zero1_with_whole_gradients_are_refused(self):
+        config = {
+            "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }  # fmt: skip
+        check_supported(deepspeed(**config), "adamw_torch", "gradient")
+        with pytest.raises(ValueError, match=r"`target: update` needs .* Set the stage to 2"):
+            check_supported(deepspeed(**config), "adamw_torch", "update")
+
     @pytest.mark.parametrize(("enabled", "dtype"), [(True, "fp32"), (False, "bf16")])
     def test_none_with_gradients_or_parameters_in_float32(self, enabled, dtype, caplog):
         data_types = {"data_types": {"grad_accum_dtype": dtype}}
@@ -236,7 +245,7 @@ class TestMakeBackend:
     def test_models_on_several_devices(self):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
         with pytest.raises(ValueError) as error:
-            make_backend(fake_accelerator(), model, model)
+            make_backend(fake_accelerator(), model, model, optimizer=None)
         for piece in (
             "on one device per process", "spread over cpu, meta.",
             "Load it without `device_map`, and launch one process per GPU",
@@ -254,7 +263,7 @@ class TestMakeBackend:
         model = torch.nn.Linear(2, 2)
         model.weight = torch.nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
         with pytest.raises(ValueError) as error:
-            make_backend(fake_accelerator(engine), model, model)
+            make_backend(fake_accelerator(engine), model, model, optimizer=None)
         for piece in (
             "that every process holds whole", "'weight' is sharded (a DTensor)",
             "without `tp_plan` or `distributed_config`", "`configs/accelerate/fsdp2.yaml`",
@@ -266,6 +275,6 @@ class TestMakeBackend:
         for name, parameter in list(model.named_parameters()):
             shard = torch.nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]))
             setattr(model, name, shard)
-        backend = make_backend(fsdp(), model, model)
+        backend = make_backend(fsdp(), model, model, optimizer=None)
         assert isinstance(backend, TorchBackend)
         assert [(shard.size, shard.total) for shard in backend.shards] == [(4, 4), (2, 2)]

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from engine_worker import ENGINE_CELLS, NUM_PROCESSES, RESUMED_ELSEWHERE, launch, make, name_of
 from runs import logged, max_difference, weights
 
-# A launch for all cells of an engine takes half a minute to one and a half on two cores.
-pytestmark = pytest.mark.timeout(600)
+# A launch for all cells of an engine takes one to three minutes on two cores.
+pytestmark = pytest.mark.timeout(1200)
 
 every_engine = pytest.mark.parametrize("engine", ENGINE_CELLS)
 every_cell = pytest.mark.parametrize(
@@ -76,11 +76,16 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
     # Sums over samples are rounded in another order: 1e-7 of a gradient of size 1, times the
     # learning rate; AdamW divides by the root of the second moment, at most 1 / epsilon.
     assert difference < 2e-6
-    assert result["cosine"] < 1e-6  # rounding of float32
+    if not {"inequality", "feedback"} & set(cell):
+        # Rounding of float32: of a gradient, and of weights of size 1 that move by 1e-3.
+        assert result["cosine"] < (1e-6 if len(cell) == 4 else 1e-4)
     for ours, theirs in zip(expected_log, result["log"], strict=True):
         for key in ours:
             if key.startswith("ogpsa/") and key != "ogpsa/basis_megabytes":
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
+                # Drifts and changes are differences of losses of size 5, rounded to 5e-7 each.
+                is_difference = "drift" in key or "change" in key
+                tolerance = 5e-6 if is_difference else 1e-6
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=tolerance), key
 
 
 @every_cell
@@ -107,11 +112,21 @@ def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launche
 
 @every_cell
 def test_a_step_sends_one_stacked_all_reduce(engine, cell, launched):
-    """Products with each row, and the square, of every parameter; nothing where all is whole."""
+    """
+    Products with each row, and the square, of every parameter; nothing where all is whole. The
+    optimizer's metric needs the mean of every second moment first, and the rows' own products.
+    """
     result = load(launched(engine), name_of(cell))
     rank, bytes_per_entry, num_steps = 2, 4, 3
-    expected = result["num_parameters"] * (rank + 1) * bytes_per_entry
-    assert result["sent_bytes"] == ([] if engine == "ddp" else [expected] * num_steps)
+    in_metric = bool({"optimizer", "inequality", "feedback"} & set(cell))
+    if "replay" in cell:
+        num_steps = 0
+    numbers = [2, rank + 2 + rank**2] if in_metric else [rank + 1]
+    expected = [result["num_parameters"] * number * bytes_per_entry for number in numbers]
+    if engine == "ddp":
+        assert not any(result["sent_bytes"])
+    else:
+        assert result["sent_bytes"] == expected * num_steps
 
 
 @pytest.mark.parametrize("name", ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "bf16"])

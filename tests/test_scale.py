@@ -73,9 +73,10 @@ def largest_shard(shapes, num_shards):
     return sum(math.ceil(shape[0] / num_shards) * math.prod(shape[1:]) for shape in shapes)
 
 
-def checkpoint_bytes(num_entries, num_tensors, rank, dtype):
+def checkpoint_bytes(num_entries, num_tensors, num_gradients, rank, dtype):
     """One file, scope `parameter`, without its header."""
-    small = 4 * num_tensors * (rank**2 + rank) + 2 * 4 + 2 * num_tensors + 1
+    small = 4 * num_tensors * rank * (2 * rank + num_gradients + 1) + 2 * num_tensors
+    small += 16 * num_gradients + 9
     return basis_bytes(num_entries, rank, dtype) + small
 
 
@@ -219,9 +220,10 @@ def measure_refreshes(trainer):
             gc.collect()
             live.peak = with_rows = live.now()
             live.is_watching = True
-            refresh(gradients)
+            result = refresh(gradients)
             live.is_watching = False
             measured.append((with_rows - before, live.peak - before))
+            return result
 
         subspace.refresh = refresh_watched
         refresh_subspace()
@@ -278,7 +280,7 @@ def test_what_is_measured_on_one_process_is_the_formula(
 
     path = tmp_path / "checkpoint-2" / FILE_NAME
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")  # safetensors: length, JSON, data
-    data = checkpoint_bytes(num_entries, num_tensors, rank, dtype)
+    data = checkpoint_bytes(num_entries, num_tensors, num_gradients, rank, dtype)
     record_property("header_bytes", header)
     assert path.stat().st_size == header + data
     assert header < 1000 + 400 * num_tensors
@@ -360,7 +362,8 @@ def make_backend(engine, model):
         backward=lambda loss: loss.backward(), no_sync=lambda model: model.no_sync(),
         reduce=all_reduced,
     )  # fmt: skip
-    return TorchBackend(accelerator, model, wrapped_model)
+    optimizer = torch.optim.SGD(model.parameters())
+    return TorchBackend(accelerator, model, wrapped_model, optimizer)
 
 
 @pytest.mark.parametrize("scope", ["parameter", "model"])

@@ -1,0 +1,142 @@
+"""The step that is taken is the nearest one that keeps the constraint, against scipy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import LinearConstraint, minimize
+
+from ogpsa_trl import linalg
+from ogpsa_trl.constraints import equality_weights, inequality_weights, restoration_weights
+
+NUM_ENTRIES = 7
+
+
+def problem(seed, num_gradients=3, dependent=False):
+    """Capability gradients A, a metric D and a step u, in one block."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients_RN = torch.randn(num_gradients, NUM_ENTRIES, generator=generator).double()
+    gradients_RN *= torch.tensor([1.0, 30.0, 0.1, 5.0])[:num_gradients, None]
+    if dependent:
+        gradients_RN[-1] = gradients_RN[0] - 2 * gradients_RN[1]
+    metric_N = torch.rand(NUM_ENTRIES, generator=generator).double() * 10 + 0.1
+    step_N = torch.randn(NUM_ENTRIES, generator=generator).double()
+    return gradients_RN, metric_N, step_N
+
+
+def in_the_basis(gradients_RN, metric_N, step_N):
+    """Basis B, products B u, Gram matrix B D B^T and coordinates C of the gradients, one block."""
+    weights_KR = linalg.orthonormal_weights((gradients_RN @ gradients_RN.T)[None])[0]
+    basis_KN = weights_KR @ gradients_RN
+    gram_KK = basis_KN @ (metric_N[:, None] * basis_KN.T)
+    return basis_KN, (basis_KN @ step_N)[None], gram_KK[None], (gradients_RN @ basis_KN.T)[None]
+
+
+def nearest(gradients_RN, metric_N, step_N, lower, upper):
+    """scipy's answer: argmin sum (v - u)^2 / D subject to lower <= A v <= upper."""
+    step, metric = step_N.numpy(), metric_N.numpy()
+    result = minimize(
+        lambda v: 0.5 * ((v - step) ** 2 / metric).sum(), step, jac=lambda v: (v - step) / metric,
+        method="SLSQP", constraints=[LinearConstraint(gradients_RN.numpy(), lower, upper)],
+        options={"maxiter": 500, "ftol": 1e-14},
+    )  # fmt: skip
+    assert result.success
+    return torch.from_numpy(result.x)
+
+
+seeds = st.integers(0, 10_000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, dependent=st.booleans())
+def test_equality_takes_the_nearest_step_that_changes_no_capability_loss(seed, dependent):
+    gradients_RN, metric_N, step_N = problem(seed, dependent=dependent)
+    basis_KN, products_BK, gram_BKK, _ = in_the_basis(gradients_RN, metric_N, step_N)
+    taken = step_N - metric_N * (equality_weights(products_BK, gram_BKK)[0] @ basis_KN)
+    assert (gradients_RN @ taken).abs().max() < 1e-8 * gradients_RN.norm() * step_N.norm()
+    expected = nearest(gradients_RN[: len(basis_KN)], metric_N, step_N, 0, 0)
+    torch.testing.assert_close(taken, expected, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, num_gradients=st.integers(1, 4))
+def test_inequality_takes_the_nearest_step_that_raises_no_capability_loss(seed, num_gradients):
+    gradients_RN, metric_N, step_N = problem(seed, num_gradients)
+    basis_KN, products_BK, gram_BKK, coordinates = in_the_basis(gradients_RN, metric_N, step_N)
+    weights_K = inequality_weights(products_BK, gram_BKK, coordinates)[0]
+    taken = step_N - metric_N * (weights_K @ basis_KN)
+    scale = gradients_RN.norm() * step_N.norm()
+    assert (gradients_RN @ taken).max() < 1e-7 * scale
+    expected = nearest(gradients_RN, metric_N, step_N, -np.inf, 0)
+    torch.testing.assert_close(taken, expected, atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds)
+def test_inequality_leaves_a_step_that_raises_nothing(seed):
+    gradients_RN, metric_N, _ = problem(seed)
+    step_N = -torch.linalg.pinv(gradients_RN) @ torch.ones(len(gradients_RN)).double()
+    _, products_BK, gram_BKK, coordinates = in_the_basis(gradients_RN, metric_N, step_N)
+    assert not inequality_weights(products_BK, gram_BKK, coordinates).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds)
+def test_removal_and_restoration_take_the_nearest_step_that_restores(seed):
+    gradients_RN, metric_N, step_N = problem(seed)
+    decrease_R = torch.tensor([0.5, 0.0, 0.02]).double()
+    basis_KN, products_BK, gram_BKK, coordinates = in_the_basis(gradients_RN, metric_N, step_N)
+    restoring_BK, square = restoration_weights(decrease_R, gram_BKK, coordinates)
+    weights_K = (equality_weights(products_BK, gram_BKK) + restoring_BK)[0]
+    taken = step_N - metric_N * (weights_K @ basis_KN)
+    torch.testing.assert_close(gradients_RN @ taken, -decrease_R, atol=1e-7, rtol=1e-5)
+    expected = nearest(gradients_RN, metric_N, step_N, -decrease_R.numpy(), -decrease_R.numpy())
+    torch.testing.assert_close(taken, expected, atol=1e-4, rtol=1e-3)
+    displacement = metric_N * (restoring_BK[0] @ basis_KN)
+    torch.testing.assert_close(square, (displacement**2 / metric_N).sum())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_restoration_of_blocks_is_that_of_the_whole_model(seed):
+    """Two parameters with a subspace each: the displacement is the one of their union."""
+    gradients_RN, metric_N, step_N = problem(seed)
+    decrease_R = torch.tensor([0.5, 0.0, 0.02]).double()
+    blocks = [slice(0, 4), slice(4, NUM_ENTRIES)]
+    parts = [in_the_basis(gradients_RN[:, b], metric_N[b], step_N[b]) for b in blocks]
+    num_rows = max(len(part[0]) for part in parts)
+    assert num_rows == 3
+    gram_BKK, coordinates = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+    weights_BK, _ = restoration_weights(decrease_R, gram_BKK, coordinates)
+    taken = torch.cat(
+        [metric_N[b] * (w @ part[0]) for b, w, part in zip(blocks, weights_BK, parts, strict=True)]
+    )
+    torch.testing.assert_close(gradients_RN @ taken, decrease_R, atol=1e-7, rtol=1e-5)
+    zero = torch.zeros(NUM_ENTRIES).double()
+    expected = nearest(gradients_RN, metric_N, zero, decrease_R.numpy(), decrease_R.numpy())
+    torch.testing.assert_close(taken, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+def test_order_and_scale_of_the_gradients_change_nothing(kind):
+    gradients_RN, metric_N, step_N = problem(5)
+    steps = []
+    for rows in (gradients_RN, gradients_RN[[2, 0, 1]] * torch.tensor([[9.0], [0.01], [3.0]])):
+        basis_KN, products_BK, gram_BKK, coordinates = in_the_basis(rows, metric_N, step_N)
+        if kind == "equality":
+            weights_BK = equality_weights(products_BK, gram_BKK)
+        else:
+            weights_BK = inequality_weights(products_BK, gram_BKK, coordinates)
+        steps.append(step_N - metric_N * (weights_BK[0] @ basis_KN))
+    torch.testing.assert_close(*steps, atol=1e-9, rtol=1e-7)
+
+
+def test_directions_that_are_not_there_get_no_weight():
+    """A block with fewer directions than the others has rows of zeros."""
+    gram_BKK = torch.diag(torch.tensor([2.0, 0.0]))[None]
+    products_BK, coordinates = torch.tensor([[3.0, 0.0]]), torch.tensor([[[1.0, 0.0]]])
+    assert equality_weights(products_BK, gram_BKK)[0] == pytest.approx([1.5, 0.0])
+    assert inequality_weights(products_BK, gram_BKK, coordinates)[0] == pytest.approx([1.5, 0.0])
+    weights_BK, _ = restoration_weights(torch.tensor([1.0]), gram_BKK, coordinates)
+    assert weights_BK[0] == pytest.approx([0.5, 0.0])
