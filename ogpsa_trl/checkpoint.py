@@ -149,8 +149,6 @@ def _open(path: Path) -> Iterator[_File]:
 def _files_for(backend: GradientBackend, folder: Path) -> list[Path]:
     """
     The files to read: this process's own, if it holds just what this process does; otherwise all.
-
-    So a checkpoint on disks that machines do not share can be resumed on the same machines.
     """
     num_files = backend.num_processes if backend.is_sharded else 1
     own = folder / file_names(num_files)[_file_index(backend)]

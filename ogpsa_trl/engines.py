@@ -22,6 +22,9 @@ _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 # Parts of the names of optimizers that never hold an accumulated gradient.
 _UPDATES_DURING_BACKWARD = ("lomo", "layerwise")
 
+# Settings that offload, and their names in old DeepSpeed configurations.
+_OLD_OFFLOAD = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
+
 # Settings of `zero_optimization` that change where gradients are; the value that turns each off.
 _ZERO_OPTIONS = {
     "zero_hpz_partition_size": 1,
@@ -121,13 +124,15 @@ def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
             f"OGPSA supports DeepSpeed with ZeRO stage 1, 2 or 3, but `zero_optimization.stage` is "
             f"{stage!r}. Set it to 1, or launch with `configs/accelerate/ddp.yaml`."
         )
-    for setting in ("offload_optimizer", "offload_param"):
+    for setting in _OLD_OFFLOAD:
         device = (zero.get(setting) or {}).get("device", "none")
+        if zero.get(_OLD_OFFLOAD[setting]):  # DeepSpeed still turns it into the setting
+            device = "cpu"
         if device != "none":
             raise ValueError(
                 "OGPSA needs the gradients on the device, but `zero_optimization."
-                f"{setting}.device` is {device!r}. Set it to 'none'; with less memory train with "
-                "LoRA."
+                f"{setting}.device` is {device!r}. Set it to 'none', and leave out the old "
+                f"`{_OLD_OFFLOAD[setting]}`; with less memory train with LoRA."
             )
     for setting, off in _ZERO_OPTIONS.items():
         value = zero.get(setting, off)

@@ -361,7 +361,10 @@ def main(engine, model_path, output_dir, checkpoints=None):
         errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
         save("errors", errors)
         save("bf16", train_in_bf16(engine, model_path, folder / "bf16", num_processes))
-    torch.distributed.destroy_process_group()
+    # gloo may abort a process that ends while another still reads from it.
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_a_new_sharding_is_logged(tmp_path, caplog):
 
 
 def test_a_process_needs_its_own_file_only(tmp_path):
-    """Machines that share no disk go on with what each has written."""
+    """Nobody reads the shards of others where the sharding is the same."""
     save_all(("rows", 4), tmp_path)
     for name in set(file_names(4)) - {file_names(4)[2]}:
         (tmp_path / name).unlink()

@@ -111,6 +111,15 @@ def test_deepspeed_without_zero(zero_optimization):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("old", "setting"),
+    [("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")],
+)
+def test_deepspeed_offload_by_its_old_name(old, setting):
+    assert_refused(zero(3, **{old: True}), f"{setting}.device` is 'cpu'", f"the old `{old}`")
+    check_supported(zero(3, **{old: False}), "adamw_torch")
+
+
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
 @pytest.mark.parametrize(
     ("stage", "setting"), [(1, "offload_optimizer"), (2, "offload_optimizer"), (3, "offload_param")]
