@@ -35,7 +35,13 @@ METHODS = {
     "plain TRL": ["--ogpsa", "false"],
     "OGPSA parameter": ["--scope", "parameter"],
     "OGPSA model": ["--scope", "model"],
-}
+    "update": ["--target", "update", "--scope", "model", "--metric", "optimizer"],
+    "update, restored": [
+        "--target", "update", "--scope", "model", "--metric", "optimizer", "--restoration", "1",
+        "--restoration_cap", "1", "--refresh_interval", "1",
+    ],
+    "replay": ["--target", "none", "--replay_weight", "1", "--refresh_interval", "1"],
+}  # fmt: skip
 
 STAGES = ("sft", "dpo")
 
