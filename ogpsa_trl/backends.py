@@ -206,14 +206,8 @@ class TorchBackend(GradientBackend):
             its gradient), or is sharded in another way.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        wrapped_model: nn.Module,
-        optimizer: Optimizer,
-    ) -> None:
-        super().__init__(accelerator, model, wrapped_model, optimizer)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         whole = [name for name, p in self.parameters if not isinstance(p, DTensor)]
         if self.is_sharded and whole:
             raise ValueError(

@@ -3,10 +3,11 @@ Plain TRL and OGPSA on a real pretrained model and real data, on a CPU.
 
     python scripts/real_example.py [--data ../shared/data] [--seeds 0 1 2]
 
-Trains a story model of 260 thousand parameters to refuse, by SFT and then by DPO, with plain TRL
-and with OGPSA in both scopes, with constrained updates, with and without restoration, and with replay,
-at the same steps and seeds, and measures before and after each stage. The settings are in configs/stories_sft.yaml and configs/stories_dpo.yaml. The data are not
-part of the project: they are read from the folder that --data names.
+Trains a story model of 260 thousand parameters to refuse, by SFT and then by DPO: with plain TRL,
+with OGPSA in both scopes, with constrained updates, without and with restoration, and with replay.
+All take the same steps and seeds, and are measured before and after each stage. The settings are in
+configs/stories_sft.yaml and configs/stories_dpo.yaml. The data are not part of the project: they
+are read from the folder that --data names.
 """
 
 import argparse
