@@ -54,7 +54,7 @@ def save_subspace(subspace: CapabilitySubspace, folder: str) -> None:
         "settings": json.dumps(_settings(subspace)),
         "shards": json.dumps(_shards(backend)),
     }
-    names = file_names(backend.num_processes if backend.is_sharded else 1)
+    names = _names(backend)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if backend.process_index == 0:  # what another number of processes has left in this folder
         for path in _all_files(Path(folder)):
@@ -150,8 +150,7 @@ def _files_for(backend: GradientBackend, folder: Path) -> list[Path]:
     """
     The files to read: this process's own, if it holds just what this process does; otherwise all.
     """
-    num_files = backend.num_processes if backend.is_sharded else 1
-    own = folder / file_names(num_files)[_file_index(backend)]
+    own = folder / _names(backend)[_file_index(backend)]
     if own.exists():
         with _open(own) as file:
             if file.shards == _shards(backend):
@@ -217,6 +216,11 @@ def _rows_of(name: str, wanted: Shard, files: Sequence[_File]) -> Tensor | None:
 def _all_files(folder: Path) -> list[Path]:
     stem, _, suffix = FILE_NAME.partition(".")
     return sorted(folder.glob(f"{stem}*.{suffix}"))
+
+
+def _names(backend: GradientBackend) -> list[str]:
+    """The files that the processes of this run write."""
+    return file_names(backend.num_processes if backend.is_sharded else 1)
 
 
 def _file_index(backend: GradientBackend) -> int:

@@ -74,19 +74,23 @@ def restoration_weights(
 def _inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Pseudo-inverse of a Gram matrix whose rows are scaled to length one, and that scale."""
     gram = gram.double()
+    scaled, scale = _scaled(gram)
+    return torch.linalg.pinv(scaled, rtol=_DEPENDENT, hermitian=True), scale
+
+
+def _scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A Gram matrix whose rows are scaled to length one (or are zero), and that scale."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths, 0.0)
-    scaled = scale[..., None] * gram * scale[..., None, :]
-    return torch.linalg.pinv(scaled, rtol=_DEPENDENT, hermitian=True), scale
+    return scale[..., None] * gram * scale[..., None, :], scale
 
 
 def _nonnegative(gram_RR: Tensor, rises_R: Tensor) -> Tensor:
     """argmin_m m^T G m / 2 - m^T b over m >= 0, shape [R]."""
     if not (rises_R > 0).any():
         return torch.zeros_like(rises_R)
-    lengths_R = gram_RR.diagonal().clamp_min(0).sqrt()
-    scale_R = torch.where(lengths_R > 0, 1 / lengths_R, 0.0)
-    values_R, vectors_RR = torch.linalg.eigh(scale_R[:, None] * gram_RR * scale_R)
+    scaled_RR, scale_R = _scaled(gram_RR)
+    values_R, vectors_RR = torch.linalg.eigh(scaled_RR)
     is_kept_R = values_R > _DEPENDENT * values_R.max()
     root_KR = values_R[is_kept_R].sqrt()[:, None] * vectors_RR[:, is_kept_R].T
     target_K = (vectors_RR[:, is_kept_R].T @ (scale_R * rises_R)) / values_R[is_kept_R].sqrt()

@@ -18,7 +18,7 @@ Shapes: P parameters, R capability gradients, K basis rows, N entries of a param
 process, B blocks (P of them in scope "parameter", 1 in scope "model").
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -231,8 +231,10 @@ class CapabilitySubspace:
 
     def _watch_losses(self, losses_R: Tensor) -> Refresh:
         """Compare the losses with those of the first and of the last refresh."""
-        realised_R = losses_R - self.losses.cpu().double() if len(self.losses) else None
-        predicted_R = self.predicted_change.cpu()
+        predicted = realised = None
+        if len(self.losses):
+            predicted = self.predicted_change.tolist()
+            realised = (losses_R - self.losses.cpu().double()).tolist()
         if len(self.start_losses) == 0:
             self.start_losses = self._small(losses_R)
             self.drift = torch.zeros_like(self.start_losses)
@@ -241,8 +243,7 @@ class CapabilitySubspace:
         self.drift = share * self.drift + (1 - share) * self._small(rise_R)
         self.losses = self._small(losses_R)
         self.predicted_change = torch.zeros_like(self.losses)
-        changes = (predicted_R.tolist(), realised_R.tolist()) if realised_R is not None else None
-        return Refresh(rise_R.tolist(), *(changes or (None, None)))
+        return Refresh(rise_R.tolist(), predicted, realised)
 
     @torch.no_grad()
     def replay(self) -> Tensor | None:
@@ -297,9 +298,7 @@ class CapabilitySubspace:
             weights_before: The copied weights. They are used up.
         """
         weights = [self.backend.weights(parameter) for _, parameter in self.backend.parameters]
-        updates = [
-            before.neg_().add_(after) for after, before in zip(weights, weights_before, strict=True)
-        ]
+        updates = _differences(weights, weights_before)
         projection = self._project(updates, weights, is_descent=False)
         self.backend.publish_weights()
         return projection
@@ -310,12 +309,8 @@ class CapabilitySubspace:
         Share of the squared length of the update since `copy_weights` that lies in the subspace, in
         [0, 1]. A collective call; the copied weights are used up.
         """
-        parameters = (parameter for _, parameter in self.backend.parameters)
-        updates = [
-            before.neg_().add_(self.backend.weights(parameter))
-            for before, parameter in zip(weights_before, parameters, strict=True)
-        ]
-        products = self._products(updates, None)
+        weights = (self.backend.weights(parameter) for _, parameter in self.backend.parameters)
+        products = self._products(_differences(weights, weights_before), None)
         return self._inside(products) / products.square
 
     def _project(
@@ -357,7 +352,7 @@ class CapabilitySubspace:
             restoration=restoration,
         )
 
-    def _products(self, vectors: Sequence[Tensor | None], means_P: Tensor | None) -> "_Products":
+    def _products(self, vectors: Sequence[Tensor | None], means_P: Tensor | None) -> _Products:
         """
         The products of the vectors of all parameters with the basis and with themselves, in the
         metric that `means_P` (of the second moments) belong to, or the identity.
@@ -392,7 +387,7 @@ class CapabilitySubspace:
         metric_square = products_PX[:, num_rows + 1].sum().clamp_min(_TINY)
         return _Products(products_BK, squares_P, square, self._merge(gram_PKK), metric_square)
 
-    def _weights(self, products: "_Products", *, is_descent: bool) -> Tensor:
+    def _weights(self, products: _Products, *, is_descent: bool) -> Tensor:
         """The weights of the basis rows that a step has to lose, shape [B, K]."""
         if self.config.constraint == "equality" and self.config.metric == "euclidean":
             # Nothing leaves the device.
@@ -409,11 +404,11 @@ class CapabilitySubspace:
             )
         return self._small(sign * weights_BK)
 
-    def _inside(self, products: "_Products") -> Tensor:
+    def _inside(self, products: _Products) -> Tensor:
         """Squared length of what lies in the subspace."""
         return _square(products.products_BK, self.inverse_gram)
 
-    def _restoring(self, products: "_Products", removal_BK: Tensor) -> tuple[Tensor, "Restoration"]:
+    def _restoring(self, products: _Products, removal_BK: Tensor) -> tuple[Tensor, Restoration]:
         """Weights that take back a part of the rise of each capability loss, shape [B, K]."""
         per_step = self.config.restoration / self.config.refresh_interval
         weights_BK, square = constraints.restoration_weights(
@@ -541,6 +536,11 @@ class CapabilitySubspace:
     def _small(self, values: Tensor) -> Tensor:
         """A small float64 result of the CPU, where and as the step needs it."""
         return values.float().to(self.backend.device)
+
+
+def _differences(after: Iterable[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """`after - before`, in the memory of `before`."""
+    return [old.neg_().add_(new) for new, old in zip(after, before, strict=True)]
 
 
 def _times(matrix_BXK: Tensor, vector_BK: Tensor) -> Tensor:
