@@ -11,6 +11,7 @@ The mathematics above sees one interface, whatever the engine:
     sum_over_shards(values)    per-parameter scalars, summed over the shards of its gradient
     sum_over_processes(value)  sum over the batches of all processes
     from_first_process(make)   a value that must not differ between the processes
+    from_all_processes(values) the lists of all processes as one
     preserved()                context: what happens inside leaves no trace in training
     accumulation(is_last)      context of one forward and backward pass that adds to the gradients
     backward(loss)             the engine's own backward pass, without an optimizer step
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -173,6 +174,10 @@ class GradientBackend(ABC):
         if self.num_processes > 1:
             broadcast_object_list(values)
         return cast(Value, values[0])
+
+    def from_all_processes(self, values: list[Value]) -> list[Value]:
+        """The lists of all processes, one behind the other."""
+        return gather_object(values)
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ Where gradients are sharded, each process writes its shards, `ogpsa_subspace-000
 A file says which range of every flattened parameter it holds, so files of one number of processes
 can be read by another, and those of one engine by another: torch.distributed.checkpoint would ask
 for a DTensor, which ZeRO's ranges are not, and keep its index in a pickle.
+
+The starting point, the same on every process, is `ogpsa_start.safetensors`.
 """
 
 import contextlib
@@ -22,15 +24,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ogpsa_trl.backends import GradientBackend, Shard
+from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.data import Sample
+from ogpsa_trl.start import StartingPoint
 from ogpsa_trl.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "ogpsa_subspace.safetensors"
+START_FILE_NAME = "ogpsa_start.safetensors"
 
-_FORMAT = "2"
+_FORMAT = "3"
 # Settings that decide the shape or the meaning of what is saved.
-_SETTINGS = ("scope", "target", "basis_dtype")
+_SETTINGS = ("scope", "target", "capability_loss", "basis_dtype")
+_START_SETTINGS = ("capability_loss", "kl_tokens")
 
 
 def file_names(num_files: int) -> list[str]:
@@ -73,11 +80,55 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     Raises:
         ValueError: a file is damaged or belongs to other parameters.
     """
-    is_loaded = _load(subspace, Path(folder))
-    backend = subspace.backend
-    num_loaded = backend.sum_over_processes(torch.tensor(float(is_loaded), device=backend.device))
-    if num_loaded < backend.num_processes:  # all refresh together, or none
-        subspace.is_due = True
+    if not _is_on_all(subspace.backend, _load(subspace, Path(folder))):
+        subspace.is_due = True  # all refresh together, or none
+
+
+def save_start(start: StartingPoint, config: OGPSAConfig, folder: str) -> None:
+    """Write the starting point into a checkpoint folder. One process is enough."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    settings = {name: asdict(config)[name] for name in _START_SETTINGS}
+    metadata = {"format": _FORMAT, "settings": json.dumps(settings), "shards": "{}"}
+    tensors = {name: tensor.contiguous() for name, tensor in start.state_dict().items()}
+    save_file(tensors, Path(folder) / START_FILE_NAME, metadata)
+
+
+def load_start(
+    backend: GradientBackend, samples: list[Sample], config: OGPSAConfig, folder: str
+) -> StartingPoint | None:
+    """
+    Read the starting point of a checkpoint folder, if it is of these samples and settings.
+
+    Otherwise, on any process, a warning is logged. A collective call: every process makes it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / START_FILE_NAME
+    start, reason = None, "there is none"
+    if path.exists():
+        with _open(path) as file:
+            if file.settings != {name: asdict(config)[name] for name in _START_SETTINGS}:
+                reason = f"it was measured with the settings {file.settings}"
+            else:
+                state = {name: file.tensors.get_tensor(name) for name in file.names}
+                try:
+                    start = StartingPoint.from_state(samples, state)
+                except ValueError as error:
+                    reason = str(error)
+    if _is_on_all(backend, start is not None):
+        return start
+    logger.warning(
+        "The starting point of %s cannot be used (%s): drift%s counts from the weights of this "
+        "checkpoint, not from those that training started with.",
+        folder, reason, ", and so the divergence," if config.capability_loss == "kl" else "",
+    )  # fmt: skip
+    return None
+
+
+def _is_on_all(backend: GradientBackend, is_here: bool) -> bool:
+    num = backend.sum_over_processes(torch.tensor(float(is_here), device=backend.device))
+    return bool(num == backend.num_processes)
 
 
 def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
@@ -128,19 +179,17 @@ class _File:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[_File]:
-    advice = "Resume from another checkpoint, or delete this file: the subspace is then estimated"
+    advice = "Resume from another checkpoint, or delete this file: it is then made anew."
     try:
         tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"The capability subspace in {path} cannot be read ({error}). {advice} anew."
-        ) from error
+        raise ValueError(f"The OGPSA state in {path} cannot be read ({error}). {advice}") from error
     with tensors:
         metadata = tensors.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(
-                f"The capability subspace in {path} has format {metadata.get('format')!r}, but "
-                f"this version reads {_FORMAT!r}. {advice} anew."
+                f"The OGPSA state in {path} has format {metadata.get('format')!r}, but this "
+                f"version reads {_FORMAT!r}. {advice}"
             )
         shards = {name: Shard(*range_) for name, range_ in json.loads(metadata["shards"]).items()}
         yield _File(json.loads(metadata["settings"]), shards, tensors, set(tensors.keys()))

@@ -8,6 +8,7 @@ Scope = Literal["parameter", "model"]
 Target = Literal["gradient", "update", "none"]
 Metric = Literal["euclidean", "optimizer"]
 Constraint = Literal["equality", "inequality"]
+CapabilityLoss = Literal["nll", "kl"]
 BasisDtype = Literal["float32", "bfloat16"]
 
 
@@ -59,6 +60,22 @@ class OGPSAConfig:
             "'inequality': none rises; a step that lowers them all is left alone."
         },
     )
+    capability_loss: CapabilityLoss = field(
+        default="nll",
+        metadata={
+            "help": "The loss on the capability data. 'nll': negative log-likelihood of their text "
+            "(official). 'kl': divergence of the model from the one that training starts with, on "
+            "the same tokens; it stays positive as long as the models differ."
+        },
+    )
+    kl_tokens: int = field(
+        default=64,
+        metadata={
+            "help": "With `capability_loss: kl`: tokens that are told apart at each position, the "
+            "most likely ones of the starting model, at least 1; the others count as one. Of these "
+            "the starting model's probabilities are kept, 8 bytes each."
+        },
+    )
     refresh_interval: int = field(
         default=30,
         metadata={
@@ -69,6 +86,13 @@ class OGPSAConfig:
     num_samples: int = field(
         default=200,
         metadata={"help": "Samples taken from each capability group, at least 1 (official: 200)."},
+    )
+    samples_per_refresh: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the samples of each group, how many are drawn anew for each refresh, at "
+            "least 1. Unset: all of them every time (official)."
+        },
     )
     gradients_per_group: int = field(
         default=1,
@@ -155,17 +179,24 @@ class OGPSAConfig:
                 "`capability_ema` must be below 1, because new capability gradients would not "
                 f"count, but got {self.capability_ema!r}. Values from 0 to 0.7 were tried."
             )
-        if self.target == "none" and not self.replay_weight:
-            raise ValueError(
-                "With `target: none` and `replay_weight: 0` OGPSA would do nothing. Set "
-                "`replay_weight: 1`, or train plain TRL (`ogpsa: false` in YAML)."
-            )
-        if self.gradients_per_group > self.num_samples:
-            raise ValueError(
-                f"`gradients_per_group` must be at most `num_samples` ({self.num_samples}), "
-                "because every part of a group needs a sample, but got "
-                f"{self.gradients_per_group}. Lower it or raise `num_samples`."
-            )
+        for larger, smaller in (
+            ("num_samples", "samples_per_refresh"),
+            ("num_samples", "gradients_per_group"),
+            ("samples_per_refresh", "gradients_per_group"),
+        ):
+            most, value = getattr(self, larger), getattr(self, smaller)
+            if most is not None and value is not None and value > most:
+                raise ValueError(
+                    f"`{smaller}` must be at most `{larger}` ({most}), because {_REASONS[smaller]},"
+                    f" but got {value}. Lower it or raise `{larger}`."
+                )
+
+
+# Why one count cannot be larger than another.
+_REASONS = {
+    "samples_per_refresh": "they are drawn from these samples",
+    "gradients_per_group": "every part of a group needs a sample",
+}
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
@@ -186,5 +217,5 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        unset = ", or leave it unset to keep all directions" if optional else ""
+        unset = ", or leave it unset for all there are" if optional else ""
         raise ValueError(f"`{name}` must be an integer of at least 1{unset}, but got {value!r}.")

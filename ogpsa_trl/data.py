@@ -7,8 +7,10 @@ tokenised), or in a preference format, of which only the prompt and the chosen c
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,30 +22,90 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
-
 _IGNORED = -100  # label of a token that is not trained on
+
+Features = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A tokenised sample.
+
+    Attributes:
+        name: Group and place in it: the same in every run with the same data and seed.
+        features: Tokens and masks, as TRL's collator takes them.
+        num_tokens: Tokens that count in the loss, at least 1.
+    """
+
+    name: str
+    features: Features
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Samples of one forward pass.
+
+    Attributes:
+        inputs: What the model is called with. Positions without a label to learn have label -100.
+        samples: The samples in the order of the rows; none where nothing is to be learned, and the
+            pass only keeps a process in step with the others.
+    """
+
+    inputs: dict[str, Tensor]
+    samples: list[Sample]
+
+
+def trained_labels(labels: Tensor) -> Tensor:
+    """Where the next token is one to learn, bool, shape [rows, length - 1]."""
+    return labels[:, 1:] != _IGNORED
 
 
 @dataclass(frozen=True)
 class Part:
-    """Disjoint share of a group's samples that gives one capability gradient."""
+    """
+    Disjoint share of a group's samples that gives one capability gradient.
 
-    batches: list[Batch]
-    num_tokens: int
+    Attributes:
+        group: Name of the group.
+        samples: Sorted by length, so that little padding is computed.
+        batch_size: Largest number of samples in a batch.
+        collate: Makes tensors of features.
+    """
+
+    group: str
+    samples: list[Sample]
+    batch_size: int
+    collate: Callable[[list[Features]], dict[str, Tensor]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(sample.num_tokens for sample in self.samples)
+
+    def num_batches_of(self, num_processes: int) -> int:
+        """Batches of each process."""
+        return math.ceil(len(self.samples) / (num_processes * self.batch_size))
 
     def batches_of(self, process_index: int, num_processes: int) -> list[Batch]:
         """
-        The batches of one process, equally many on all of them.
+        The batches of one process, equally many on all of them and of nearly one size.
 
         Every process has to take part in every forward and backward pass of the engine, so a
-        process that runs out of batches gets one without trainable tokens.
+        process that runs out of samples gets batches without trainable tokens.
         """
-        batches = self.batches[process_index::num_processes]
-        if len(batches) < -(-len(self.batches) // num_processes):
-            first = self.batches[0]
-            batches.append({**first, "labels": torch.full_like(first["labels"], _IGNORED)})
-        return batches
+        num_batches = self.num_batches_of(num_processes) * num_processes
+        size = math.ceil(len(self.samples) / num_batches)
+        starts = range(process_index * size, num_batches * size, num_processes * size)
+        return [self._batch(self.samples[start : start + size]) for start in starts]
+
+    def _batch(self, samples: list[Sample]) -> Batch:
+        inputs = self.collate([sample.features for sample in samples or self.samples[:1]])
+        if not samples:
+            inputs["labels"] = torch.full_like(inputs["labels"], _IGNORED)
+        return Batch(inputs, samples)
 
 
 @dataclass(frozen=True)
@@ -51,13 +113,36 @@ class CapabilityGroup:
     """A named group of capability samples, ready for the model."""
 
     name: str
-    parts: list[Part]
-    num_samples: int
+    samples: list[Sample]
+    num_parts: int
+    batch_size: int
+    collate: Callable[[list[Features]], dict[str, Tensor]]
 
     @property
     def num_tokens(self) -> int:
         """Tokens that count in the loss."""
-        return sum(part.num_tokens for part in self.parts)
+        return sum(sample.num_tokens for sample in self.samples)
+
+    def parts(self, num_samples: int | None = None, draw: str = "") -> list[Part]:
+        """
+        The samples of a refresh, in `num_parts` parts.
+
+        Args:
+            num_samples: Samples to draw; all if there are fewer. `None`: all, in no draw.
+            draw: Names the draw: the same samples for the same name.
+        """
+        samples = self.samples
+        if num_samples is not None:
+            samples = Random(f"{draw} {self.name}").sample(samples, min(num_samples, len(samples)))
+        return [self._part(samples[index :: self.num_parts]) for index in range(self.num_parts)]
+
+    def whole(self) -> Part:
+        """All samples as one part."""
+        return self._part(self.samples)
+
+    def _part(self, samples: list[Sample]) -> Part:
+        by_length = sorted(samples, key=lambda sample: len(sample.features["input_ids"]))
+        return Part(self.name, by_length, self.batch_size, self.collate)
 
 
 @dataclass(frozen=True)
@@ -144,32 +229,31 @@ def prepare_group(
         preparation: How samples become tokens.
         num_samples: Samples taken; all if there are fewer.
         num_parts: Disjoint parts, each of which gives one gradient.
-        batch_size: Sequences per batch, of similar length, so that little padding is computed.
+        batch_size: Largest number of sequences in a batch.
         seed: Of the random choice.
 
     Raises:
-        ValueError: no samples, no known format, or a part without a trainable token.
+        ValueError: no samples, no known format, or fewer samples with a trainable token than parts.
     """
     chosen = _choose(name, dataset, num_samples, seed)
-    samples: list[Any] = list(_tokenise(name, chosen, preparation))
     tokenizer = preparation.tokenizer
     # Padding is masked, so any token does where TRL has set none (with a collator of the user's).
     has_pad = tokenizer.pad_token_id is not None
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id if has_pad else 0)
-    parts = []
-    for index in range(num_parts):
-        part = sorted(samples[index::num_parts], key=lambda sample: len(sample["input_ids"]))
-        batches = [collate(part[i : i + batch_size]) for i in range(0, len(part), batch_size)]
-        num_tokens = sum(int((batch["labels"][:, 1:] != _IGNORED).sum()) for batch in batches)
-        if num_tokens == 0:
-            raise ValueError(
-                f"Part {index + 1} of {num_parts} of capability group {name!r} has no token to "
-                f"learn from ({len(samples)} of {len(chosen)} samples are left after truncation to "
-                f"`max_length` {preparation.max_length}). Raise `max_length` or `num_samples`, "
-                "lower `gradients_per_group`, or look for empty completions."
-            )
-        parts.append(Part(batches, num_tokens))
-    group = CapabilityGroup(name, parts, len(samples))
+    samples = []
+    for index, features in enumerate(_tokenise(name, chosen, preparation)):
+        num_tokens = int(trained_labels(collate([features])["labels"]).sum())
+        if num_tokens > 0:
+            samples.append(Sample(f"{name}/{index}", dict(features), num_tokens))
+    if len(samples) < num_parts:
+        raise ValueError(
+            f"Capability group {name!r} must have at least {num_parts} samples with a token to "
+            f"learn from (`gradients_per_group`), but has {len(samples)}: the others of its "
+            f"{len(chosen)} have none within `max_length` {preparation.max_length}. Raise "
+            "`max_length` or `num_samples`, lower `gradients_per_group`, or look for empty "
+            "completions."
+        )
+    group = CapabilityGroup(name, samples, num_parts, batch_size, collate)
     logger.info(
         "Capability group %r: %d samples, %d tokens in the loss",
         name, len(samples), group.num_tokens,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ogpsa_trl.backends import GradientBackend
-from ogpsa_trl.data import Batch, CapabilityGroup
+from ogpsa_trl.data import Batch, Part
 
 
 @dataclass
@@ -35,51 +35,71 @@ class CapabilityGradients:
     names: list[str]
     weights: Tensor
 
-    def group_means(self, values: Sequence[float]) -> dict[str, float]:
-        """Means over the parts of every group, weighted as their losses are."""
-        parts = list(zip(self.names, values, self.weights.tolist(), strict=True))
-        return {
-            group: sum(value * weight for name, value, weight in parts if name == group)
-            / sum(weight for name, _, weight in parts if name == group)
-            for group in dict.fromkeys(self.names)
-        }
-
 
 def capability_gradients(
     backend: GradientBackend,
-    groups: Sequence[CapabilityGroup],
-    sum_nll: Callable[[Batch], Tensor],
+    parts: Sequence[Part],
+    sum_loss: Callable[[Batch], Tensor],
+    *,
+    rounding: float = 0.0,
 ) -> CapabilityGradients:
     """
-    Compute the gradients of all parts of the groups. A collective call: every process makes it.
+    Compute the gradients of all parts. A collective call: every process makes it.
 
     Args:
         backend: Where the gradients live.
-        groups: The capability groups.
-        sum_nll: The summed negative log-likelihood of the trainable tokens of a batch, a scalar
-            with a graph, through the wrapped model.
+        parts: The parts of all groups.
+        sum_loss: The summed loss of the trainable tokens of a batch, a scalar with a graph, through
+            the wrapped model.
+        rounding: A token-mean loss, in nats, below which a loss is at its minimum but for rounding:
+            the gradient then counts as zero.
     """
-    parts = [part for group in groups for part in group.parts]
-    shares = [part.num_tokens / group.num_tokens for group in groups for part in group.parts]
-    names = [group.name for group in groups for _ in group.parts]
     rows: list[Tensor | None] = [None] * len(backend.parameters)
     losses: list[float] = []
-    with backend.preserved(), _deterministic(backend.wrapped_model):
+    with backend.preserved(), deterministic(backend.wrapped_model):
         for row, part in enumerate(parts):
             batches = part.batches_of(backend.process_index, backend.num_processes)
             total = torch.zeros((), device=backend.device)
             for index, batch in enumerate(batches):
                 with backend.accumulation(is_last=index == len(batches) - 1):
-                    nll = sum_nll(batch)
+                    loss = sum_loss(batch)
                     # The engine averages over the processes; the mean over all tokens is meant.
-                    backend.backward(nll * (backend.num_processes / part.num_tokens))
-                total += nll.detach()
+                    backend.backward(loss * (backend.num_processes / part.num_tokens))
+                total += loss.detach()
             losses.append((backend.sum_over_processes(total) / part.num_tokens).item())
-            for index, (_, parameter) in enumerate(backend.parameters):
-                rows[index] = _with_row(rows[index], row, len(parts), backend.gradient(parameter))
+            if not losses[-1] < rounding:  # also where it is not a number
+                for index, (_, parameter) in enumerate(backend.parameters):
+                    gradient_N = backend.gradient(parameter)
+                    rows[index] = _with_row(rows[index], row, len(parts), gradient_N)
             backend.clear_gradients()
-    weights = torch.tensor(shares, dtype=torch.float64) / len(groups)
-    return CapabilityGradients(rows, losses, names, weights)
+    return CapabilityGradients(rows, losses, [part.group for part in parts], _weights(parts))
+
+
+def group_means(
+    names: Sequence[str], weights: Sequence[float], values: Sequence[float]
+) -> dict[str, float]:
+    """
+    Means of values of every part, one for each group, weighted as their losses are.
+
+    Args:
+        names: Name of the group of every part.
+        weights: As in `CapabilityGradients`.
+        values: One for every part.
+    """
+    sums = dict.fromkeys(names, 0.0)
+    totals = dict(sums)
+    for name, weight, value in zip(names, weights, values, strict=True):
+        sums[name] += weight * value
+        totals[name] += weight
+    return {name: sums[name] / totals[name] for name in sums}
+
+
+def _weights(parts: Sequence[Part]) -> Tensor:
+    num_tokens = {part.group: 0 for part in parts}
+    for part in parts:
+        num_tokens[part.group] += part.num_tokens
+    shares = [part.num_tokens / num_tokens[part.group] for part in parts]
+    return torch.tensor(shares, dtype=torch.float64) / len(num_tokens)
 
 
 def _with_row(
@@ -95,7 +115,7 @@ def _with_row(
 
 
 @contextlib.contextmanager
-def _deterministic(model: nn.Module) -> Iterator[None]:
+def deterministic(model: nn.Module) -> Iterator[None]:
     """
     Take the modules out of training mode, so that dropout, embedding noise and router jitter rest.
 

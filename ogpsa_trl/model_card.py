@@ -42,7 +42,7 @@ def settings_section(config: OGPSAConfig, groups: Sequence[CapabilityGroup]) -> 
     """Markdown section with the settings of the method and the capability groups."""
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items())
     data = "\n".join(
-        f"| {group.name} | {group.num_samples} | {group.num_tokens} |" for group in groups
+        f"| {group.name} | {len(group.samples)} | {group.num_tokens} |" for group in groups
     )
     return f"""
 

@@ -43,6 +43,8 @@ class Projection:
     cosine: Tensor
     # Names of the parameters held in this step.
     held: list[str]
+    # Of an update: what is left of it should change each capability loss by, in nats, shape [R].
+    changes: Tensor | None = None
     restoration: "Restoration | None" = None
 
 
@@ -91,7 +93,7 @@ _TINY = torch.finfo(torch.float32).tiny
 # What is saved beside the rows. The first are on the device, the masks on the CPU.
 _SMALL_STATE = (
     "gram", "inverse_gram", "coordinates", "mean_coordinates", "mean_square", "rank",
-    "start_losses", "losses", "drift", "predicted_change", "is_waiting", "was_held",
+    "weights", "rises", "drift", "predicted_change", "is_waiting", "was_held",
 )  # fmt: skip
 
 
@@ -136,10 +138,10 @@ class CapabilitySubspace:
         self.mean_square = torch.zeros(())
         # Number of directions, the mean over the blocks.
         self.rank = torch.zeros(())
-        # Per capability gradient, shape [R]: its loss at the first refresh and at the last, its
-        # rise since the first (averaged as the gradients are), and what the updates since the last
-        # refresh should have changed it by.
-        self.start_losses = self.losses = torch.zeros(0)
+        # Per capability gradient, shape [R]: its share in the mean; how far its loss was above the
+        # start of training at the last refresh, and the average of that over the refreshes, as the
+        # gradients are averaged; what the updates since then should have changed it by.
+        self.weights = self.rises = torch.zeros(0)
         self.drift = self.predicted_change = torch.zeros(0)
         # The mean capability gradient has not been replayed yet.
         self.is_fresh = False
@@ -170,20 +172,21 @@ class CapabilitySubspace:
         return sum(rows.nbytes for rows in self.basis if rows is not None)
 
     @torch.no_grad()
-    def refresh(self, gradients: CapabilityGradients) -> Refresh:
+    def refresh(self, gradients: CapabilityGradients, rises: Sequence[float]) -> Refresh:
         """
         Replace the basis. A collective call: every process makes it.
 
         Args:
             gradients: The capability gradients. Their rows are used up, to hold only one
                 parameter's rows twice.
+            rises: How far each of their losses is above its value at the start of training, on the
+                same samples, in nats.
 
         Raises:
             FloatingPointError: a capability gradient is not finite. The basis is left as it was.
         """
-        if len(self.start_losses) != len(gradients.names):  # the first, or other groups than before
-            self.start_losses = self.losses = torch.zeros(0)
-        else:
+        is_first = len(self.rises) != len(gradients.names)  # or there were other groups before
+        if not is_first:
             self._average(gradients.rows)
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         for name, loss, products_PR in zip(
@@ -211,10 +214,16 @@ class CapabilitySubspace:
         self.mean_square = self._small((mean_R @ gram_BRR @ mean_R).sum())
         self.rank = self._small((weights_BKR != 0).any(dim=-1).sum(dim=-1).double().mean())
         is_zero_P = (gram_PRR.diagonal(dim1=1, dim2=2) == 0).all(dim=1)
-        self.is_waiting = is_zero_P & ~self.was_held
-        self.is_due = False
+        if self.config.capability_loss == "kl":
+            # Where the model is still the starting one, no direction raises the loss, and all are
+            # known: nothing waits. But the next step leaves that point.
+            self.is_due = bool(is_zero_P.all())
+        else:
+            self.is_waiting = is_zero_P & ~self.was_held
+            self.is_due = False
         self.is_fresh = True
-        return self._watch_losses(torch.tensor(gradients.losses, dtype=torch.float64))
+        self.weights = self._small(mean_R)
+        return self._watch_losses(torch.tensor(rises, dtype=torch.float64), is_first)
 
     def _average(self, rows_PRN: list[Tensor | None]) -> None:
         """Keep a share of the old capability gradients, A = C B, in the new ones."""
@@ -229,21 +238,19 @@ class CapabilitySubspace:
                 old_RN = linalg.combine(coordinates_PRK[index], basis_KN, torch.float32)
                 rows_PRN[index] = old_RN if rows_RN is None else rows_RN.add_(old_RN)
 
-    def _watch_losses(self, losses_R: Tensor) -> Refresh:
-        """Compare the losses with those of the first and of the last refresh."""
+    def _watch_losses(self, rises_R: Tensor, is_first: bool) -> Refresh:
+        """Compare the losses with those at the start of training and at the last refresh."""
         predicted = realised = None
-        if len(self.losses):
+        if is_first:
+            self.drift = torch.zeros(len(rises_R), device=self.backend.device)
+        else:
             predicted = self.predicted_change.tolist()
-            realised = (losses_R - self.losses.cpu().double()).tolist()
-        if len(self.start_losses) == 0:
-            self.start_losses = self._small(losses_R)
-            self.drift = torch.zeros_like(self.start_losses)
-        rise_R = losses_R - self.start_losses.cpu().double()
+            realised = (rises_R - self.rises.cpu().double()).tolist()
         share = self.config.capability_ema
-        self.drift = share * self.drift + (1 - share) * self._small(rise_R)
-        self.losses = self._small(losses_R)
-        self.predicted_change = torch.zeros_like(self.losses)
-        return Refresh(rise_R.tolist(), predicted, realised)
+        self.rises = self._small(rises_R)
+        self.drift = share * self.drift + (1 - share) * self.rises
+        self.predicted_change = torch.zeros_like(self.rises)
+        return Refresh(rises_R.tolist(), predicted, realised)
 
     @torch.no_grad()
     def replay(self) -> Tensor | None:
@@ -304,14 +311,17 @@ class CapabilitySubspace:
         return projection
 
     @torch.no_grad()
-    def share_inside(self, weights_before: list[Tensor]) -> Tensor:
+    def measure_update(self, weights_before: list[Tensor]) -> tuple[Tensor, Tensor]:
         """
-        Share of the squared length of the update since `copy_weights` that lies in the subspace, in
-        [0, 1]. A collective call; the copied weights are used up.
+        Look at the update since `copy_weights`. A collective call; the copied weights are used up.
+
+        Returns:
+            The share of its squared length that lies in the subspace, in [0, 1]; and what it should
+            change each capability loss by, to first order, in nats, shape [R].
         """
         weights = (self.backend.weights(parameter) for _, parameter in self.backend.parameters)
         products = self._products(_differences(weights, weights_before), None)
-        return self._inside(products) / products.square
+        return self._inside(products) / products.square, self._changes(products.products_BK)
 
     def _project(
         self,
@@ -329,11 +339,11 @@ class CapabilitySubspace:
         if self.config.restoration:
             restoring_BK, restoration = self._restoring(products, weights_BK)
             weights_BK = weights_BK + restoring_BK
+        changes = None
         if not is_descent:
             left_BK = products.products_BK - _times(products.gram_BKK, weights_BK)
-            self.predicted_change = self.predicted_change + _times(self.coordinates, left_BK).sum(
-                dim=0
-            )
+            changes = self._changes(left_BK)
+            self.predicted_change = self.predicted_change + changes
         for index, (rows_KN, target_N, weights_K) in enumerate(
             zip(self.basis, targets, weights_BK.expand(len(targets), -1), strict=True)
         ):
@@ -349,6 +359,7 @@ class CapabilitySubspace:
             share_inside=self._inside(products) / products.square,
             cosine=in_mean / (products.square * self.mean_square).sqrt().clamp_min(_TINY),
             held=[self.backend.parameters[index][0] for index in held],
+            changes=changes,
             restoration=restoration,
         )
 
@@ -403,6 +414,10 @@ class CapabilitySubspace:
                 products_BK, gram_BKK, self.coordinates.cpu()
             )
         return self._small(sign * weights_BK)
+
+    def _changes(self, products_BK: Tensor) -> Tensor:
+        """First-order changes A u of the losses, from the products B u, shape [R]."""
+        return _times(self.coordinates, products_BK).sum(dim=0)
 
     def _inside(self, products: _Products) -> Tensor:
         """Squared length of what lies in the subspace."""

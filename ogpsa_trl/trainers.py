@@ -4,11 +4,12 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,12 +20,21 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ogpsa_trl.callback import SubspaceCallback
-from ogpsa_trl.checkpoint import load_subspace, save_subspace
+from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, named_groups, prepare_group
+from ogpsa_trl.data import (
+    Batch,
+    CapabilityGroup,
+    Preparation,
+    named_groups,
+    prepare_group,
+    trained_labels,
+)
+from ogpsa_trl.divergence import divergence, likely_tokens
 from ogpsa_trl.engines import check_supported, make_backend
-from ogpsa_trl.gradients import capability_gradients
+from ogpsa_trl.gradients import capability_gradients, group_means
 from ogpsa_trl.model_card import PAPER, settings_section
+from ogpsa_trl.start import Measured, StartingPoint, all_samples, measure_start
 from ogpsa_trl.subspace import CapabilitySubspace, Projection
 
 logger = logging.getLogger(__name__)
@@ -33,8 +43,11 @@ logger = logging.getLogger(__name__)
 _SECONDS_WITHOUT_BAR = 5
 
 # A change of a capability loss that differs from its prediction by more than this share of the loss
-# is worth a warning.
+# (of one nat per token with `kl`) is worth a warning.
 _LARGEST_SURPRISE = 0.1
+
+# A divergence per token, in nats, that is rounding of float32 log-probabilities.
+_KL_ROUNDING = 1e-6
 
 
 class OGPSAMixin(Trainer):
@@ -94,7 +107,14 @@ class OGPSAMixin(Trainer):
         check_supported(
             self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
         )
+        if self.ogpsa_config.target == "none" and not self.ogpsa_config.replay_weight:
+            logger.warning(
+                "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes "
+                "nothing. Set `replay_weight: 1` for replay or a KL penalty."
+            )
         preparation = self.capability_preparation()
+        # What the starting model makes of the capability samples; measured at the first refresh.
+        self.starting_point: StartingPoint | None = None
         self.capability_groups = [
             prepare_group(
                 name,
@@ -122,17 +142,51 @@ class OGPSAMixin(Trainer):
             dataset_num_proc=self.args.dataset_num_proc,
         )
 
-    def capability_nll(self, batch: Batch) -> Tensor:
+    def capability_log_probs(self, batch: Batch) -> Tensor:
         """
-        Summed negative log-likelihood of the trainable tokens of a batch, in nats, with its graph.
+        Log-probabilities of the trainable tokens of a batch, zero elsewhere, with their graph.
 
-        TRL's fused head computes it without the logits of the whole vocabulary. `compute_loss` is
+        TRL's fused head computes them without the logits of the whole vocabulary. `compute_loss` is
         not used, because it counts tokens and metrics of training.
+
+        Returns:
+            Shape [rows, length - 1].
         """
-        inputs = self._prepare_inputs(batch)
+        inputs = self._prepare_inputs(batch.inputs)
         with self.compute_loss_context_manager():
             outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-        return -outputs.log_probs.sum()
+        return outputs.log_probs
+
+    def capability_logits(self, batch: Batch) -> Tensor:
+        """Logits at the trainable tokens of a batch, row by row, shape [tokens, vocabulary]."""
+        inputs = self._prepare_inputs(batch.inputs)
+        labels = inputs.pop("labels")
+        with self.compute_loss_context_manager():
+            logits = self.model_wrapped(**inputs, use_cache=False).logits
+        logits = logits[:, -labels.shape[1] :]  # prompt learning puts virtual tokens in front
+        return logits[:, :-1][trained_labels(labels)]
+
+    def capability_loss(self, batch: Batch) -> Tensor:
+        """Summed capability loss of the trainable tokens of a batch, in nats, with its graph."""
+        if self.ogpsa_config.capability_loss == "nll":
+            return -self.capability_log_probs(batch).sum()
+        assert self.starting_point is not None
+        logits_TV = self.capability_logits(batch)
+        start = self.starting_point.likely_tokens(batch)
+        return divergence(logits_TV, *(tensor.to(logits_TV.device) for tensor in start))
+
+    def _measure_start(self, batch: Batch) -> list[Measured]:
+        """What the starting point holds of every sample of a batch."""
+        if self.ogpsa_config.capability_loss == "nll":
+            losses = -self.capability_log_probs(batch).sum(dim=1)
+            return [{"losses": loss} for loss in losses[: len(batch.samples)]]
+        start = likely_tokens(self.capability_logits(batch), self.ogpsa_config.kl_tokens)
+        counts = [sample.num_tokens for sample in batch.samples]
+        nothing = torch.zeros(())
+        return [
+            {"losses": nothing, "tokens": tokens, "log_probs": log_probs}
+            for tokens, log_probs in zip(*(t.split(counts) for t in start), strict=True)
+        ]
 
     def refresh_subspace(self) -> None:
         """
@@ -144,44 +198,60 @@ class OGPSAMixin(Trainer):
             FloatingPointError: a capability gradient is not finite.
         """
         start = time.perf_counter()
-        backend = self.subspace.backend
-        parts = [part for group in self.capability_groups for part in group.parts]
+        config, backend = self.ogpsa_config, self.subspace.backend
+        draw = f"{self.args.seed} {self.state.global_step}"
+        parts = [
+            p for g in self.capability_groups for p in g.parts(config.samples_per_refresh, draw)
+        ]
         progress = tqdm(
-            total=sum(len(part.batches_of(0, backend.num_processes)) for part in parts),
+            total=sum(part.num_batches_of(backend.num_processes) for part in parts),
             desc="Refreshing the capability subspace",
             delay=_SECONDS_WITHOUT_BAR,
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
             leave=False,
         )
 
-        def sum_nll(batch: Batch) -> Tensor:
+        def sum_loss(batch: Batch) -> Tensor:
             progress.update()
-            return self.capability_nll(batch)
+            return self.capability_loss(batch)
 
+        is_kl = config.capability_loss == "kl"
         with progress, self.maybe_activation_offload_context:
-            gradients = capability_gradients(backend, self.capability_groups, sum_nll)
+            if self.starting_point is None and (is_kl or config.samples_per_refresh is not None):
+                self.starting_point = measure_start(
+                    backend, self.capability_groups, self._measure_start
+                )
+            gradients = capability_gradients(
+                backend, parts, sum_loss, rounding=_KL_ROUNDING if is_kl else 0.0
+            )
         losses = gradients.losses
-        refresh = self.subspace.refresh(gradients)
+        if self.starting_point is None:  # all samples are in this refresh
+            self.starting_point = StartingPoint.from_losses(
+                all_samples(self.capability_groups), parts, losses
+            )
+        start_losses = map(self.starting_point.mean_loss, parts)
+        rises = [loss - first for loss, first in zip(losses, start_losses, strict=True)]
+        refresh = self.subspace.refresh(gradients, rises)
         self._record(
             rank=self.subspace.rank,
             refresh_seconds=time.perf_counter() - start,
             basis_megabytes=self.subspace.basis_bytes / 1e6,
         )
-        self._record_groups("capability_loss", gradients.group_means(losses))
-        self._record_groups("drift", gradients.group_means(refresh.drift))
-        if refresh.realised_change is not None and self.ogpsa_config.target == "update":
-            predicted = gradients.group_means(refresh.predicted_change or [])
-            realised = gradients.group_means(refresh.realised_change)
-            self._record_groups("predicted_change", predicted)
-            self._record_groups("realised_change", realised)
-            self._compare(predicted, realised, gradients.group_means(losses))
+        self._record_groups("capability_loss", losses)
+        self._record_groups("drift", refresh.drift)
+        if refresh.predicted_change and refresh.realised_change and config.target == "update":
+            predicted = self._record_groups("predicted_change", refresh.predicted_change)
+            realised = self._record_groups("realised_change", refresh.realised_change)
+            # A loss that starts at zero is no measure of its changes.
+            scale = dict.fromkeys(predicted, 1.0) if is_kl else self._by_group(losses)
+            self._compare(predicted, realised, scale)
 
     def _compare(
-        self, predicted: dict[str, float], realised: dict[str, float], losses: dict[str, float]
+        self, predicted: dict[str, float], realised: dict[str, float], scale: dict[str, float]
     ) -> None:
         """Say when the first-order model, on which all of this rests, does not hold."""
-        for name, loss in losses.items():
-            if abs(realised[name] - predicted[name]) > _LARGEST_SURPRISE * loss:
+        for name in scale:
+            if abs(realised[name] - predicted[name]) > _LARGEST_SURPRISE * scale[name]:
                 logger.warning(
                     "Step %d: since the last refresh the loss of capability group %r has changed "
                     "by %.3g, but the first-order model predicts %.3g. Lower `refresh_interval` or "
@@ -210,7 +280,9 @@ class OGPSAMixin(Trainer):
         elif self._is_logging_next() and self.subspace.backend.holds_weights:
             weights_before = self.subspace.copy_weights()
             yield
-            self._record(update_in_subspace=self.subspace.share_inside(weights_before))
+            share, changes = self.subspace.measure_update(weights_before)
+            self._record(update_in_subspace=share)
+            self._record_groups("step_change", changes.tolist())
         else:
             yield
 
@@ -222,6 +294,8 @@ class OGPSAMixin(Trainer):
     def _project_update(self, weights_before: list[Tensor]) -> None:
         projection = self.subspace.project_update(weights_before)
         self._record(proposal_in_subspace=projection.share_inside)
+        if projection.changes is not None and self._is_logging_next():
+            self._record_groups("step_change", projection.changes.tolist())
         if projection.restoration is not None:
             self._record(
                 restoration_ratio=projection.restoration.ratio,
@@ -250,8 +324,15 @@ class OGPSAMixin(Trainer):
         for name, value in metrics.items():
             self._ogpsa_metrics[f"ogpsa/{name}"].append(value)
 
-    def _record_groups(self, name: str, values: dict[str, float]) -> None:
-        self._record(**{f"{name}/{group}": value for group, value in values.items()})
+    def _record_groups(self, name: str, values: Sequence[float]) -> dict[str, float]:
+        """Record values of every part as means over the groups."""
+        means = self._by_group(values)
+        self._record(**{f"{name}/{group}": value for group, value in means.items()})
+        return means
+
+    def _by_group(self, values: Sequence[float]) -> dict[str, float]:
+        names = [group.name for group in self.capability_groups for _ in range(group.num_parts)]
+        return group_means(names, self.subspace.weights.tolist(), values)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log, read from the device here and not in every step."""
@@ -271,13 +352,22 @@ class OGPSAMixin(Trainer):
         if self.capability_groups:
             backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
             self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
+            self.starting_point = None
             if resume_from_checkpoint is not None:
                 load_subspace(self.subspace, resume_from_checkpoint)
+                self.starting_point = load_start(
+                    backend,
+                    all_samples(self.capability_groups),
+                    self.ogpsa_config,
+                    resume_from_checkpoint,
+                )
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The basis belongs to the state of the optimizer: saved, or left out, with it."""
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.capability_groups and self.starting_point is not None and self.args.should_save:
+            save_start(self.starting_point, self.ogpsa_config, output_dir)
         if self.capability_groups and (self.subspace.backend.is_sharded or self.args.should_save):
             save_subspace(self.subspace, output_dir)
 

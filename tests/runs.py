@@ -115,6 +115,21 @@ def to_messages(rows):
     return Dataset.from_list([convert(row) for row in rows])
 
 
+def literal_kl(model, start, tokenizer, rows):
+    """Token-mean KL(start || model) on the completions, over the whole vocabulary."""
+    total, num_tokens = 0.0, 0
+    for row in rows:
+        prompt_ids = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt_ids + tokenizer(row["completion"])["input_ids"]  # the end is only predicted
+        ids = torch.tensor(ids)[None]
+        with torch.no_grad():
+            expected = start(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(dim=-1)
+        actual = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(dim=-1)
+        total = total + (expected.exp() * (expected - actual)).sum()
+        num_tokens += len(expected)
+    return total / num_tokens
+
+
 def literal_nll(model, tokenizer, rows):
     """Token-mean NLL of the completions of some rows, one sample at a time, from the logits."""
     total, num_tokens = 0.0, 0

@@ -18,10 +18,14 @@ CHOICES = {
     "target": ("gradient", "update", "none"),
     "metric": ("euclidean", "optimizer"),
     "constraint": ("equality", "inequality"),
+    "capability_loss": ("nll", "kl"),
     "basis_dtype": ("float32", "bfloat16"),
 }
 NUMBERS = ("restoration", "restoration_cap", "capability_ema", "replay_weight")
-COUNTS = ("refresh_interval", "num_samples", "gradients_per_group", "capability_batch_size")
+COUNTS = (
+    "refresh_interval", "num_samples", "gradients_per_group", "kl_tokens", "capability_batch_size",
+)  # fmt: skip
+OPTIONAL_COUNTS = ("samples_per_refresh", "rank")
 
 
 def assert_refused(message, **settings):
@@ -37,8 +41,11 @@ def test_the_defaults_are_the_official_ones():
         "target": "gradient",
         "metric": "euclidean",
         "constraint": "equality",
+        "capability_loss": "nll",
+        "kl_tokens": 64,
         "refresh_interval": 30,
         "num_samples": 200,
+        "samples_per_refresh": None,
         "gradients_per_group": 1,
         "rank": None,
         "capability_batch_size": 4,
@@ -51,7 +58,8 @@ def test_the_defaults_are_the_official_ones():
 
 
 def test_every_setting_is_tested_here():
-    assert {f.name for f in fields(OGPSAConfig)} == {*CHOICES, *COUNTS, *NUMBERS, "rank"}
+    tested = {*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *NUMBERS}
+    assert {f.name for f in fields(OGPSAConfig)} == tested
 
 
 @pytest.mark.parametrize("value", ["whole", "", None, 1, True, ["parameter"], {"a": 1}])
@@ -72,11 +80,12 @@ def test_a_count_is_an_integer_of_at_least_one(name, value):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", "none", True, False, [1]])
-def test_the_rank_is_a_count_or_unset(value):
+@pytest.mark.parametrize("name", OPTIONAL_COUNTS)
+def test_some_are_a_count_or_unset(name, value):
     assert_refused(
-        "`rank` must be an integer of at least 1, or leave it unset to keep all directions, but "
+        f"`{name}` must be an integer of at least 1, or leave it unset for all there are, but "
         f"got {value!r}.",
-        rank=value,
+        **{name: value},
     )
 
 
@@ -121,15 +130,6 @@ def test_new_capability_gradients_count(value):
     )
 
 
-def test_without_a_target_there_is_replay():
-    assert_refused(
-        "With `target: none` and `replay_weight: 0` OGPSA would do nothing. Set `replay_weight: "
-        "1`, or train plain TRL (`ogpsa: false` in YAML).",
-        target="none",
-    )
-    assert OGPSAConfig(target="none", replay_weight=1).replay_weight == 1
-
-
 def test_every_part_of_a_group_has_a_sample():
     assert_refused(
         "`gradients_per_group` must be at most `num_samples` (3), because every part of a group "
@@ -138,15 +138,31 @@ def test_every_part_of_a_group_has_a_sample():
         num_samples=3,
     )
     assert OGPSAConfig(gradients_per_group=3, num_samples=3).gradients_per_group == 3
+    assert_refused(
+        "`gradients_per_group` must be at most `samples_per_refresh` (2), because every part of a "
+        "group needs a sample, but got 3. Lower it or raise `samples_per_refresh`.",
+        gradients_per_group=3,
+        samples_per_refresh=2,
+    )
 
 
-@pytest.mark.parametrize("name", ["scope", "constraint", "basis_dtype"])
+def test_samples_are_drawn_from_those_there_are():
+    assert_refused(
+        "`samples_per_refresh` must be at most `num_samples` (3), because they are drawn from these"
+        " samples, but got 4. Lower it or raise `num_samples`.",
+        samples_per_refresh=4,
+        num_samples=3,
+    )
+    assert OGPSAConfig(samples_per_refresh=3, num_samples=3).samples_per_refresh == 3
+
+
+@pytest.mark.parametrize("name", ["scope", "constraint", "capability_loss", "basis_dtype"])
 def test_every_available_choice_is_accepted(name):
     for choice in CHOICES[name]:
         assert getattr(OGPSAConfig(**{name: choice}), name) == choice
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "rank"])
+@pytest.mark.parametrize("name", [*COUNTS, *OPTIONAL_COUNTS])
 def test_the_smallest_count_is_one(name):
     assert getattr(OGPSAConfig(**{name: 1}), name) == 1
 

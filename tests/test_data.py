@@ -4,15 +4,17 @@
 `ogpsa_trl.data` calls: it fails when a version of TRL changes it.
 """
 
+import collections
 import itertools
 import logging
+import math
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.data import Part, Preparation, named_groups, prepare_group
+from ogpsa_trl.data import Preparation, named_groups, prepare_group
 from ogpsa_trl.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
 from runs import WORLD, make_trainer, to_messages
 
@@ -80,16 +82,15 @@ def samples_of(batches):
     """The samples in some batches without their padding: (tokens, labels), in a fixed order."""
     samples = []
     for batch in batches:
-        for ids, labels, mask in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
-        ):
+        tensors = [batch.inputs[name] for name in ("input_ids", "labels", "attention_mask")]
+        for ids, labels, mask in zip(*tensors[:2], tensors[2].bool(), strict=True):
             assert (labels[~mask] == -100).all()
             samples.append((ids[mask].tolist(), labels[mask].tolist()))
     return sorted(samples)
 
 
 def samples(capability_group):
-    return samples_of(batch for part in capability_group.parts for batch in part.batches)
+    return samples_of(b for part in capability_group.parts() for b in part.batches_of(0, 1))
 
 
 def trained_on(rows):
@@ -144,7 +145,7 @@ def assert_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
     expected = sorted((row["input_ids"], row["labels"]) for row in pin.train_dataset)
     [capability_group] = ours.capability_groups
     assert samples(capability_group) == expected
-    assert capability_group.num_samples == len(expected) > 0
+    assert len(capability_group.samples) == len(expected) > 0
     return expected
 
 
@@ -293,19 +294,20 @@ class TestPreferences:
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 10])
 def test_parts_are_disjoint_and_cover_the_samples(num_parts):
     whole = group(ROWS)
-    parts = group(ROWS, num_parts=num_parts).parts
+    parts = group(ROWS, num_parts=num_parts).parts()
     assert len(parts) == num_parts
     # All rows are different, so samples that are counted once are disjoint.
-    assert samples_of(b for part in parts for b in part.batches) == samples(whole)
-    sizes = [len(samples_of(part.batches)) for part in parts]
+    assert samples_of(b for part in parts for b in part.batches_of(0, 1)) == samples(whole)
+    sizes = [len(part.samples) for part in parts]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_the_token_count_is_the_number_of_predicted_tokens():
     """Nothing predicts the first token of a sequence, so its label never counts."""
     two_parts = group(dataset("text"), num_parts=2)
-    for part in two_parts.parts:
-        labels = [label for _, labels in samples_of(part.batches) for label in labels[1:]]
+    for part in two_parts.parts():
+        batches = part.batches_of(0, 1)
+        labels = [label for _, labels in samples_of(batches) for label in labels[1:]]
         assert part.num_tokens == sum(label != -100 for label in labels)
     num_words = sum(len((row["prompt"] + row["completion"]).split()) for row in ROWS)
     assert two_parts.num_tokens == num_words  # the end token in, the first one out
@@ -315,44 +317,80 @@ def test_the_token_count_is_the_number_of_predicted_tokens():
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 11])
 def test_the_batch_size_does_not_change_samples_or_token_counts(batch_size):
     one, other = (group(ROWS, num_parts=2, batch_size=size) for size in (4, batch_size))
-    for left, right in zip(one.parts, other.parts, strict=True):
-        assert samples_of(left.batches) == samples_of(right.batches)
+    for left, right in zip(one.parts(), other.parts(), strict=True):
+        assert samples_of(left.batches_of(0, 1)) == samples_of(right.batches_of(0, 1))
         assert left.num_tokens == right.num_tokens
-    sizes = [[len(batch["labels"]) for batch in part.batches] for part in other.parts]
-    assert all(size == batch_size for part in sizes for size in part[:-1])
-    assert all(0 < part[-1] <= batch_size for part in sizes)
+    sizes = [[len(batch.samples) for batch in part.batches_of(0, 1)] for part in other.parts()]
+    assert all(0 < size <= batch_size for part in sizes for size in part)
+    assert [len(part) for part in sizes] == [math.ceil(5 / batch_size)] * 2
 
 
 def test_a_batch_holds_samples_of_similar_length():
-    [part] = group(ROWS).parts
-    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in part.batches]
+    [part] = group(ROWS).parts()
+    batches = part.batches_of(0, 1)
+    lengths = [batch.inputs["attention_mask"].sum(dim=1).tolist() for batch in batches]
     lengths = [length for batch in lengths for length in batch]
     assert lengths == sorted(lengths)
 
 
 @pytest.mark.parametrize("num_processes", range(1, 6))
-@pytest.mark.parametrize("num_batches", range(1, 8))
-def test_every_process_has_equally_many_batches_and_each_is_used_once(num_batches, num_processes):
-    part = Part([{"labels": torch.tensor([[-100, i]])} for i in range(num_batches)], num_batches)
+@pytest.mark.parametrize("num_samples", range(1, 11))
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_every_process_has_equally_many_batches_and_each_sample_once(
+    num_samples, num_processes, batch_size
+):
+    [part] = group(ROWS[:num_samples], num_samples=num_samples, batch_size=batch_size).parts()
     shares = [part.batches_of(index, num_processes) for index in range(num_processes)]
-    assert {len(share) for share in shares} == {-(-num_batches // num_processes)}
-    real = [batch for share in shares for batch in share if batch["labels"].max() >= 0]
-    assert sorted(batch["labels"][0, 1].item() for batch in real) == list(range(num_batches))
+    num_batches = part.num_batches_of(num_processes)
+    assert [len(share) for share in shares] == [num_batches] * num_processes
+    assert num_batches == math.ceil(num_samples / num_processes / batch_size)
+    used = [sample.name for share in shares for batch in share for sample in batch.samples]
+    assert sorted(used) == sorted(f"facts/{index}" for index in range(num_samples))
+    # No process waits for another's batch of four while it has none.
+    largest = max(len(batch.samples) for share in shares for batch in share)
+    assert largest == math.ceil(num_samples / (num_batches * num_processes))
 
 
-@pytest.mark.parametrize("num_processes", range(1, 6))
-def test_the_spare_batch_is_a_real_one_without_a_trainable_token(num_processes):
-    [part] = group(ROWS, batch_size=10).parts
-    before = samples_of(part.batches)
-    first, *spares = (part.batches_of(index, num_processes) for index in range(num_processes))
-    assert [len(share) for share in (first, *spares)] == [1] * num_processes
-    for [spare] in spares:
-        assert spare.keys() == first[0].keys()
-        assert torch.equal(spare["input_ids"], first[0]["input_ids"])
-        assert torch.equal(spare["attention_mask"], first[0]["attention_mask"])
-        assert spare["labels"].shape == first[0]["labels"].shape
-        assert (spare["labels"] == -100).all()
-    assert samples_of(part.batches) == before
+def test_a_spare_batch_has_no_trainable_token():
+    [part] = group(ROWS[:1], num_samples=1).parts()
+    [[real], [spare]] = (part.batches_of(index, 2) for index in range(2))
+    assert spare.samples == [] and len(real.samples) == 1
+    assert spare.inputs.keys() == real.inputs.keys()
+    assert torch.equal(spare.inputs["input_ids"], real.inputs["input_ids"])
+    assert (spare.inputs["labels"] == -100).all()
+    assert (real.inputs["labels"] != -100).any()
+
+
+class TestDraws:
+    def names(self, *args):
+        return [sample.name for part in group(ROWS, num_parts=2).parts(*args)
+                for sample in part.samples]  # fmt: skip
+
+    def test_a_draw_has_a_name(self):
+        assert self.names(4, "seed 1") == self.names(4, "seed 1")
+        assert self.names(4, "seed 1") != self.names(4, "seed 2")
+
+    def test_it_holds_some_samples_once(self):
+        names = self.names(4, "seed 1")
+        assert len(set(names)) == len(names) == 4
+        assert set(names) < set(self.names())
+
+    def test_draws_reach_all_samples_equally_often(self):
+        counts = collections.Counter(name for i in range(400) for name in self.names(4, str(i)))
+        # 160 of 400 are expected for each of ten; the standard deviation is 10.
+        assert len(counts) == 10
+        assert all(120 < count < 200 for count in counts.values())
+
+    def test_there_are_no_more_than_all(self):
+        assert sorted(self.names(99, "seed 1")) == sorted(self.names())
+
+
+def test_samples_without_a_trainable_token_are_left_out():
+    rows = [tokenised(ROWS[0]), {"input_ids": [3, 4, 5], "labels": [-100] * 3}, tokenised(ROWS[1])]
+    rows[0]["labels"], rows[2]["labels"] = rows[0]["input_ids"], rows[2]["input_ids"]
+    assert [sample.name for sample in group(rows).samples] in (
+        ["facts/0", "facts/1"], ["facts/0", "facts/2"], ["facts/1", "facts/2"],
+    )  # fmt: skip
 
 
 def test_the_seed_decides_which_samples_are_chosen():
@@ -389,7 +427,7 @@ def test_a_stream_gives_its_first_samples_and_is_read_no_further(seed):
 def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, caplog):
     rows = Dataset.from_list(ROWS[:3])
     used = group(rows.to_iterable_dataset() if as_stream else rows, num_samples=8)
-    assert used.num_samples == 3
+    assert len(used.samples) == 3
     assert samples(used) == samples(group(ROWS[:3], num_samples=3))
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
@@ -508,31 +546,28 @@ class TestErrorsOfAGroup:
 
     def test_everything_truncated_away(self):
         self.assert_refused(
-            r"Part 1 of 1 of capability group 'facts' has no token to learn from \(0 of 10 samples "
-            r"are left after truncation to `max_length` 3\). Raise `max_length` or `num_samples`, "
-            "lower `gradients_per_group`, or look for empty completions",
+            r"group 'facts' must have at least 1 samples with a token to learn from "
+            r"\(`gradients_per_group`\), but has 0: the others of its 10 have none within "
+            "`max_length` 3. Raise `max_length` or `num_samples`, lower `gradients_per_group`, or "
+            "look for empty completions",
             ROWS, preparation(max_length=3),
         )  # fmt: skip
 
     def test_nothing_is_left_to_predict(self):
         """One token per sample: it is kept, but nothing comes before it."""
-        self.assert_refused(
-            "has no token to learn from", dataset("text"), preparation(max_length=1)
-        )
+        self.assert_refused("but has 0", dataset("text"), preparation(max_length=1))
 
     def test_labels_without_a_trainable_token(self):
         rows = [{"input_ids": [3, 4], "labels": [-100, -100]}]
-        self.assert_refused(
-            "has no token to learn from .* `max_length` None", rows, preparation(max_length=None)
-        )
+        self.assert_refused("none within `max_length` None", rows, preparation(max_length=None))
 
     def test_fewer_samples_than_parts(self):
-        self.assert_refused("Part 4 of 4 .*lower `gradients_per_group`", ROWS[:3], num_parts=4)
+        self.assert_refused("at least 4 samples .*lower `gradients_per_", ROWS[:3], num_parts=4)
 
     def test_more_parts_than_samples_left_after_truncation(self):
         long = {"prompt": "add " * 9, "completion": "A"}
         self.assert_refused(
-            r"Part 2 of 2 of .* \(1 of 2 samples are left after truncation",
+            r"at least 2 samples .* but has 1: the others of its 2 have none",
             [ROWS[0], long], preparation(max_length=9), num_parts=2, num_samples=2,
         )  # fmt: skip
 

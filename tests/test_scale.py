@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from ogpsa_trl import OGPSAConfig, backends, linalg
 from ogpsa_trl.backends import TorchBackend
 from ogpsa_trl.checkpoint import FILE_NAME
-from ogpsa_trl.data import CapabilityGroup, Part
+from ogpsa_trl.data import Part, Sample
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.subspace import CapabilitySubspace
 from ogpsa_trl.toy_model import tiny_model
@@ -216,11 +216,11 @@ def measure_refreshes(trainer):
         gc.collect()
         before = live.now() - subspace.basis_bytes
 
-        def refresh_watched(gradients):
+        def refresh_watched(gradients, rises):
             gc.collect()
             live.peak = with_rows = live.now()
             live.is_watching = True
-            result = refresh(gradients)
+            result = refresh(gradients, rises)
             live.is_watching = False
             measured.append((with_rows - before, live.peak - before))
             return result
@@ -372,9 +372,12 @@ def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatc
     """Two parts of 16 batches on 8 processes: 2 passes each. The shards divide without rest."""
     monkeypatch.setattr(backends, "broadcast_object_list", dist.broadcast_object_list)
     num_processes, num_gradients, num_passes = 8, 2, 4
-    batches = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 35).view(2, 2, 8)]
-    parts = [Part([batch] * 16, num_tokens=100) for batch in batches]
-    groups = [CapabilityGroup(name, [part], 32) for name, part in zip("ab", parts, strict=True)]
+    rows = torch.arange(3, 35).view(2, 2, 8)
+    parts = []
+    for group, ids in zip("ab", rows, strict=True):
+        inputs = {"input_ids": ids, "labels": ids}
+        samples = [Sample(f"{group}/{i}", {"input_ids": ids[0]}, 7) for i in range(32)]
+        parts.append(Part(group, samples, 2, lambda _, inputs=inputs: dict(inputs)))
     model = tiny_model()
     sizes = [parameter.numel() for parameter in model.parameters()]
     with as_process(0, num_processes):
@@ -385,17 +388,17 @@ def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatc
             backend.wrapped_model.register_comm_hook(reduced_by_ddp, instead_of_all_reduce)
 
         def nll(batch):
-            return backend.wrapped_model(**batch).loss
+            return backend.wrapped_model(**batch.inputs).loss
 
         def refresh():
-            subspace.refresh(capability_gradients(backend, groups, nll))
+            subspace.refresh(capability_gradients(backend, parts, nll), [0.0, 0.0])
 
         refresh()  # DDP settles its buckets in the first pass
         reduced_by_ddp.clear()
         with Sent() as refreshing:
             refresh()
         assert sum(reduced_by_ddp) == (4 * sum(sizes) * num_gradients if engine == "ddp" else 0)
-        nll(batches[0]).backward()
+        nll(parts[0].batches_of(0, 8)[0]).backward()
         with Sent() as stepping:
             subspace.project()
 

@@ -292,7 +292,7 @@ def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
         "sft", base_model_path, tmp_path, capability=groups,
         data=safety_data("sft").to_iterable_dataset(),
     )  # fmt: skip
-    assert [group.num_samples for group in trainer.capability_groups] == [6, 6]
+    assert [len(group.samples) for group in trainer.capability_groups] == [6, 6]
 
 
 def assert_no_component_left(
@@ -358,11 +358,11 @@ class TestLora:
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3
         )
-        original = trainer.capability_nll
+        original = trainer.capability_loss
         unused = trainer.model.model.norm.weight
         steps = []
 
-        def nll_without_one_parameter(batch):
+        def loss_without_one_parameter(batch):
             unused.requires_grad_(False)
             loss = original(batch)
             unused.requires_grad_(True)
@@ -372,7 +372,7 @@ class TestLora:
             def on_step_end(self, args, state, control, **kwargs):
                 steps.append(unused.detach().clone())
 
-        trainer.capability_nll = nll_without_one_parameter
+        trainer.capability_loss = loss_without_one_parameter
         trainer.add_callback(Watch())
         start = unused.detach().clone()
         trainer.train()
@@ -553,8 +553,8 @@ class TestErrors:
 def test_explosion_in_a_capability_group_is_an_error_and_keeps_the_basis(base_model_path, tmp_path):
     trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
     before = trainer.subspace.state_dict()
-    original = trainer.capability_nll
-    trainer.capability_nll = lambda batch: original(batch) * float("inf")
+    original = trainer.capability_loss
+    trainer.capability_loss = lambda batch: original(batch) * float("inf")
     with pytest.raises(FloatingPointError, match=r"group 'skills' .* is not finite"):
         trainer.refresh_subspace()
     after = trainer.subspace.state_dict()

@@ -89,8 +89,8 @@ def test_checkpointing_is_at_work_during_a_refresh(base_model_path, tmp_path):
     original = layer._gradient_checkpointing_func
     layer._gradient_checkpointing_func = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
     trainer.refresh_subspace()
-    parts = [part for group in trainer.capability_groups for part in group.parts]
-    assert len(calls) == sum(len(part.batches) for part in parts)
+    parts = [part for group in trainer.capability_groups for part in group.parts()]
+    assert len(calls) == sum(part.num_batches_of(1) for part in parts)
 
 
 def test_backward_of_one_process_does_not_scale_by_accumulation(base_model_path, tmp_path):

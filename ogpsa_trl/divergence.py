@@ -1,0 +1,69 @@
+"""
+The divergence of a model from the one that training starts with, KL(start || model) per position.
+
+Of the starting model only the K most likely tokens of every position are kept, and the others
+count as one. What is computed is therefore the divergence of two coarser distributions: never
+negative, zero where the models agree, never above the full one, and equal to it where K covers the
+vocabulary.
+A row of K log-probabilities is some hundred bytes; a row of logits may be half a megabyte.
+
+Shapes: T positions, V tokens of the vocabulary, K tokens told apart, X outcomes: K + 1, or K = V.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Positions handled at once. Bounds the float32 temporaries of the size of the logits.
+_BLOCK = 256
+
+
+def likely_tokens(logits_TV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """
+    What is kept of a distribution over tokens.
+
+    Returns:
+        The most likely tokens, shape [T, K], int32; and their log-probabilities, float32, with that
+        of all others together as the last, shape [T, X].
+    """
+    tokens, log_probs = [], []
+    for block_TV in logits_TV.split(_BLOCK):
+        block_TK = block_TV.topk(min(num_tokens, block_TV.shape[1])).indices
+        tokens.append(block_TK.int())
+        log_probs.append(_outcomes(block_TV, block_TK))
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def divergence(logits_TV: Tensor, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
+    """
+    Sum over the positions of KL(start || model), in nats, a scalar with the graph of the logits.
+
+    Args:
+        logits_TV: The model's, any floating dtype; no position is allowed.
+        tokens_TK: The tokens told apart, from `likely_tokens` of the starting model.
+        start_TX: Their log-probabilities and that of the others.
+    """
+    total = logits_TV.new_zeros((), dtype=torch.float32) + logits_TV[:0].sum()
+    for block in zip(
+        logits_TV.split(_BLOCK), tokens_TK.split(_BLOCK), start_TX.split(_BLOCK), strict=True
+    ):
+        # Computed again in the backward pass, instead of held for all positions.
+        total = total + checkpoint(_block, *block, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def _block(logits_TV: Tensor, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
+    log_probs_TX = _outcomes(logits_TV, tokens_TK)
+    # A start of probability zero adds nothing, also where its logarithm is minus infinity.
+    differences_TX = torch.where(start_TX.isinf(), 0.0, start_TX - log_probs_TX)
+    return (start_TX.exp() * differences_TX).sum()
+
+
+def _outcomes(logits_TV: Tensor, tokens_TK: Tensor) -> Tensor:
+    """Log-probabilities of some tokens, and of all others together where there are any."""
+    logits_TV, tokens_TK = logits_TV.float(), tokens_TK.long()
+    outcomes_TX = logits_TV.gather(1, tokens_TK)
+    if tokens_TK.shape[1] < logits_TV.shape[1]:
+        others_TV = logits_TV.scatter(1, tokens_TK, -torch.inf)
+        outcomes_TX = torch.cat([outcomes_TX, others_TV.logsumexp(1, keepdim=True)], dim=1)
+    return outcomes_TX.log_softmax(dim=1)

@@ -1,0 +1,90 @@
+"""KL(start || model): the laws of a divergence, and that it is the literal one."""
+
+import itertools
+
+import pytest
+import torch
+
+from ogpsa_trl.divergence import divergence, likely_tokens
+
+
+def logits(seed, num_positions=7, vocabulary=11, scale=2.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(num_positions, vocabulary, generator=generator)).to(dtype)
+
+
+def literal(start_TV, logits_TV):
+    """Over the whole vocabulary, in float64."""
+    start, model = start_TV.double().log_softmax(1), logits_TV.double().log_softmax(1)
+    return (start.exp() * (start - model)).sum()
+
+
+def of(start_TV, logits_TV, num_tokens):
+    return divergence(logits_TV, *likely_tokens(start_TV, num_tokens))
+
+
+@pytest.mark.parametrize("num_positions", [1, 7, 256, 300, 513])
+@pytest.mark.parametrize("num_tokens", [11, 99])
+def test_with_the_whole_vocabulary_it_is_the_literal_one(num_positions, num_tokens):
+    start, model = logits(0, num_positions), logits(1, num_positions).requires_grad_()
+    value = of(start, model, num_tokens)
+    [gradient] = torch.autograd.grad(value, model)
+    expected = literal(start, model)
+    [expected_gradient] = torch.autograd.grad(expected, model)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - expected_gradient).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 11))
+def test_it_is_the_literal_one_of_the_coarser_distributions(num_tokens):
+    start, model = logits(0), logits(1).requires_grad_()
+    tokens = start.topk(num_tokens).indices
+
+    def coarse(logits_TV):
+        probs = logits_TV.double().softmax(1)
+        kept = probs.gather(1, tokens)
+        return torch.cat([kept, 1 - kept.sum(1, keepdim=True)], dim=1).log()
+
+    expected = literal(coarse(start), coarse(model))
+    [expected_gradient] = torch.autograd.grad(expected, model)
+    value = of(start, model, num_tokens)
+    [gradient] = torch.autograd.grad(value, model)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - expected_gradient).abs().max() < 1e-6
+
+
+def test_it_grows_with_the_tokens_told_apart_and_is_never_above_the_full_one():
+    start, model = logits(0), logits(1)
+    values = [of(start, model, num_tokens).item() for num_tokens in range(1, 12)]
+    assert values[0] > 0
+    assert all(smaller <= larger + 1e-5 for smaller, larger in itertools.pairwise(values))
+    assert values[-1] == pytest.approx(literal(start, model).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_it_is_zero_without_a_gradient_where_the_models_agree(num_tokens, dtype, scale):
+    start = logits(0, scale=scale, dtype=dtype)
+    model = (start + 3).requires_grad_() if dtype == torch.float32 else start.requires_grad_()
+    value = of(start.detach(), model, num_tokens)
+    [gradient] = torch.autograd.grad(value, model)
+    assert abs(value.item()) < 1e-5
+    assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 11])
+def test_extreme_logits_stay_finite(num_tokens):
+    start, model = logits(0, scale=1e4), logits(1, scale=1e4).requires_grad_()
+    value = of(start, model, num_tokens)
+    [gradient] = torch.autograd.grad(value, model)
+    assert value.isfinite() and value > 0
+    assert gradient.isfinite().all()
+
+
+def test_no_position_is_zero_with_a_graph():
+    """What a process gets that has run out of samples: its backward pass must still happen."""
+    model = logits(1)[:0].requires_grad_()
+    value = of(logits(0)[:0], model, 4)
+    value.backward()
+    assert value == 0 and model.grad.shape == (0, 11)
