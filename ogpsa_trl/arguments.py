@@ -8,7 +8,7 @@ misspelt setting that is silently ignored costs a run.
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,7 +19,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.config import OGPSAConfig, Preset, preset_settings
 from ogpsa_trl.mixture import (
     CapabilityDatasetConfig,
     ConvertibleDatasetConfig,
@@ -44,6 +44,14 @@ class TrainArguments:
         metadata={
             "help": "Whether to use the capability data. `--ogpsa false` trains plain TRL from the "
             "same file, for comparison."
+        },
+    )
+    preset: Preset | None = field(
+        default=None,
+        metadata={
+            "help": "Fills in OGPSA's settings; keys of your own replace them. 'preserve', the "
+            "default: the constrained update. 'paper': the published form. 'paper-theorem': the "
+            "same with one subspace. 'replay', 'kl': the baselines of these names."
         },
     )
     capability_datasets: list[CapabilityDatasetConfig] = field(
@@ -117,8 +125,14 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     """
     args = _split_config(sys.argv[1:] if args is None else args)
     path, values = _config_path(args), _config_values(args)
-    stage = _stage(args, values)
+    stage = _early(args, values, "stage", "sft")
+    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
+        choices = " or ".join(map(repr, STAGE_CONFIGS))
+        raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
+    preset = _early(args, values, "preset", None)
     parser = _parser(stage)
+    preset_values = preset_settings(preset or "preserve", stage)
+    parser.set_defaults_with_config(**preset_values)
     # Before the values are looked at: a misspelt key may be why one of them is not allowed.
     for key in values:
         if key != "env" and key not in _keys(parser):  # TRL sets the variables in `env`
@@ -134,8 +148,10 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         raise ValueError(_unknown_in_stage(key, "the command line", parser, stage))
     run = RunArguments(*parser.parse_args_and_config(args))
-    if run.train.ogpsa and not run.train.capability_datasets and run.ogpsa != OGPSAConfig():
-        changed = [f.name for f in fields(run.ogpsa) if getattr(run.ogpsa, f.name) != f.default]
+    defaults = asdict(OGPSAConfig(**preset_values))
+    changed = ["preset"] * (preset is not None)
+    changed += [name for name, value in asdict(run.ogpsa).items() if value != defaults[name]]
+    if run.train.ogpsa and not run.train.capability_datasets and changed:
         raise ValueError(
             f"`{changed[0]}` is a setting of OGPSA, but there is no capability data to use it on. "
             "Add `capability_datasets`, or set `ogpsa: false` to train plain TRL."
@@ -171,18 +187,15 @@ def _parser(stage: str) -> TrlParser:
     )
 
 
-def _stage(args: Sequence[str], values: Mapping[str, Any]) -> str:
-    """The stage, which decides what the other keys are."""
-    stage: Any = values.get("stage", TrainArguments.stage)
+def _early(args: Sequence[str], values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a key that decides what the other keys are."""
+    value = values.get(key, default)
     for index, word in enumerate(args):
-        if word == "--stage" and index + 1 < len(args):
-            stage = args[index + 1]
-        elif word.startswith("--stage="):
-            stage = word.removeprefix("--stage=")
-    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
-        choices = " or ".join(map(repr, STAGE_CONFIGS))
-        raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
-    return stage
+        if word == f"--{key}" and index + 1 < len(args):
+            value = args[index + 1]
+        elif word.startswith(f"--{key}="):
+            value = word.removeprefix(f"--{key}=")
+    return value
 
 
 def _split_config(args: Sequence[str]) -> list[str]:

@@ -10,6 +10,28 @@ Metric = Literal["euclidean", "optimizer"]
 Constraint = Literal["equality", "inequality"]
 CapabilityLoss = Literal["nll", "kl"]
 BasisDtype = Literal["float32", "bfloat16"]
+Preset = Literal["paper", "paper-theorem", "preserve", "replay", "kl"]
+
+_PAPER = {
+    "scope": "parameter", "target": "gradient", "metric": "euclidean", "capability_loss": "nll",
+    "refresh_interval": 30, "samples_per_refresh": None, "restoration": 0.0, "capability_ema": 0.0,
+}  # fmt: skip
+# What a preset sets. The others, and `preserve`, are the defaults of the fields.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "paper-theorem": {**_PAPER, "scope": "model"},
+    "preserve": {},
+    "replay": {
+        **_PAPER, "scope": "model", "replay_weight": 1.0, "refresh_interval": 2,
+        "samples_per_refresh": 16,
+    },
+    "kl": {
+        "target": "none", "metric": "euclidean", "restoration": 0.0, "capability_ema": 0.0,
+        "replay_weight": 1.0,
+    },
+}  # fmt: skip
+# What is different in DPO.
+_PRESETS_DPO = {name: {"refresh_interval": 5} for name in ("paper", "paper-theorem")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +40,10 @@ class OGPSAConfig:
     Settings of OGPSA, beside the `SFTConfig` or `DPOConfig` of a run.
 
     Every field stands under its own name in YAML and on the command line. The help text of a field
-    gives its meaning, its range and where the default comes from: "paper" is arXiv 2602.07892,
-    "official" is the authors' published code and command line.
+    gives its meaning, its range and where values come from: "paper" is arXiv 2602.07892, "official"
+    is the authors' published code and command line. The defaults are those of the preset
+    `preserve`, because under AdamW the published form kept less than plain tuning at equal safety
+    (docs/results.md).
 
     Raises:
         ValueError: a setting has the wrong type or lies outside its range; the message names rule,
@@ -27,7 +51,7 @@ class OGPSAConfig:
     """
 
     scope: Scope = field(
-        default="parameter",
+        default="model",
         metadata={
             "help": "'parameter': every parameter tensor has its own subspace (official). "
             "'model': one subspace over the whole parameter vector, the form that the "
@@ -35,17 +59,17 @@ class OGPSAConfig:
         },
     )
     target: Target = field(
-        default="gradient",
+        default="update",
         metadata={
             "help": "What is projected. 'gradient': the accumulated gradient, before clipping "
             "(official). 'update': what the optimizer did to the weights, with momentum, "
             "preconditioner, clipping and weight decay, so that the first-order guarantee holds "
             "for any optimizer; costs a copy of the trained weights during the optimizer's step. "
-            "'none': nothing; with `replay_weight` the run is plain replay."
+            "'none': nothing; with `replay_weight` the run is replay, or a KL penalty."
         },
     )
     metric: Metric = field(
-        default="euclidean",
+        default="optimizer",
         metadata={
             "help": "In what sense the step that is taken is the nearest one. 'euclidean': an "
             "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
@@ -61,7 +85,7 @@ class OGPSAConfig:
         },
     )
     capability_loss: CapabilityLoss = field(
-        default="nll",
+        default="kl",
         metadata={
             "help": "The loss on the capability data. 'nll': negative log-likelihood of their text "
             "(official). 'kl': divergence of the model from the one that training starts with, on "
@@ -77,10 +101,10 @@ class OGPSAConfig:
         },
     )
     refresh_interval: int = field(
-        default=30,
+        default=1,
         metadata={
             "help": "Optimizer steps between two estimates of the capability subspace, at least "
-            "1. 30 is the official value for SFT; the official value for DPO is 5."
+            "1 (official: 30 for SFT, 5 for DPO)."
         },
     )
     num_samples: int = field(
@@ -88,10 +112,10 @@ class OGPSAConfig:
         metadata={"help": "Samples taken from each capability group, at least 1 (official: 200)."},
     )
     samples_per_refresh: int | None = field(
-        default=None,
+        default=8,
         metadata={
             "help": "Of the samples of each group, how many are drawn anew for each refresh, at "
-            "least 1. Unset: all of them every time (official)."
+            "least 1; all if there are fewer. Unset: all of them every time (official)."
         },
     )
     gradients_per_group: int = field(
@@ -118,7 +142,7 @@ class OGPSAConfig:
         },
     )
     restoration: float = field(
-        default=0.0,
+        default=1.0,
         metadata={
             "help": "With `target: update`: share of the rise of each capability loss above its "
             "value at the start of training that is taken back until the next refresh, at "
@@ -126,14 +150,14 @@ class OGPSAConfig:
         },
     )
     restoration_cap: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "Largest length of that correction, relative to the rest of the update, above "
-            "0. 0.5 is measured: results were flat between 0.2 and 0.5."
+            "0. Measured: at 0.5 it bound on most steps."
         },
     )
     capability_ema: float = field(
-        default=0.0,
+        default=0.5,
         metadata={
             "help": "Share of the old capability gradients (and rises of their losses) kept in a "
             "refresh, at least 0 and below 1. 0 is off (official)."
@@ -155,6 +179,25 @@ class OGPSAConfig:
         },
     )
 
+    @classmethod
+    def from_preset(cls, name: Preset, *, stage: str = "sft", **settings: Any) -> "OGPSAConfig":
+        """
+        The settings of a preset, with some of them replaced.
+
+        Args:
+            name: `paper`: the published form with the official numbers. `paper-theorem`: the same
+                with one subspace for the whole model. `preserve`: the constrained update with
+                restoration, the defaults. `replay`: the projected gradient with the capability
+                gradient added, for SFT. `kl`: a penalty on the divergence from the starting model,
+                without projection.
+            stage: `sft` or `dpo`: the official refresh interval is another in DPO.
+            settings: Fields to replace.
+
+        Raises:
+            ValueError: there is no such preset or stage, or a setting is not allowed.
+        """
+        return cls(**{**preset_settings(name, stage), **settings})
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for setting in fields(self):
@@ -162,12 +205,14 @@ class OGPSAConfig:
         if self.metric == "optimizer" and self.target != "update":
             raise ValueError(
                 "`metric` 'optimizer' is a metric of updates, but `target` is "
-                f"{self.target!r}. Set `target: update`, or `metric: euclidean`."
+                f"{self.target!r}. Set `target: update`, or `metric: euclidean`; or begin with a "
+                "preset of that target, such as `preset: paper`."
             )
         if self.restoration and self.target != "update":
             raise ValueError(
                 f"`restoration` corrects the update, but `target` is {self.target!r}. Set `target: "
-                "update`, or `restoration: 0`."
+                "update`, or `restoration: 0`; or begin with a preset of that target, such as "
+                "`preset: paper`."
             )
         if self.restoration_cap == 0:
             raise ValueError(
@@ -179,24 +224,26 @@ class OGPSAConfig:
                 "`capability_ema` must be below 1, because new capability gradients would not "
                 f"count, but got {self.capability_ema!r}. Values from 0 to 0.7 were tried."
             )
-        for larger, smaller in (
-            ("num_samples", "samples_per_refresh"),
-            ("num_samples", "gradients_per_group"),
-            ("samples_per_refresh", "gradients_per_group"),
-        ):
-            most, value = getattr(self, larger), getattr(self, smaller)
-            if most is not None and value is not None and value > most:
+        for name in ("num_samples", "samples_per_refresh"):
+            most = getattr(self, name)
+            if most is not None and self.gradients_per_group > most:
                 raise ValueError(
-                    f"`{smaller}` must be at most `{larger}` ({most}), because {_REASONS[smaller]},"
-                    f" but got {value}. Lower it or raise `{larger}`."
+                    f"`gradients_per_group` must be at most `{name}` ({most}), because every part "
+                    f"of a group needs a sample, but got {self.gradients_per_group}. Lower it or "
+                    f"raise `{name}`."
                 )
 
 
-# Why one count cannot be larger than another.
-_REASONS = {
-    "samples_per_refresh": "they are drawn from these samples",
-    "gradients_per_group": "every part of a group needs a sample",
-}
+def preset_settings(name: str, stage: str = "sft") -> dict[str, Any]:
+    """
+    What a preset sets in a stage, by field; the other fields have their defaults.
+
+    Raises:
+        ValueError: there is no such preset or stage.
+    """
+    _check("preset", name, Preset)
+    _check("stage", stage, Literal["sft", "dpo"])
+    return {**_PRESETS[name], **(_PRESETS_DPO.get(name, {}) if stage == "dpo" else {})}
 
 
 def _check(name: str, value: Any, hint: Any) -> None:

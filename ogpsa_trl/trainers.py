@@ -46,8 +46,9 @@ _SECONDS_WITHOUT_BAR = 5
 # (of one nat per token with `kl`) is worth a warning.
 _LARGEST_SURPRISE = 0.1
 
-# A divergence per token, in nats, that is rounding of float32 log-probabilities.
-_KL_ROUNDING = 1e-6
+# A divergence per token, in nats, that is rounding: log-probabilities in float32 that differ by 1e-6
+# make 1e-12.
+_KL_ROUNDING = 1e-10
 
 
 class OGPSAMixin(Trainer):
@@ -391,7 +392,7 @@ class OGPSASFTTrainer(OGPSAMixin, SFTTrainer):
         args=SFTConfig(output_dir="safe"),
         train_dataset=safety,
         capability_dataset={"instructions": instructions, "facts": facts},
-        ogpsa_config=OGPSAConfig(refresh_interval=30, num_samples=200),
+        ogpsa_config=OGPSAConfig.from_preset("preserve", num_samples=200),
     )
     trainer.train()
     ```

@@ -3,8 +3,8 @@ Plain TRL and OGPSA on a real pretrained model and real data, on a CPU.
 
     python scripts/real_example.py [--data ../shared/data] [--seeds 0 1 2]
 
-Trains a story model of 260 thousand parameters to refuse, by SFT and then by DPO: with plain TRL,
-with OGPSA in both scopes, with constrained updates, without and with restoration, and with replay.
+Trains a story model of 260 thousand parameters to refuse, by SFT and then by DPO: with plain TRL
+and with every preset, replay without projection and a second weight of the KL penalty beside them.
 All take the same steps and seeds, and are measured before and after each stage. The settings are in
 configs/stories_sft.yaml and configs/stories_dpo.yaml. The data are not part of the project: they
 are read from the folder that --data names.
@@ -32,17 +32,19 @@ from ogpsa_trl.evaluation.measures import (
 
 Row = dict[str, Any]
 
+# The published forms are refreshed as often as in DPO, and see no more samples than training does:
+# 8 refreshes of 32 samples a group. The others see as many: 8 a group for each step.
+_OFTEN = ["--refresh_interval", "5", "--num_samples", "32"]
 METHODS = {
     "plain TRL": ["--ogpsa", "false"],
-    "OGPSA parameter": ["--scope", "parameter"],
-    "OGPSA model": ["--scope", "model"],
-    "update": ["--target", "update", "--scope", "model", "--metric", "optimizer"],
-    "update, restored": [
-        "--target", "update", "--scope", "model", "--metric", "optimizer", "--restoration", "1",
-        "--restoration_cap", "1", "--refresh_interval", "1",
-    ],
-    "replay": ["--target", "none", "--replay_weight", "1", "--refresh_interval", "1"],
-}  # fmt: skip
+    "paper": ["--preset", "paper", *_OFTEN],
+    "paper-theorem": ["--preset", "paper-theorem", *_OFTEN],
+    "preserve": ["--preset", "preserve"],
+    "replay": ["--preset", "replay"],
+    "added replay": ["--preset", "kl", "--capability_loss", "nll"],
+    "kl": ["--preset", "kl"],
+    "kl, weight 3": ["--preset", "kl", "--replay_weight", "3"],
+}
 
 STAGES = ("sft", "dpo")
 

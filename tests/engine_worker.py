@@ -7,6 +7,7 @@ With CHECKPOINTS, the output folder of a launch with another number of processes
 from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
 """
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -23,7 +24,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from ogpsa_trl import OGPSAConfig, SubspaceCallback, linalg
-from runs import capability_groups, logged, make_trainer
+from runs import capability_groups, logged, make_trainer, paper
 
 ON_CPU = not torch.cuda.is_available()
 
@@ -51,16 +52,34 @@ UPDATE_CELLS = [
     ("sft", "full", "model", "acc2", "feedback"),
     ("dpo", "full", "parameter", "acc2", "replay"),
 ]
+# As they are, but for their numbers: the name stands where the other cells have the scope.
+PRESET_CELLS = [
+    ("sft", "full", "paper", "acc2"), ("dpo", "lora", "paper-theorem", "acc2"),
+    ("sft", "full", "preserve", "acc2"), ("dpo", "lora", "preserve", "acc2"),
+    ("sft", "lora", "replay", "acc2"), ("sft", "full", "kl", "acc2"), ("dpo", "lora", "kl", "acc2"),
+]  # fmt: skip
 NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
 # Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
-ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS + UPDATE_CELLS)
-ENGINE_CELLS["hsdp"] = CELLS[1::2] + UPDATE_CELLS
+ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS + UPDATE_CELLS + PRESET_CELLS)
+ENGINE_CELLS["hsdp"] = CELLS[1::2] + UPDATE_CELLS + PRESET_CELLS
 RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
 GLOBAL_BATCH = 8
 
 
 def name_of(cell):
     return "-".join(cell)
+
+
+def config_of(cell):
+    """A refresh before the first and the third step, or before each; few samples in few batches."""
+    stage, _, scope_or_preset, _, *settings = cell
+    if scope_or_preset in ("parameter", "model"):
+        more = SETTINGS[settings[0]] if settings else {}
+        return paper(scope=scope_or_preset, refresh_interval=2, capability_batch_size=2, **more)
+    config = OGPSAConfig.from_preset(scope_or_preset, stage=stage, capability_batch_size=2)
+    if config.samples_per_refresh is not None:
+        return dataclasses.replace(config, samples_per_refresh=3)  # of 6
+    return dataclasses.replace(config, refresh_interval=2)
 
 
 def launch(num_processes, *arguments, on_gpu=False):
@@ -183,17 +202,17 @@ class ProjectionProbe:
         if model_wide:
             products = products.sum(dim=0, keepdim=True)
         cosines = products[:, :-1].abs() / products[:, -1:].sqrt().clamp_min(1e-30)
-        self.largest = max(self.largest, cosines.max().item())
+        self.largest = max([self.largest, *cosines.flatten().tolist()])
 
 
 def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **options):
     """
-    Three steps, a refresh before the first and the third; 3 capability batches a group.
+    Three steps.
 
     Where the loss accumulates, gradient checkpointing is on too. LoRA starts as usual in DPO, so
     that A is held in the second step; in SFT it starts with a B that is not zero.
     """
-    stage, form, scope, accumulation, *settings = cell
+    stage, form, _, accumulation, *_ = cell
     num_passes = int(accumulation[-1])
     # Three rows on two processes: shards of two sizes, on four processes an empty one.
     lora = LoraConfig(
@@ -202,10 +221,7 @@ def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **
     )  # fmt: skip
     return make_trainer(
         stage, model_path, output_dir, plain=plain, capability=capability_groups(),
-        config=OGPSAConfig(
-            scope=scope, refresh_interval=2, capability_batch_size=2,
-            **(SETTINGS[settings[0]] if settings else {}),
-        ),
+        config=config_of(cell),
         more={"peft_config": lora} if form == "lora" else None,
         **{
             "max_steps": 3, "gradient_accumulation_steps": num_passes,

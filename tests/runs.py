@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from ogpsa_trl import OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.toy import ToyWorld
 
 WORLD = ToyWorld(seed=0)
@@ -45,6 +45,11 @@ def arguments(stage, output_dir, **overrides):
     return CONFIGS[stage](**defaults | overrides)
 
 
+def paper(**settings):
+    """The published form, with some of its settings replaced."""
+    return OGPSAConfig.from_preset("paper", **settings)
+
+
 def make_trainer(
     stage, model, output_dir, *, plain=False, capability=None, config=None, data=None, more=None,
     **overrides,
@@ -52,6 +57,8 @@ def make_trainer(
     """A trainer of the package, or TRL's own if `plain`."""
     keywords = dict(more or {})
     if not plain:
+        if capability is not None and config is None:
+            config = paper()
         keywords |= {"capability_dataset": capability, "ogpsa_config": config}
     trainer_class = (PLAIN_TRAINERS if plain else TRAINERS)[stage]
     return trainer_class(
@@ -123,8 +130,9 @@ def literal_kl(model, start, tokenizer, rows):
         ids = prompt_ids + tokenizer(row["completion"])["input_ids"]  # the end is only predicted
         ids = torch.tensor(ids)[None]
         with torch.no_grad():
-            expected = start(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(dim=-1)
-        actual = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(dim=-1)
+            expected = start(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
+        actual = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
+        expected, actual = (logits.double().log_softmax(dim=-1) for logits in (expected, actual))
         total = total + (expected.exp() * (expected - actual)).sum()
         num_tokens += len(expected)
     return total / num_tokens

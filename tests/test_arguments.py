@@ -1,5 +1,6 @@
 """The keys of a run: YAML and command line, and that no misspelt or useless key is ignored."""
 
+import functools
 import json
 import os
 import subprocess
@@ -110,6 +111,20 @@ class TestValues:
         run = parse(f"{yaml.safe_dump(capability)}\nrank: {text}")
         assert run.ogpsa.rank is None
         assert parse({"rank": 3} | capability, "--rank", "none").ogpsa.rank is None
+
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    @pytest.mark.parametrize("preset", ["paper", "paper-theorem", "preserve", "replay", "kl"])
+    def test_a_preset_fills_in_what_is_not_set(self, parse, capability, preset, stage):
+        values = {"preset": preset, "stage": stage} | capability
+        from_preset = functools.partial(OGPSAConfig.from_preset, preset, stage=stage)
+        assert parse(values).ogpsa == from_preset()
+        assert parse(values | {"refresh_interval": 7}).ogpsa == from_preset(refresh_interval=7)
+        assert parse(values, "--refresh_interval", "7").ogpsa == from_preset(refresh_interval=7)
+
+    @pytest.mark.parametrize("line", [["--preset", "paper"], ["--preset=paper"]])
+    def test_the_preset_of_the_line_wins(self, parse, capability, line):
+        run = parse({"preset": "kl"} | capability, *line)
+        assert run.ogpsa == OGPSAConfig.from_preset("paper")
 
     def test_losses_of_dpo_may_be_combined(self, parse):
         values = {"stage": "dpo", "loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]}

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.backends import Shard
 from ogpsa_trl.checkpoint import FILE_NAME, file_names, load_subspace, save_subspace
 from ogpsa_trl.subspace import CapabilitySubspace
+from runs import paper
 
 SIZES = {"embed": 12, "norm": 3, "head": 7, "unused": 5}
 RANK = 2
@@ -36,7 +36,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
         device=torch.device("cpu"),
         sum_over_processes=lambda value: value * num_processes if others_agree else value,
     )
-    return CapabilitySubspace(backend, OGPSAConfig())
+    return CapabilitySubspace(backend, paper())
 
 
 def filled(shards, **process):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, FrozenInstanceError, asdict, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
@@ -35,26 +36,70 @@ def assert_refused(message, **settings):
     assert str(error.value) == message
 
 
-def test_the_defaults_are_the_official_ones():
-    assert asdict(OGPSAConfig()) == {
-        "scope": "parameter",
-        "target": "gradient",
-        "metric": "euclidean",
-        "constraint": "equality",
-        "capability_loss": "nll",
-        "kl_tokens": 64,
-        "refresh_interval": 30,
-        "num_samples": 200,
-        "samples_per_refresh": None,
-        "gradients_per_group": 1,
-        "rank": None,
-        "capability_batch_size": 4,
-        "restoration": 0.0,
-        "restoration_cap": 0.5,
-        "capability_ema": 0.0,
-        "replay_weight": 0.0,
-        "basis_dtype": "float32",
-    }
+PAPER = {
+    "scope": "parameter",
+    "target": "gradient",
+    "metric": "euclidean",
+    "constraint": "equality",
+    "capability_loss": "nll",
+    "kl_tokens": 64,
+    "refresh_interval": 30,
+    "num_samples": 200,
+    "samples_per_refresh": None,
+    "gradients_per_group": 1,
+    "rank": None,
+    "capability_batch_size": 4,
+    "restoration": 0.0,
+    "restoration_cap": 1.0,
+    "capability_ema": 0.0,
+    "replay_weight": 0.0,
+    "basis_dtype": "float32",
+}
+DRAWN = {"capability_loss": "kl", "refresh_interval": 1, "samples_per_refresh": 8, "scope": "model"}
+PRESETS = {
+    "paper": PAPER,
+    "paper-theorem": PAPER | {"scope": "model"},
+    "preserve": PAPER | DRAWN | {
+        "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
+    },
+    "replay": PAPER | {
+        "scope": "model", "refresh_interval": 2, "samples_per_refresh": 16, "replay_weight": 1.0,
+    },
+    "kl": PAPER | DRAWN | {"target": "none", "replay_weight": 1.0},
+}  # fmt: skip
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_each_is_these_settings(self, name):
+        assert asdict(OGPSAConfig.from_preset(name)) == PRESETS[name]
+
+    def test_the_defaults_are_preserve(self):
+        assert OGPSAConfig() == OGPSAConfig.from_preset("preserve")
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_only_the_published_forms_are_others_in_dpo(self, name):
+        """The authors refresh every 5 steps in DPO, every 30 in SFT."""
+        expected = PRESETS[name] | ({"refresh_interval": 5} if "paper" in name else {})
+        assert asdict(OGPSAConfig.from_preset(name, stage="dpo")) == expected
+
+    def test_settings_replace_those_of_the_preset(self):
+        config = OGPSAConfig.from_preset("paper", scope="model", refresh_interval=7)
+        assert config == OGPSAConfig.from_preset("paper-theorem", refresh_interval=7)
+
+    def test_every_preset_is_tested_here(self):
+        assert set(get_args(config_module.Preset)) == set(PRESETS)
+
+    @pytest.mark.parametrize("name", ["papers", "", None, 1, ["paper"]])
+    def test_another_name_is_refused(self, name):
+        choices = ", ".join(map(repr, PRESETS))
+        with pytest.raises(ValueError) as error:
+            OGPSAConfig.from_preset(name)
+        assert str(error.value) == f"`preset` must be one of {choices}, but got {name!r}."
+
+    def test_another_stage_is_refused(self):
+        with pytest.raises(ValueError, match="`stage` must be one of 'sft', 'dpo', but got 'ppo'"):
+            OGPSAConfig.from_preset("paper", stage="ppo")
 
 
 def test_every_setting_is_tested_here():
@@ -92,8 +137,9 @@ def test_some_are_a_count_or_unset(name, value):
 def test_the_metric_of_the_optimizer_is_one_of_updates():
     assert_refused(
         "`metric` 'optimizer' is a metric of updates, but `target` is 'gradient'. Set `target: "
-        "update`, or `metric: euclidean`.",
-        metric="optimizer",
+        "update`, or `metric: euclidean`; or begin with a preset of that target, such as `preset: "
+        "paper`.",
+        target="gradient",
     )
     assert OGPSAConfig(metric="optimizer", target="update").metric == "optimizer"
 
@@ -106,9 +152,10 @@ def test_a_number_is_at_least_zero(name, value):
 
 def test_restoration_is_of_updates():
     assert_refused(
-        "`restoration` corrects the update, but `target` is 'gradient'. Set `target: update`, or "
-        "`restoration: 0`.",
-        restoration=1,
+        "`restoration` corrects the update, but `target` is 'none'. Set `target: update`, or "
+        "`restoration: 0`; or begin with a preset of that target, such as `preset: paper`.",
+        target="none",
+        metric="euclidean",
     )
     assert OGPSAConfig(restoration=1, target="update").restoration == 1
 
@@ -144,16 +191,6 @@ def test_every_part_of_a_group_has_a_sample():
         gradients_per_group=3,
         samples_per_refresh=2,
     )
-
-
-def test_samples_are_drawn_from_those_there_are():
-    assert_refused(
-        "`samples_per_refresh` must be at most `num_samples` (3), because they are drawn from these"
-        " samples, but got 4. Lower it or raise `num_samples`.",
-        samples_per_refresh=4,
-        num_samples=3,
-    )
-    assert OGPSAConfig(samples_per_refresh=3, num_samples=3).samples_per_refresh == 3
 
 
 @pytest.mark.parametrize("name", ["scope", "constraint", "capability_loss", "basis_dtype"])

@@ -13,10 +13,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.data import Preparation, named_groups, prepare_group
 from ogpsa_trl.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
-from runs import WORLD, make_trainer, to_messages
+from runs import WORLD, make_trainer, paper, to_messages
 
 TOKENIZER = toy_tokenizer()
 # Prompts of 5 to 9 tokens, completions of 2 to 10 with the end token; all different.
@@ -140,7 +139,7 @@ def assert_same_as_trl(rows, tmp_path, tokenizer=None, **settings):
     pin = make_trainer("sft", tiny_model(), tmp_path, plain=True, data=rows, more=more, **settings)
     ours = make_trainer(
         "sft", tiny_model(), tmp_path, data=rows, more=more, capability=rows,
-        config=OGPSAConfig(num_samples=len(rows), gradients_per_group=2), **settings,
+        config=paper(num_samples=len(rows), gradients_per_group=2), **settings,
     )  # fmt: skip
     expected = sorted((row["input_ids"], row["labels"]) for row in pin.train_dataset)
     [capability_group] = ours.capability_groups

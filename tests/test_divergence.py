@@ -69,8 +69,18 @@ def test_it_is_zero_without_a_gradient_where_the_models_agree(num_tokens, dtype,
     model = (start + 3).requires_grad_() if dtype == torch.float32 else start.requires_grad_()
     value = of(start.detach(), model, num_tokens)
     [gradient] = torch.autograd.grad(value, model)
-    assert abs(value.item()) < 1e-5
+    assert 0 <= value.item() < 1e-11
     assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
+def test_small_divergences_keep_their_digits(size):
+    """Half the squared size of the difference: a difference of two sums would lose it."""
+    start = logits(0)
+    model = start + size * logits(1)
+    # Log-probabilities of size 1 are rounded to 1e-7, so differences of 1e-4 to a part in 1000.
+    expected = literal(start, model).item()
+    assert of(start, model, 11).item() == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 11])

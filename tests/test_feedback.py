@@ -6,8 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl import OGPSAConfig
-from runs import capability_groups, literal_nll, make_trainer, max_difference, trained, weights
+from runs import (
+    capability_groups,
+    literal_nll,
+    make_trainer,
+    max_difference,
+    paper,
+    trained,
+    weights,
+)
 from test_update import ADAMW, flat, run
 
 
@@ -85,7 +92,7 @@ class TestAveraging:
         share, options = 0.3, {**ADAMW, "max_steps": 2, "logging_steps": 1}
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(),
-            config=OGPSAConfig(capability_ema=share, refresh_interval=1, scope="model"), **options,
+            config=paper(capability_ema=share, refresh_interval=1, scope="model"), **options,
         )  # fmt: skip
         states, original = [], trainer.refresh_subspace
 
@@ -112,7 +119,7 @@ class TestReplay:
         """`target: none` and `refresh_interval: 1`: plain SGD on the sum of the losses."""
         weight, rate = 0.7, 0.1
         _, before, plain = trained(stage, base_model_path, tmp_path, plain=True, learning_rate=rate)
-        config = OGPSAConfig(target="none", replay_weight=weight, refresh_interval=1)
+        config = paper(target="none", replay_weight=weight, refresh_interval=1)
         trainer, _, ours = trained(
             stage, base_model_path, tmp_path, capability=capability_groups(), config=config,
             learning_rate=rate,
@@ -126,7 +133,7 @@ class TestReplay:
         assert entry["ogpsa/replay_length"] == pytest.approx(length, rel=1e-4)
 
     def test_it_comes_once_for_every_refresh(self, base_model_path, tmp_path):
-        config = OGPSAConfig(target="none", replay_weight=1.0, refresh_interval=2)
+        config = paper(target="none", replay_weight=1.0, refresh_interval=2)
         trainer, _, _ = trained(
             "sft", base_model_path, tmp_path, capability=capability_groups(), config=config,
             max_steps=4, learning_rate=0.1,
@@ -137,7 +144,7 @@ class TestReplay:
     def test_it_is_added_to_the_projected_gradient(self, base_model_path, tmp_path):
         results = {}
         for weight in (0.0, 1.0):
-            config = OGPSAConfig(scope="model", replay_weight=weight)
+            config = paper(scope="model", replay_weight=weight)
             _, before, results[weight] = trained(
                 "sft", base_model_path, tmp_path, capability=capability_groups(), config=config
             )
@@ -175,7 +182,7 @@ class TestPrediction:
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_resume_is_bitwise(stage, base_model_path, tmp_path):
     def make():
-        config = OGPSAConfig(
+        config = paper(
             target="update", metric="optimizer", restoration=1.0, capability_ema=0.5,
             replay_weight=0.5, refresh_interval=2, scope="model",
         )  # fmt: skip

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from engine_worker import ENGINE_CELLS, NUM_PROCESSES, launch, make, name_of
-from ogpsa_trl import OGPSAConfig
-from runs import CosineCallback, capability_groups, make_trainer, max_difference, trained, weights
+from runs import (
+    CosineCallback,
+    capability_groups,
+    make_trainer,
+    max_difference,
+    paper,
+    trained,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +28,7 @@ def test_gpu_takes_the_steps_of_the_cpu(stage, scope, base_model_path, tmp_path)
     for use_cpu in (True, False):
         _, _, after = trained(
             stage, base_model_path, tmp_path, capability=capability_groups(), use_cpu=use_cpu,
-            config=OGPSAConfig(scope=scope, refresh_interval=2), max_steps=3, learning_rate=0.1,
+            config=paper(scope=scope, refresh_interval=2), max_steps=3, learning_rate=0.1,
             gradient_accumulation_steps=2, max_grad_norm=0.5,
         )  # fmt: skip
         results.append({name: tensor.cpu() for name, tensor in after.items()})
@@ -45,7 +52,7 @@ def test_nothing_is_left_in_the_subspace(stage, feature, base_model_path, tmp_pa
     probe = CosineCallback()
     trainer = make_trainer(
         stage, base_model_path, tmp_path, capability=capability_groups(), use_cpu=False,
-        config=OGPSAConfig(refresh_interval=2), more={"callbacks": [probe]},
+        config=paper(refresh_interval=2), more={"callbacks": [probe]},
         **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **FEATURES[feature]},
     )  # fmt: skip
     probe.trainer = trainer
@@ -70,7 +77,7 @@ def test_resume_is_the_run_that_never_stopped(base_model_path, tmp_path):
     options = {
         "capability": capability_groups(), "use_cpu": False, "max_steps": 4, "save_steps": 1,
         "save_strategy": "steps", "optim": "adamw_torch", "learning_rate": 1e-2,
-        "config": OGPSAConfig(refresh_interval=3),
+        "config": paper(refresh_interval=3),
     }  # fmt: skip
     _, _, straight = trained("sft", base_model_path, tmp_path, **options)
     resumed = make_trainer("sft", base_model_path, tmp_path, **options)

@@ -1,5 +1,6 @@
 """Training that stops and resumes is training that never stopped."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ from peft import LoraConfig
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.checkpoint import FILE_NAME, save_subspace
-from runs import capability_groups, logged, make_trainer, max_difference, weights
+from runs import capability_groups, logged, make_trainer, max_difference, paper, weights
 
 NUM_STEPS = 5
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
@@ -17,7 +18,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 def make(stage, path, tmp_path, config=None, lora=False, **options):
     return make_trainer(
         stage, path, tmp_path, capability=capability_groups(),
-        config=config or OGPSAConfig(refresh_interval=3),
+        config=config or paper(refresh_interval=3),
         more={"peft_config": LoraConfig(**LORA)} if lora else None,
         **{
             "max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 1,
@@ -29,12 +30,14 @@ def make(stage, path, tmp_path, config=None, lora=False, **options):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("scope", ["parameter", "model"])
+@pytest.mark.parametrize("preset", ["paper", "paper-theorem", "preserve", "replay", "kl"])
 def test_resume_at_any_step_is_bitwise_the_run_that_never_stopped(
-    stage, scope, lora, base_model_path, tmp_path
+    stage, preset, lora, base_model_path, tmp_path
 ):
     """Also within an interval, and with LoRA before, at and after the step that holds A."""
-    config = OGPSAConfig(scope=scope, refresh_interval=3)
+    config = OGPSAConfig.from_preset(preset, refresh_interval=3)
+    if config.samples_per_refresh is not None:
+        config = dataclasses.replace(config, samples_per_refresh=3)  # of 6
     straight = make(stage, base_model_path, tmp_path, config, lora)
     straight.train()
     for step in range(1, NUM_STEPS):
@@ -57,7 +60,7 @@ def test_resume_finds_the_last_checkpoint_by_itself(base_model_path, tmp_path):
 
 
 def test_bfloat16_basis_survives_a_checkpoint(base_model_path, tmp_path):
-    config = OGPSAConfig(basis_dtype="bfloat16", refresh_interval=100)
+    config = paper(basis_dtype="bfloat16", refresh_interval=100)
     straight = make("sft", base_model_path, tmp_path, config)
     straight.train()
     resumed = make("sft", base_model_path, tmp_path, config)
@@ -68,15 +71,13 @@ def test_bfloat16_basis_survives_a_checkpoint(base_model_path, tmp_path):
 class TestCheckpointsWithoutAUsableBasis:
     def resume(self, base_model_path, tmp_path, config=None):
         """Resume after step 1 of an interval of 100: no refresh is scheduled any more."""
-        trainer = make(
-            "sft", base_model_path, tmp_path, config or OGPSAConfig(refresh_interval=100)
-        )
+        trainer = make("sft", base_model_path, tmp_path, config or paper(refresh_interval=100))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         return [e["step"] - 1 for e in trainer.state.log_history if "ogpsa/rank" in e]
 
     @pytest.fixture(autouse=True)
     def checkpoint(self, base_model_path, tmp_path):
-        config = OGPSAConfig(refresh_interval=100)
+        config = paper(refresh_interval=100)
         make("sft", base_model_path, tmp_path, config, max_steps=1).train()
         return tmp_path / "checkpoint-1" / FILE_NAME
 
@@ -94,7 +95,7 @@ class TestCheckpointsWithoutAUsableBasis:
     def test_other_settings_are_a_warning_and_a_refresh_at_once(
         self, base_model_path, tmp_path, caplog
     ):
-        config = OGPSAConfig(refresh_interval=100, scope="model")
+        config = paper(refresh_interval=100, scope="model")
         with caplog.at_level(logging.WARNING):
             assert self.resume(base_model_path, tmp_path, config) == [0, 1]
         assert "'scope': 'parameter'" in caplog.text
@@ -110,7 +111,7 @@ class TestCheckpointsWithoutAUsableBasis:
         adapter = make("sft", base_model_path, tmp_path / "adapter", lora=True, max_steps=1)
         adapter.train()
         # As if the file had been copied from another run.
-        adapter.subspace.config = OGPSAConfig(refresh_interval=100)
+        adapter.subspace.config = paper(refresh_interval=100)
         save_subspace(adapter.subspace, str(tmp_path / "checkpoint-1"))
         with pytest.raises(ValueError, match=r"does not fit this model.*other parameters"):
             self.resume(base_model_path, tmp_path)

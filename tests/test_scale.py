@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from ogpsa_trl import OGPSAConfig, backends, linalg
+from ogpsa_trl import backends, linalg
 from ogpsa_trl.backends import TorchBackend
 from ogpsa_trl.checkpoint import FILE_NAME
 from ogpsa_trl.data import Part, Sample
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.subspace import CapabilitySubspace
 from ogpsa_trl.toy_model import tiny_model
-from runs import capability_groups, make_trainer
+from runs import capability_groups, make_trainer, paper
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/scale.md").read_text(encoding="utf-8")
 PROSE = " ".join(DOCUMENT.split())
@@ -251,7 +251,7 @@ def test_what_is_measured_on_one_process_is_the_formula(
     lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     trainer = make_trainer(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(
+        config=paper(
             refresh_interval=1, gradients_per_group=parts, rank=rank, basis_dtype=dtype
         ),
         more={"peft_config": lora} if form == "lora" else None,
@@ -382,7 +382,7 @@ def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatc
     sizes = [parameter.numel() for parameter in model.parameters()]
     with as_process(0, num_processes):
         backend = make_backend(engine, model)
-        subspace = CapabilitySubspace(backend, OGPSAConfig(scope=scope))
+        subspace = CapabilitySubspace(backend, paper(scope=scope))
         reduced_by_ddp = []
         if engine == "ddp":  # its own collectives are called where Python cannot see them
             backend.wrapped_model.register_comm_hook(reduced_by_ddp, instead_of_all_reduce)

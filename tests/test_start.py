@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.checkpoint import START_FILE_NAME
 from ogpsa_trl.subspace import CapabilitySubspace
 from runs import (
@@ -17,6 +16,7 @@ from runs import (
     literal_nll,
     make_trainer,
     max_difference,
+    paper,
     trained,
     weights,
 )
@@ -32,7 +32,7 @@ def make(stage, model_path, tmp_path, config, **options):
 
 def penalty(**settings):
     """A KL penalty with all probabilities of the starting model."""
-    return OGPSAConfig(
+    return paper(
         target="none", replay_weight=0.7, refresh_interval=1, capability_loss="kl", kl_tokens=9999,
         **settings,
     )  # fmt: skip
@@ -98,7 +98,7 @@ class TestDivergence:
     @pytest.mark.parametrize("target", ["update", "gradient"])
     def test_the_first_step_is_free_and_the_next_are_not(self, target, base_model_path, tmp_path):
         """At the start no direction raises the divergence: nothing is held, nothing removed."""
-        config = OGPSAConfig(target=target, capability_loss="kl", refresh_interval=3)
+        config = paper(target=target, capability_loss="kl", refresh_interval=3)
         trainer = make("sft", base_model_path, tmp_path, config, **ADAMW)
         trainer.train()
         entries = trainer.state.log_history[:-1]
@@ -113,7 +113,7 @@ class TestDivergence:
 
 class TestDrift:
     def test_of_drawn_samples_counts_from_their_own_start(self, base_model_path, tmp_path):
-        config = OGPSAConfig(samples_per_refresh=2, refresh_interval=1)
+        config = paper(samples_per_refresh=2, refresh_interval=1)
         trainer = make("sft", base_model_path, tmp_path, config, learning_rate=0.1, max_steps=3)
         start = AutoModelForCausalLM.from_pretrained(base_model_path)
         tokenizer = AutoTokenizer.from_pretrained(base_model_path)
@@ -149,7 +149,7 @@ class TestDrift:
 
 
 def feedback(**settings):
-    return OGPSAConfig(
+    return paper(
         target="update", metric="optimizer", scope="model", restoration=1.0, refresh_interval=2,
         samples_per_refresh=3, **settings,
     )  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_run_that_only_measures_is_plain_training(base_model_path, tmp_path, c
     """`target: none` without replay: diagnostics of what plain training does."""
     _, _, plain = trained("sft", base_model_path, tmp_path, plain=True, **ADAMW)
     with caplog.at_level(logging.WARNING):
-        trainer = make("sft", base_model_path, tmp_path, OGPSAConfig(target="none"), **ADAMW)
+        trainer = make("sft", base_model_path, tmp_path, paper(target="none"), **ADAMW)
     trainer.train()
     assert "OGPSA measures the run and changes nothing" in caplog.text
     assert max_difference(weights(trainer), plain) == 0

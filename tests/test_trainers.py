@@ -12,7 +12,7 @@ from trl import DPOConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, trainers
+from ogpsa_trl import SubspaceCallback, trainers
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
@@ -22,6 +22,7 @@ from runs import (
     logged,
     make_trainer,
     max_difference,
+    paper,
     safety_data,
     to_messages,
     trained,
@@ -97,7 +98,7 @@ def test_step_is_the_literal_method(stage, scope, accumulation, base_model_path,
         expected = dict(zip(gradient, whole.split(sizes), strict=True))
 
     trainer, before, after = trained(
-        stage, base_model_path, tmp_path, capability=groups, config=OGPSAConfig(scope=scope),
+        stage, base_model_path, tmp_path, capability=groups, config=paper(scope=scope),
         **options,
     )  # fmt: skip
     actual = {name: (before[name] - after[name]).flatten().double() for name in before}
@@ -143,7 +144,7 @@ def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, m
     model.load_state_dict(state)
     trainer = make_trainer(
         stage, model, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(refresh_interval=1), **options,
+        config=paper(refresh_interval=1), **options,
     )  # fmt: skip
     monkeypatch.setattr(trainer, "_project", lambda: None)
     trainer.train()
@@ -179,9 +180,7 @@ def test_accumulation_does_not_change_the_trajectory(stage, scope, base_model_pa
     """Eight samples at once are eight accumulated ones; the capability batch size is free too."""
     results = []
     for batch_size, accumulation, capability_batch_size in ((8, 1, 1), (1, 8, 5)):
-        config = OGPSAConfig(
-            scope=scope, refresh_interval=2, capability_batch_size=capability_batch_size
-        )
+        config = paper(scope=scope, refresh_interval=2, capability_batch_size=capability_batch_size)
         _, _, after = trained(
             stage, base_model_path, tmp_path, capability=capability_groups(), config=config,
             max_steps=3, per_device_train_batch_size=batch_size, learning_rate=0.1,
@@ -301,7 +300,7 @@ def assert_no_component_left(
     probe = CosineCallback()
     trainer = make_trainer(
         stage, model, tmp_path, capability=capability or capability_groups(9),
-        config=OGPSAConfig(num_samples=6, refresh_interval=2),
+        config=paper(num_samples=6, refresh_interval=2),
         more={"callbacks": [probe], **(more or {})},
         **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **options},
     )  # fmt: skip
@@ -331,7 +330,7 @@ class TestLora:
         refreshes = []
         trainer = make_trainer(
             stage, base_model_path, tmp_path, capability=capability_groups(),
-            config=OGPSAConfig(scope=scope, refresh_interval=10), max_steps=3,
+            config=paper(scope=scope, refresh_interval=10), max_steps=3,
             more={"peft_config": LORA, "callbacks": [Watch()]},
         )  # fmt: skip
         start = weights(trainer)
@@ -443,11 +442,11 @@ def test_parallel_groups_give_one_direction(base_model_path, tmp_path):
 
 def test_rank_keeps_the_strongest_directions(base_model_path, tmp_path):
     groups = capability_groups(12)
-    config = OGPSAConfig(gradients_per_group=3, num_samples=12, rank=2, scope="model")
+    config = paper(gradients_per_group=3, num_samples=12, rank=2, scope="model")
     trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=config)
     assert trainer.state.log_history[0]["ogpsa/rank"] == 2
     assert trainer.subspace.basis[0].shape[0] == 2
-    many = OGPSAConfig(gradients_per_group=3, num_samples=12, rank=100, scope="model")
+    many = paper(gradients_per_group=3, num_samples=12, rank=100, scope="model")
     all_kept, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=many)
     assert all_kept.state.log_history[0]["ogpsa/rank"] == 6
     fractions = [t.state.log_history[0]["ogpsa/removed_fraction"] for t in (trainer, all_kept)]
@@ -458,7 +457,7 @@ def test_bfloat16_basis_halves_the_memory(base_model_path, tmp_path):
     full, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
     half, _, _ = trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(basis_dtype="bfloat16"),
+        config=paper(basis_dtype="bfloat16"),
     )  # fmt: skip
     assert half.subspace.basis_bytes == full.subspace.basis_bytes / 2
     entries = [t.state.log_history[0] for t in (full, half)]
@@ -470,7 +469,7 @@ def test_bfloat16_basis_halves_the_memory(base_model_path, tmp_path):
 def test_refresh_comes_before_the_first_step_and_at_every_interval(base_model_path, tmp_path):
     trainer, _, _ = trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(refresh_interval=3), max_steps=7, gradient_accumulation_steps=2,
+        config=paper(refresh_interval=3), max_steps=7, gradient_accumulation_steps=2,
     )  # fmt: skip
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     refreshed = [entry["step"] - 1 for entry in entries if "ogpsa/rank" in entry]
@@ -512,7 +511,7 @@ def test_a_callback_of_ones_own_takes_the_place_of_the_default(base_model_path, 
 
     trainer = make_trainer(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(refresh_interval=1), max_steps=3,
+        config=paper(refresh_interval=1), max_steps=3,
     )  # fmt: skip
     trainer.remove_callback(SubspaceCallback)
     trainer.add_callback(OnlyOnce(trainer))
@@ -540,7 +539,7 @@ class TestErrors:
     def test_settings_without_data(self, base_model_path, tmp_path):
         self.assert_refused(
             "`ogpsa_config` needs a `capability_dataset`", base_model_path, tmp_path,
-            config=OGPSAConfig(),
+            config=paper(),
         )  # fmt: skip
 
     def test_settings_of_another_type(self, base_model_path, tmp_path):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from ogpsa_trl import OGPSAConfig
 from runs import (
     capability_groups,
     literal_nll,
     make_trainer,
     max_difference,
+    paper,
     trained,
     weights,
 )
@@ -74,7 +74,7 @@ def run(model_path, tmp_path, stage="sft", **settings):
     probe = StepProbe(model_path)
     trainer = make_trainer(
         stage, model_path, tmp_path, capability=capability_groups(),
-        config=OGPSAConfig(refresh_interval=1, **settings), more={"callbacks": [probe]},
+        config=paper(refresh_interval=1, **settings), more={"callbacks": [probe]},
         **ADAMW | options,
     )  # fmt: skip
     trainer.train()
@@ -107,7 +107,7 @@ def test_without_an_optimizers_state_update_and_gradient_are_the_same(base_model
     results = [
         trained(
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3,
-            config=OGPSAConfig(target=target, refresh_interval=2), learning_rate=0.1,
+            config=paper(target=target, refresh_interval=2), learning_rate=0.1,
         )[2]
         for target in ("gradient", "update")
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def test_the_step_is_the_nearest_one_in_the_metric(metric, base_model_path, tmp_
     multipliers = torch.linalg.solve(rows @ (diagonal[:, None] * rows.T), rows @ update)
     expected = update - diagonal * (rows.T @ multipliers)
 
-    config = OGPSAConfig(target="update", scope="model", metric=metric)
+    config = paper(target="update", scope="model", metric=metric)
     _, _, ours = trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(), config=config, **options
     )
@@ -169,7 +169,7 @@ def test_a_does_not_move_before_its_direction_is_known(base_model_path, tmp_path
     def train(max_steps):
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(),
-            config=OGPSAConfig(target="update", refresh_interval=100),
+            config=paper(target="update", refresh_interval=100),
             more={"peft_config": LoraConfig(r=4, target_modules=["q_proj"])},
             **ADAMW | {"max_steps": max_steps},
         )  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_does_not_move_before_its_direction_is_known(base_model_path, tmp_path
 @pytest.mark.parametrize("constraint", ["equality", "inequality"])
 def test_resume_is_bitwise(metric, constraint, base_model_path, tmp_path):
     def make():
-        config = OGPSAConfig(
+        config = paper(
             target="update", metric=metric, constraint=constraint, refresh_interval=3, scope="model"
         )
         return make_trainer(
@@ -214,7 +214,7 @@ class TestErrors:
         tokenizer = AutoTokenizer.from_pretrained(base_model_path)
         trainer = make_trainer(
             "sft", model, tmp_path, capability=capability_groups(),
-            config=OGPSAConfig(target="update"), more={"processing_class": tokenizer},
+            config=paper(target="update"), more={"processing_class": tokenizer},
         )  # fmt: skip
         with pytest.raises(ValueError, match=r"is torch.bfloat16. Load the model with `dtype: fl"):
             trainer.train()
@@ -222,7 +222,7 @@ class TestErrors:
     def test_weights_that_are_not_contiguous(self, base_model_path, tmp_path):
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(),
-            config=OGPSAConfig(target="update"),
+            config=paper(target="update"),
         )  # fmt: skip
         weight = trainer.model.model.layers[0].mlp.up_proj.weight
         weight.data = weight.data.t().contiguous().t()
@@ -232,7 +232,7 @@ class TestErrors:
     def test_optimizers_with_another_state(self, base_model_path, tmp_path):
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(), optim="adafactor",
-            config=OGPSAConfig(target="update", metric="optimizer"),
+            config=paper(target="update", metric="optimizer"),
         )  # fmt: skip
         with pytest.raises(ValueError, match=r"the optimizer is Adafactor. Set `optim: adamw_tor"):
             trainer.train()
@@ -242,7 +242,7 @@ def test_an_optimizer_without_a_second_moment_has_the_euclidean_metric(base_mode
     results = [
         trained(
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3,
-            config=OGPSAConfig(target="update", metric=metric, refresh_interval=2),
+            config=paper(target="update", metric=metric, refresh_interval=2),
             learning_rate=0.1,
         )[2]
         for metric in ("euclidean", "optimizer")
@@ -254,7 +254,7 @@ def test_a_fused_adamw_has_the_same_metric(base_model_path, tmp_path):
     results = [
         trained(
             "sft", base_model_path, tmp_path, capability=capability_groups(), optim=optimizer,
-            config=OGPSAConfig(target="update", metric="optimizer"), max_steps=3,
+            config=paper(target="update", metric="optimizer"), max_steps=3,
             learning_rate=1e-3,
         )[2]
         for optimizer in ("adamw_torch", "adamw_torch_fused")
