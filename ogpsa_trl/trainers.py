@@ -46,8 +46,8 @@ _SECONDS_WITHOUT_BAR = 5
 # (of one nat per token with `kl`) is worth a warning.
 _LARGEST_SURPRISE = 0.1
 
-# A divergence per token, in nats, that is rounding: float32 log-probabilities that differ by 1e-6 make
-# 1e-12.
+# A divergence per token, in nats, that is rounding: log-probabilities in float32 that differ by
+# 1e-6 make 1e-12.
 _KL_ROUNDING = 1e-10
 
 

@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stories")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument(
         "--learning_rate_factors",
@@ -121,6 +122,7 @@ def main() -> None:
     def measured(model: Path, start: Path | None) -> dict[str, float]:
         return measure(model, start, rows)
 
+    methods = {name: METHODS[name] for name in args.methods}
     for factor in args.learning_rate_factors:
         output = args.output / f"learning-rate-x{factor:g}"
         rates = {stage: f"{factor * learning_rate(stage):.4g}" for stage in STAGES}
@@ -135,7 +137,7 @@ def main() -> None:
                 for stage, rate in rates.items()
             ]
             base_model = args.data / CHECKPOINT
-            runs.append(compare(base_model, stages, measured, output / f"seed-{seed}", METHODS))
+            runs.append(compare(base_model, stages, measured, output / f"seed-{seed}", methods))
         report(
             runs,
             output,
