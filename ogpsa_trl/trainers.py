@@ -3,13 +3,11 @@
 import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,6 +18,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ogpsa_trl.callback import SubspaceCallback
+from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import (
@@ -30,25 +29,17 @@ from ogpsa_trl.data import (
     prepare_group,
     trained_labels,
 )
-from ogpsa_trl.divergence import divergence, likely_tokens
+from ogpsa_trl.diagnostics import Diagnostics
 from ogpsa_trl.engines import check_supported, make_backend
-from ogpsa_trl.gradients import capability_gradients, group_means
+from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
-from ogpsa_trl.start import Measured, StartingPoint, all_samples, measure_start
-from ogpsa_trl.subspace import CapabilitySubspace, Projection
+from ogpsa_trl.start import all_samples
+from ogpsa_trl.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
 
 # A refresh that takes longer than this shows a progress bar.
 _SECONDS_WITHOUT_BAR = 5
-
-# A change of a capability loss that differs from its prediction by more than this share of the loss
-# (of one nat per token with `kl`) is worth a warning.
-_LARGEST_SURPRISE = 0.1
-
-# A divergence per token, in nats, that is rounding: log-probabilities in float32 that differ by
-# 1e-6 make 1e-12.
-_KL_ROUNDING = 1e-10
 
 
 class OGPSAMixin(Trainer):
@@ -101,7 +92,6 @@ class OGPSAMixin(Trainer):
             )
         datasets = named_groups(capability_dataset)
         self.ogpsa_config = ogpsa_config or OGPSAConfig()
-        self._ogpsa_metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._name, self._paper = f"OGPSA ({self._name})", PAPER
         self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
@@ -114,8 +104,6 @@ class OGPSAMixin(Trainer):
                 "nothing. Set `replay_weight: 1` for replay or a KL penalty."
             )
         preparation = self.capability_preparation()
-        # What the starting model makes of the capability samples; measured at the first refresh.
-        self.starting_point: StartingPoint | None = None
         self.capability_groups = [
             prepare_group(
                 name,
@@ -128,6 +116,15 @@ class OGPSAMixin(Trainer):
             )
             for name, dataset in datasets.items()
         ]
+        self.capability_loss = CapabilityLoss(
+            self.ogpsa_config,
+            self.capability_groups,
+            self.capability_log_probs,
+            self.capability_logits,
+        )
+        self.diagnostics = Diagnostics(
+            [group.name for group in self.capability_groups for _ in range(group.num_parts)]
+        )
         logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
         self.add_callback(SubspaceCallback(self))
 
@@ -167,28 +164,6 @@ class OGPSAMixin(Trainer):
         logits = logits[:, -labels.shape[1] :]  # prompt learning puts virtual tokens in front
         return logits[:, :-1][trained_labels(labels)]
 
-    def capability_loss(self, batch: Batch) -> Tensor:
-        """Summed capability loss of the trainable tokens of a batch, in nats, with its graph."""
-        if self.ogpsa_config.capability_loss == "nll":
-            return -self.capability_log_probs(batch).sum()
-        assert self.starting_point is not None
-        logits_TV = self.capability_logits(batch)
-        start = self.starting_point.likely_tokens(batch)
-        return divergence(logits_TV, *(tensor.to(logits_TV.device) for tensor in start))
-
-    def _measure_start(self, batch: Batch) -> list[Measured]:
-        """What the starting point holds of every sample of a batch."""
-        if self.ogpsa_config.capability_loss == "nll":
-            losses = -self.capability_log_probs(batch).sum(dim=1)
-            return [{"losses": loss} for loss in losses[: len(batch.samples)]]
-        start = likely_tokens(self.capability_logits(batch), self.ogpsa_config.kl_tokens)
-        counts = [sample.num_tokens for sample in batch.samples]
-        nothing = torch.zeros(())
-        return [
-            {"losses": nothing, "tokens": tokens, "log_probs": log_probs}
-            for tokens, log_probs in zip(*(t.split(counts) for t in start), strict=True)
-        ]
-
     def refresh_subspace(self) -> None:
         """
         Estimate the subspace anew at the current weights, between two optimizer steps of `train`.
@@ -199,11 +174,9 @@ class OGPSAMixin(Trainer):
             FloatingPointError: a capability gradient is not finite.
         """
         start = time.perf_counter()
-        config, backend = self.ogpsa_config, self.subspace.backend
-        draw = f"{self.args.seed} {self.state.global_step}"
-        parts = [
-            p for g in self.capability_groups for p in g.parts(config.samples_per_refresh, draw)
-        ]
+        backend, loss = self.subspace.backend, self.capability_loss
+        num_samples, draw = self.ogpsa_config.samples_per_refresh, self._draw()
+        parts = [p for group in self.capability_groups for p in group.parts(num_samples, draw)]
         progress = tqdm(
             total=sum(part.num_batches_of(backend.num_processes) for part in parts),
             desc="Refreshing the capability subspace",
@@ -214,51 +187,23 @@ class OGPSAMixin(Trainer):
 
         def sum_loss(batch: Batch) -> Tensor:
             progress.update()
-            return self.capability_loss(batch)
+            return loss.sum(batch)
 
-        is_kl = config.capability_loss == "kl"
         with progress, self.maybe_activation_offload_context:
-            if self.starting_point is None and (is_kl or config.samples_per_refresh is not None):
-                self.starting_point = measure_start(
-                    backend, self.capability_groups, self._measure_start
-                )
-            gradients = capability_gradients(
-                backend, parts, sum_loss, rounding=_KL_ROUNDING if is_kl else 0.0
-            )
-        losses = gradients.losses
-        if self.starting_point is None:  # all samples are in this refresh
-            self.starting_point = StartingPoint.from_losses(
-                all_samples(self.capability_groups), parts, losses
-            )
-        start_losses = map(self.starting_point.mean_loss, parts)
-        rises = [loss - first for loss, first in zip(losses, start_losses, strict=True)]
-        refresh = self.subspace.refresh(gradients, rises)
-        self._record(
-            rank=self.subspace.rank,
-            refresh_seconds=time.perf_counter() - start,
-            basis_megabytes=self.subspace.basis_bytes / 1e6,
+            loss.prepare(backend)
+            gradients = capability_gradients(backend, parts, sum_loss, rounding=loss.rounding)
+        refresh = self.subspace.refresh(gradients, loss.rises(parts, gradients.losses))
+        self.diagnostics.record_refresh(
+            self.subspace,
+            gradients,
+            refresh,
+            seconds=time.perf_counter() - start,
+            step=self.state.global_step,
         )
-        self._record_groups("capability_loss", losses)
-        self._record_groups("drift", refresh.drift)
-        if refresh.predicted_change and refresh.realised_change and config.target == "update":
-            predicted = self._record_groups("predicted_change", refresh.predicted_change)
-            realised = self._record_groups("realised_change", refresh.realised_change)
-            # A loss that starts at zero is no measure of its changes.
-            scale = dict.fromkeys(predicted, 1.0) if is_kl else self._by_group(losses)
-            self._compare(predicted, realised, scale)
 
-    def _compare(
-        self, predicted: dict[str, float], realised: dict[str, float], scale: dict[str, float]
-    ) -> None:
-        """Say when the first-order model, on which all of this rests, does not hold."""
-        for name in scale:
-            if abs(realised[name] - predicted[name]) > _LARGEST_SURPRISE * scale[name]:
-                logger.warning(
-                    "Step %d: since the last refresh the loss of capability group %r has changed "
-                    "by %.3g, but the first-order model predicts %.3g. Lower `refresh_interval` or "
-                    "`learning_rate`.",
-                    self.state.global_step, name, realised[name], predicted[name],
-                )  # fmt: skip
+    def _draw(self) -> str:
+        """Names the samples of a refresh: others in every step and for every seed."""
+        return f"{self.args.seed} {self.state.global_step}"
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.capability_groups:
@@ -273,7 +218,7 @@ class OGPSAMixin(Trainer):
             self._project()
         length = self.subspace.replay()
         if length is not None:
-            self._record(replay_length=length)
+            self.diagnostics.record(replay_length=length)
         if self.ogpsa_config.target == "update":
             weights_before = self.subspace.copy_weights()
             yield
@@ -282,37 +227,25 @@ class OGPSAMixin(Trainer):
             weights_before = self.subspace.copy_weights()
             yield
             share, changes = self.subspace.measure_update(weights_before)
-            self._record(update_in_subspace=share)
-            self._record_groups("step_change", changes.tolist())
+            self.diagnostics.record(update_in_subspace=share)
+            self.diagnostics.record_groups(self.subspace, "step_change", changes.tolist())
         else:
             yield
 
     def _project(self) -> None:
         projection = self.subspace.project()
-        self._record(cosine=projection.cosine, gradient_in_subspace=projection.share_inside)
-        self._record_removal(projection)
+        self.diagnostics.record(
+            cosine=projection.cosine, gradient_in_subspace=projection.share_inside
+        )
+        self.diagnostics.record_removal(projection, step=self.state.global_step)
 
     def _project_update(self, weights_before: list[Tensor]) -> None:
         projection = self.subspace.project_update(weights_before)
-        self._record(proposal_in_subspace=projection.share_inside)
+        self.diagnostics.record(proposal_in_subspace=projection.share_inside)
         if projection.changes is not None and self._is_logging_next():
-            self._record_groups("step_change", projection.changes.tolist())
-        if projection.restoration is not None:
-            self._record(
-                restoration_ratio=projection.restoration.ratio,
-                restoration_capped=projection.restoration.is_capped,
-            )
-        self._record_removal(projection)
-
-    def _record_removal(self, projection: Projection) -> None:
-        self._record(removed_fraction=projection.removed_fraction)
-        if projection.held:
-            self._record(held_parameters=float(len(projection.held)))
-            logger.info(
-                "Step %d: %d parameters have no known capability direction yet and are not moved "
-                "in this step; the subspace is refreshed before the next. First: %s",
-                self.state.global_step, len(projection.held), projection.held[0],
-            )  # fmt: skip
+            changes = projection.changes.tolist()
+            self.diagnostics.record_groups(self.subspace, "step_change", changes)
+        self.diagnostics.record_removal(projection, step=self.state.global_step)
 
     def _is_logging_next(self) -> bool:
         """Whether the step under way is one after which the trainer logs."""
@@ -321,26 +254,10 @@ class OGPSAMixin(Trainer):
             and (self.state.global_step + 1) % self.state.logging_steps == 0
         )
 
-    def _record(self, **metrics: float | Tensor) -> None:
-        for name, value in metrics.items():
-            self._ogpsa_metrics[f"ogpsa/{name}"].append(value)
-
-    def _record_groups(self, name: str, values: Sequence[float]) -> dict[str, float]:
-        """Record values of every part as means over the groups."""
-        means = self._by_group(values)
-        self._record(**{f"{name}/{group}": value for group, value in means.items()})
-        return means
-
-    def _by_group(self, values: Sequence[float]) -> dict[str, float]:
-        names = [group.name for group in self.capability_groups for _ in range(group.num_parts)]
-        return group_means(names, self.subspace.weights.tolist(), values)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log, read from the device here and not in every step."""
         if self.capability_groups and self.model.training:
-            for name, values in self._ogpsa_metrics.items():
-                logs[name] = sum(float(value) for value in values) / len(values)
-            self._ogpsa_metrics.clear()
+            logs |= self.diagnostics.take_means()
         super().log(logs, *args, **kwargs)
 
     def _prepare_for_training(
@@ -353,10 +270,10 @@ class OGPSAMixin(Trainer):
         if self.capability_groups:
             backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
             self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
-            self.starting_point = None
+            self.capability_loss.start = None
             if resume_from_checkpoint is not None:
                 load_subspace(self.subspace, resume_from_checkpoint)
-                self.starting_point = load_start(
+                self.capability_loss.start = load_start(
                     backend,
                     all_samples(self.capability_groups),
                     self.ogpsa_config,
@@ -367,9 +284,12 @@ class OGPSAMixin(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The basis belongs to the state of the optimizer: saved, or left out, with it."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.capability_groups and self.starting_point is not None and self.args.should_save:
-            save_start(self.starting_point, self.ogpsa_config, output_dir)
-        if self.capability_groups and (self.subspace.backend.is_sharded or self.args.should_save):
+        if not self.capability_groups:
+            return
+        start = self.capability_loss.start
+        if start is not None and self.args.should_save:
+            save_start(start, self.ogpsa_config, output_dir)
+        if self.subspace.backend.is_sharded or self.args.should_save:
             save_subspace(self.subspace, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -26,11 +26,14 @@ LAYERS = {
     "gradients": ("backends data", "torch"),
     "start": ("backends data gradients", "torch"),
     "subspace": ("linalg constraints backends config gradients", "torch"),
+    "capability_loss": ("backends config data divergence start", "torch"),
+    "diagnostics": ("gradients subspace", "torch"),
     "checkpoint": ("backends config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
     "trainers": (
-        "config engines data divergence gradients start subspace checkpoint callback model_card",
+        "config engines data gradients start capability_loss subspace checkpoint diagnostics "
+        "callback model_card",
         "torch datasets transformers trl tqdm",
     ),
     "__init__": ("config callback trainers", ""),

@@ -88,12 +88,12 @@ class TestDivergence:
         start = AutoModelForCausalLM.from_pretrained(base_model_path)
         trainer.model.eval()
         for name, rows in capability_groups().items():
-            [value] = trainer._ogpsa_metrics[f"ogpsa/capability_loss/{name}"]
+            [value] = trainer.diagnostics.values[f"ogpsa/capability_loss/{name}"]
             with torch.no_grad():
                 expected = literal_kl(trainer.model, start, tokenizer, rows).item()
             assert value == pytest.approx(expected, rel=1e-3)
             assert value > 1e-5
-            assert trainer._ogpsa_metrics[f"ogpsa/drift/{name}"] == [pytest.approx(value)]
+            assert trainer.diagnostics.values[f"ogpsa/drift/{name}"] == [pytest.approx(value)]
 
     @pytest.mark.parametrize("target", ["update", "gradient"])
     def test_the_first_step_is_free_and_the_next_are_not(self, target, base_model_path, tmp_path):

@@ -357,7 +357,7 @@ class TestLora:
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3
         )
-        original = trainer.capability_loss
+        original = trainer.capability_loss.sum
         unused = trainer.model.model.norm.weight
         steps = []
 
@@ -371,7 +371,7 @@ class TestLora:
             def on_step_end(self, args, state, control, **kwargs):
                 steps.append(unused.detach().clone())
 
-        trainer.capability_loss = loss_without_one_parameter
+        trainer.capability_loss.sum = loss_without_one_parameter
         trainer.add_callback(Watch())
         start = unused.detach().clone()
         trainer.train()
@@ -552,8 +552,8 @@ class TestErrors:
 def test_explosion_in_a_capability_group_is_an_error_and_keeps_the_basis(base_model_path, tmp_path):
     trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
     before = trainer.subspace.state_dict()
-    original = trainer.capability_loss
-    trainer.capability_loss = lambda batch: original(batch) * float("inf")
+    original = trainer.capability_loss.sum
+    trainer.capability_loss.sum = lambda batch: original(batch) * float("inf")
     with pytest.raises(FloatingPointError, match=r"group 'skills' .* is not finite"):
         trainer.refresh_subspace()
     after = trainer.subspace.state_dict()
