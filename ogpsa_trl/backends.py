@@ -19,7 +19,7 @@ The mathematics above sees one interface, whatever the engine:
     around_step(context)       context of a training step: enters `context()` when its gradients
                                are final, before they are clipped; leaves it after the optimizer
     weights(parameter)         this process's shard of what the optimizer updates, writable in place
-    optimizer_name             class of the optimizer
+    optimizer_class            class of the optimizer
     publish_weights()          bring what was written there to the model
     holds_weights              whether these weights are sharded as the gradients are; if not,
                                neither they nor the second moment can be asked for
@@ -33,7 +33,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -44,6 +44,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ogpsa_trl import optimizers
 
 Value = TypeVar("Value")
 StepContext = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -94,9 +96,9 @@ class GradientBackend(ABC):
                 self._shard_groups[group].append(index)
 
     @property
-    def optimizer_name(self) -> str:
+    def optimizer_class(self) -> type[Optimizer]:
         """Class of the optimizer that updates the weights."""
-        return type(self.optimizer).__name__
+        return type(self.optimizer)
 
     @property
     def is_sharded(self) -> bool:
@@ -148,8 +150,22 @@ class GradientBackend(ABC):
         """Bring weights that were written to `weights` to the model. A collective call."""
 
     @abstractmethod
+    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
+        """
+        What the optimizer stores on this process for the tensor that holds the shard of `parameter`
+        (nothing before its first step), and where in that tensor, flattened, the shard starts.
+        """
+
     def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
-        """This process's shard of Adam's second moment, shape [N]; None before its first step."""
+        """
+        This process's shard of Adam's second moment, shape [N], float32; None before its first
+        step, and of an optimizer without one.
+        """
+        state, start = self._optimizer_state(parameter)
+        moment_N = optimizers.second_moment(
+            self.optimizer_class, state, start=start, size=self._shard(parameter).size
+        )
+        return None if moment_N is None else moment_N.to(self.device)  # paged states are elsewhere
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:
         """Sum per-parameter scalars over the shards, one all-reduce for each process group."""
@@ -294,13 +310,14 @@ class TorchBackend(GradientBackend):
     def publish_weights(self) -> None:
         """The optimizer's weights are the model's."""
 
-    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
-        moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
-        return None if moment is None else _local(moment).view(-1)
+    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
+        state = self.optimizer.state.get(parameter, {})
+        return {key: _local(value) for key, value in state.items()}, 0
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(value: Any) -> Any:
+    """This process's part of a DTensor; all else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _sharding_dim(parameter: nn.Parameter) -> int | None:

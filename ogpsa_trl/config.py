@@ -73,8 +73,8 @@ class OGPSAConfig:
         metadata={
             "help": "In what sense the step that is taken is the nearest one. 'euclidean': an "
             "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
-            "Adam's second moment, with `target: update`; for an optimizer without one it is "
-            "the euclidean one."
+            "Adam's second moment, with `target: update`; for SGD, which has none, it is the "
+            "euclidean one, and optimizers that are not known are an error."
         },
     )
     constraint: Constraint = field(

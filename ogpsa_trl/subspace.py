@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import constraints, linalg
+from ogpsa_trl import constraints, linalg, optimizers
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.gradients import CapabilityGradients
@@ -84,10 +84,6 @@ class _Products:
     metric_square: Tensor  # v D^-1 v^T of all
 
 
-# Optimizers that keep a second moment under this name, `exp_avg_sq`, and those known to have none.
-_ADAM = ("Adam", "AdamW", "NAdam", "RAdam", "FusedAdam")
-_NO_MOMENT = ("SGD",)
-
 _TINY = torch.finfo(torch.float32).tiny
 
 # What is saved beside the rows. The first are on the device, the masks on the CPU.
@@ -118,12 +114,8 @@ class CapabilitySubspace:
         self.config = config
         if config.target == "update":
             self._check_weights()
-        if config.metric == "optimizer" and backend.optimizer_name not in (*_ADAM, *_NO_MOMENT):
-            raise ValueError(
-                f"`metric: optimizer` reads the second moment of {', '.join(_ADAM)} (and takes "
-                f"{', '.join(_NO_MOMENT)}, which has none, as `euclidean`), but the optimizer is "
-                f"{backend.optimizer_name}. Set `optim: adamw_torch`, or `metric: euclidean`."
-            )
+        if config.metric == "optimizer":
+            optimizers.check_known(backend.optimizer_class)
         num_parameters = len(backend.parameters)
         # Rows of the basis per parameter, shape [K, N]; None where all are zero.
         self.basis: list[Tensor | None] = [None] * num_parameters
@@ -452,7 +444,7 @@ class CapabilitySubspace:
         for mean, ((_, parameter), shard) in zip(means_P, parameters, strict=True):
             moment_N = self.backend.second_moment(parameter)
             if moment_N is not None:
-                mean[0] = moment_N.float().sum() / max(shard.total, 1)
+                mean[0] = moment_N.sum() / max(shard.total, 1)
                 mean[1] = 1
         means_P = self.backend.sum_over_shards(means_P)
         return means_P[:, 0] if means_P[:, 1].any() else None

@@ -8,7 +8,7 @@ internals is pinned by tests/test_upstream.py.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from ogpsa_trl.backends import GradientBackend, Shard, StepContext
 
@@ -34,8 +35,8 @@ class DeepSpeedBackend(GradientBackend):
         super().__init__(accelerator, engine.module, engine, engine.optimizer)
 
     @property
-    def optimizer_name(self) -> str:
-        return type(self.optimizer.optimizer).__name__
+    def optimizer_class(self) -> type[Optimizer]:
+        return type(self.optimizer.optimizer)
 
     def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """The engine makes gradients final in a pass that it knows to be the last."""
@@ -113,14 +114,12 @@ class Zero12Backend(DeepSpeedBackend):
     def publish_weights(self) -> None:
         self.optimizer.update_lp_params()
 
-    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
         mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         if mapping is None:
-            return None
+            return {}, 0
         flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-        moment = self.optimizer.optimizer.state.get(flat, {}).get("exp_avg_sq")
-        address = mapping.hp_fragment_address
-        return None if moment is None else moment.view(-1).narrow(0, address.start, address.numel)
+        return self.optimizer.optimizer.state.get(flat, {}), mapping.hp_fragment_address.start
 
     def clear_gradients(self) -> None:
         """What the optimizer itself does when it skips a step; otherwise it would add up."""
@@ -165,7 +164,7 @@ class Zero1BF16Backend(DeepSpeedBackend):
     def weights(self, parameter: nn.Parameter) -> Tensor:
         raise NotImplementedError("The weights of this optimizer are not sharded as its gradients.")
 
-    publish_weights = second_moment = weights  # pyright: ignore[reportAssignmentType]
+    publish_weights = _optimizer_state = weights  # pyright: ignore[reportAssignmentType]
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -192,7 +191,10 @@ class Zero3Backend(DeepSpeedBackend):
         return buffer.narrow(0, 0, self._shard(parameter).size)
 
     def weights(self, parameter: nn.Parameter) -> Tensor:
-        return self._state(parameter, None)
+        weights, _ = self.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False
+        )
+        return weights.data.view(-1).narrow(0, 0, self._shard(parameter).size)
 
     def publish_weights(self) -> None:
         """To the partitions of the model, and from there to the parameters kept whole."""
@@ -204,18 +206,10 @@ class Zero3Backend(DeepSpeedBackend):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
-    def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
-        group, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
+        group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        if "exp_avg_sq" not in self.optimizer.optimizer.state.get(flat, {}):
-            return None
-        return self._state(parameter, "exp_avg_sq")
-
-    def _state(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        state, _ = self.optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=key
-        )
-        return state.data.view(-1).narrow(0, 0, self._shard(parameter).size)
+        return self.optimizer.optimizer.state.get(flat, {}), start
 
     def clear_gradients(self) -> None:
         """

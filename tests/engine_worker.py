@@ -8,6 +8,7 @@ from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACC
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -343,6 +344,35 @@ def train_in_bf16(engine, model_path, folder, num_processes):
     }
 
 
+def train_in_8_bits(engine, model_path, folder, num_processes):
+    """
+    Per optimizer: the largest difference of the second moments of one step from those of AdamW, on
+    any process and relative to the largest of them; and the largest cosine.
+    """
+    cell = ("sft", "full", "model", "acc2", "optimizer")
+    optimizers = {"adamw_torch": "torch", "adamw_torch_8bit": "torchao"}
+    if engine not in ("fsdp2", "hsdp"):  # bitsandbytes takes no step of a DTensor
+        optimizers["adamw_bnb_8bit"] = "bitsandbytes"
+    moments, results = {}, {}
+    for optim, package in optimizers.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        trainer = make(
+            engine, cell, model_path, folder, num_processes, optim=optim, max_steps=1,
+            save_strategy="no",
+        )  # fmt: skip
+        probe = ProjectionProbe(trainer)
+        with torch.compiler.set_stance("force_eager"):  # torchao would compile for a minute
+            trainer.train()
+        backend = trainer.subspace.backend
+        held = [backend.second_moment(parameter) for _, parameter in backend.parameters]
+        moments[optim] = torch.cat([moment for moment in held if moment is not None])
+        expected = moments["adamw_torch"]
+        difference = (moments[optim] - expected).abs().max() / expected.max()
+        results[optim] = gathered(trainer, difference).max().item(), probe.largest
+    return results
+
+
 def main(engine, model_path, output_dir, checkpoints=None):
     torch.set_num_threads(1)
     if ON_CPU:
@@ -377,6 +407,7 @@ def main(engine, model_path, output_dir, checkpoints=None):
         errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
         save("errors", errors)
         save("bf16", train_in_bf16(engine, model_path, folder / "bf16", num_processes))
+        save("8-bit", train_in_8_bits(engine, model_path, folder / "8-bit", num_processes))
     # gloo may abort a process that ends while another still reads from it.
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -485,7 +485,9 @@ def test_the_training_script_says_in_one_line_what_is_wrong(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode != 0
-    assert result.stderr == (
-        f"error: Unknown key `lerning_rate` in {file}. The nearest known key is `learning_rate`.\n"
+    # Optional packages that do not fit this machine may complain as they are imported.
+    assert "Traceback" not in result.stderr
+    assert result.stderr.endswith("\n") and result.stderr.splitlines()[-1] == (
+        f"error: Unknown key `lerning_rate` in {file}. The nearest known key is `learning_rate`."
     )
     assert result.stdout == ""

@@ -173,6 +173,19 @@ def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launche
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+@every_engine
+def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched):
+    pytest.importorskip(package, exc_type=ImportError)
+    optim = {"torchao": "adamw_torch_8bit", "bitsandbytes": "adamw_bnb_8bit"}[package]
+    if package == "bitsandbytes" and engine in ("fsdp2", "hsdp"):
+        pytest.skip("bitsandbytes takes no step of a DTensor")
+    difference, cosine = load(launched(engine), "8-bit")[optim]
+    # Half the distance between two of the values that a code can have; see test_optimizers.py.
+    assert difference < 0.9 / 127 / 2
+    assert cosine < 1e-4
+
+
 @every_engine
 def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
     folder = launched(engine)

@@ -234,7 +234,7 @@ class TestErrors:
             "sft", base_model_path, tmp_path, capability=capability_groups(), optim="adafactor",
             config=paper(target="update", metric="optimizer"),
         )  # fmt: skip
-        with pytest.raises(ValueError, match=r"the optimizer is Adafactor. Set `optim: adamw_tor"):
+        with pytest.raises(ValueError, match=r"is transformers.Adafactor. Set `optim` to one"):
             trainer.train()
 
 
