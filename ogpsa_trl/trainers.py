@@ -88,7 +88,7 @@ class OGPSAMixin(Trainer):
         if not isinstance(ogpsa_config, OGPSAConfig | None):
             raise ValueError(
                 f"`ogpsa_config` must be an `OGPSAConfig`, but got {ogpsa_config!r}. Pass "
-                "`OGPSAConfig(refresh_interval=30, ...)`."
+                "`OGPSAConfig(num_samples=200, ...)`."
             )
         datasets = named_groups(capability_dataset)
         self.ogpsa_config = ogpsa_config or OGPSAConfig()
