@@ -8,9 +8,10 @@ should change the capability loss by, to first order, at the weights that it sta
 
     predicted = sum_t g_t (theta_{t+1} - theta_t)         actual = loss(theta_T) - loss(theta_0)
 
-g is the gradient of the mean capability loss, taken here and not by the trainer, on the samples
-that the subspace is estimated from and on as many new draws of the same tasks. `logged` is the sum
-of the trainer's own `ogpsa/step_change`, for which the gradients are those of the last refresh.
+g is the gradient of the mean capability loss, taken here and not by the trainer, on the `same`
+samples as the subspace is estimated from, and on as many `new` draws of the same tasks. `logged` is
+the sum of the trainer's own `ogpsa/step_change`, with the gradients of the last refresh: with a
+refresh before every step it is `predicted, same`, and otherwise blind to what has gone stale.
 Losses are means over the groups, in nats per token.
 
 Shapes: N trained weights.
@@ -32,13 +33,8 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
@@ -126,10 +122,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     folder = base_model_folder(world.seed)
     # One sequence of draws: the first are what the subspace is estimated from.
     groups = world.capability_groups(2 * NUM_SAMPLES)
-    samples = {
-        name: {group: dataset.select(rows) for group, dataset in groups.items()}
-        for name, rows in SETS.items()
-    }
+    samples = {n: {g: d.select(rows) for g, d in groups.items()} for n, rows in SETS.items()}
     target, scope = ARMS[arm]
     trainer = OGPSASFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder),
@@ -140,14 +133,10 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         eval_dataset={f"{n} {g}": d for n, of_set in samples.items() for g, d in of_set.items()},
         capability_dataset=samples["same"],
         ogpsa_config=OGPSAConfig.from_preset(
-            "paper",
-            target=target,
-            scope=scope,
-            refresh_interval=args.refresh_interval,
-            num_samples=NUM_SAMPLES,
-            capability_batch_size=NUM_SAMPLES,
+            "paper", target=target, scope=scope, refresh_interval=args.refresh_interval,
+            num_samples=NUM_SAMPLES, capability_batch_size=NUM_SAMPLES,
         ),
-    )
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     witnesses = {}
     for name in SETS:
@@ -184,23 +173,12 @@ def logged(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def training_arguments(seed: int, args: argparse.Namespace) -> SFTConfig:
     """Those of configs/demo_sft.yaml, with a log after every step."""
     return SFTConfig(
-        output_dir=str(args.output / "trainer"),
-        seed=seed,
-        max_steps=args.max_steps,
-        learning_rate=args.learning_rate,
-        per_device_train_batch_size=16,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        max_grad_norm=1.0,
-        max_length=64,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+        output_dir=str(args.output / "trainer"), seed=seed, max_steps=args.max_steps,
+        learning_rate=args.learning_rate, per_device_train_batch_size=16,
+        lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=1.0, max_length=64, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
 
 
 def report(results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
@@ -213,11 +191,13 @@ def report(results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> No
     for arm in ARMS:
         runs = [result for result in results if result["arm"] == arm]
         rows.append({"arm": arm} | {name: _cell([run[name] for run in runs]) for name in columns})
+    packages = ("ogpsa_trl", "trl", "transformers", "torch")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     worlds = "a world and base model each" if args.world is None else f"world {args.world} for all"
     settings = (
         f"Seeds {args.seeds} ({worlds}), mean +- standard deviation; {args.max_steps} steps of "
         f"AdamW, learning rate {args.learning_rate:g}, a refresh every {args.refresh_interval} "
-        f"from {NUM_SAMPLES} samples a group, {platform.machine()} CPU, {_versions()}."
+        f"from {NUM_SAMPLES} samples a group, {platform.machine()} CPU, {versions}."
     )
     text = f"{markdown_table(rows, ['arm', *columns])}\n\n{settings}\n"
     console.print(text)
@@ -229,11 +209,6 @@ def report(results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> No
 def _cell(values: Sequence[float]) -> str:
     spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
     return f"{fmean(values):+.4f}{spread}"
-
-
-def _versions() -> str:
-    packages = ("ogpsa_trl", "trl", "transformers", "torch")
-    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def main() -> None:

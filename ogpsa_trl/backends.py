@@ -13,6 +13,7 @@ The mathematics above sees one interface, whatever the engine:
     from_first_process(make)   a value that must not differ between the processes
     from_all_processes(values) the lists of all processes as one
     preserved()                context: what happens inside leaves no trace in training
+    other_passes()             context of passes that call other modules than training does
     accumulation(is_last)      context of one forward and backward pass that adds to the gradients
     backward(loss)             the engine's own backward pass, without an optimizer step
     clear_gradients()          forget the gradients
@@ -166,6 +167,10 @@ class GradientBackend(ABC):
             self.optimizer_class, state, start=start, size=self._shard(parameter).size
         )
         return None if moment_N is None else moment_N.to(self.device)  # paged states are elsewhere
+
+    def other_passes(self) -> contextlib.AbstractContextManager[Any]:
+        """Forward and backward passes that call other modules than those of training do."""
+        return contextlib.nullcontext()
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:
         """Sum per-parameter scalars over the shards, one all-reduce for each process group."""

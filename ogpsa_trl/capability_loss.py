@@ -5,6 +5,8 @@ Both are sums over trainable tokens, in nats, and both are counted from the star
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +66,10 @@ class CapabilityLoss:
         logits_TV = self.logits(batch)
         start = self.start.likely_tokens(batch)
         return divergence(logits_TV, *(tensor.to(logits_TV.device) for tensor in start))
+
+    def passes(self, backend: GradientBackend) -> AbstractContextManager[Any]:
+        """Around its passes. Logits come from a module that TRL's fused head does not call."""
+        return backend.other_passes() if self.is_kl else nullcontext()
 
     def prepare(self, backend: GradientBackend) -> None:
         """

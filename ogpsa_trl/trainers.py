@@ -189,7 +189,7 @@ class OGPSAMixin(Trainer):
             progress.update()
             return loss.sum(batch)
 
-        with progress, self.maybe_activation_offload_context:
+        with progress, self.maybe_activation_offload_context, loss.passes(backend):
             loss.prepare(backend)
             gradients = capability_gradients(backend, parts, sum_loss, rounding=loss.rounding)
         refresh = self.subspace.refresh(gradients, loss.rises(parts, gradients.losses))

@@ -206,6 +206,24 @@ class Zero3Backend(DeepSpeedBackend):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
+    @contextlib.contextmanager
+    def other_passes(self) -> Iterator[None]:
+        """
+        DeepSpeed gathers parameters ahead in the order of the last pass. What a pass of another
+        order is given ahead is taken from it again before its backward pass.
+        """
+        self._forget_order()
+        try:
+            yield
+        finally:
+            self._forget_order()
+
+    def _forget_order(self) -> None:
+        """The next pass gathers as it goes, and is recorded."""
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
     def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
         group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
