@@ -59,6 +59,8 @@ def main(run: RunArguments) -> None:
     trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    # The others may still be saving: gloo aborts on a peer that has left.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

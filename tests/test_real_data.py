@@ -87,6 +87,7 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     config = real_example.write(few, tmp_path) / "sft.yaml"
     options = {
         "model_name_or_path": DATA / real_example.CHECKPOINT,
+        "preset": "paper",
         "max_steps": 2,
         "save_strategy": "steps",
         "save_steps": 2,
