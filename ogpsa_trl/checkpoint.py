@@ -58,7 +58,7 @@ def save_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     tensors = {name: tensor.cpu() for name, tensor in subspace.state_dict().items()}
     metadata = {
         "format": _FORMAT,
-        "settings": json.dumps(_settings(subspace)),
+        "settings": json.dumps(_settings(subspace.config, _SETTINGS)),
         "shards": json.dumps(_shards(backend)),
     }
     names = _names(backend)
@@ -87,8 +87,8 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
 def save_start(start: StartingPoint, config: OGPSAConfig, folder: str) -> None:
     """Write the starting point into a checkpoint folder. One process is enough."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = {name: asdict(config)[name] for name in _START_SETTINGS}
-    metadata = {"format": _FORMAT, "settings": json.dumps(settings), "shards": "{}"}
+    settings = json.dumps(_settings(config, _START_SETTINGS))
+    metadata = {"format": _FORMAT, "settings": settings, "shards": "{}"}
     tensors = {name: tensor.contiguous() for name, tensor in start.state_dict().items()}
     save_file(tensors, Path(folder) / START_FILE_NAME, metadata)
 
@@ -108,7 +108,7 @@ def load_start(
     start, reason = None, "there is none"
     if path.exists():
         with _open(path) as file:
-            if file.settings != {name: asdict(config)[name] for name in _START_SETTINGS}:
+            if file.settings != _settings(config, _START_SETTINGS):
                 reason = f"it was measured with the settings {file.settings}"
             else:
                 state = {name: file.tensors.get_tensor(name) for name in file.names}
@@ -143,12 +143,12 @@ def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
         return False
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open(path)) for path in paths]
-        saved = files[0].settings
-        if saved != _settings(subspace):
+        saved, ours = files[0].settings, _settings(subspace.config, _SETTINGS)
+        if saved != ours:
             logger.warning(
                 "The capability subspace in %s was made with the settings %s, but this run has "
                 "%s: it is estimated anew before the next step.",
-                paths[0], saved, _settings(subspace),
+                paths[0], saved, ours,
             )  # fmt: skip
             return False
         if files[0].shards != _shards(backend):
@@ -171,7 +171,7 @@ def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
 class _File:
     """An open file: what it says of itself, and access to its tensors."""
 
-    settings: dict[str, str]
+    settings: dict[str, Any]
     shards: dict[str, Shard]
     tensors: Any
     names: set[str]
@@ -280,6 +280,6 @@ def _shards(backend: GradientBackend) -> dict[str, Shard]:
     return {name: s for (name, _), s in zip(backend.parameters, backend.shards, strict=True)}
 
 
-def _settings(subspace: CapabilitySubspace) -> dict[str, str]:
-    settings = asdict(subspace.config)
-    return {name: settings[name] for name in _SETTINGS}
+def _settings(config: OGPSAConfig, names: Sequence[str]) -> dict[str, Any]:
+    settings = asdict(config)
+    return {name: settings[name] for name in names}

@@ -81,6 +81,16 @@ def trained(*args, **kwargs):
     return trainer, before, weights(trainer)
 
 
+def assert_resume_is_bitwise(make, tmp_path, steps):
+    """Runs of `make()` resumed after these steps end as the one that never stopped."""
+    straight = make()
+    straight.train()
+    for step in steps:
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert max_difference(weights(resumed), weights(straight)) == 0, step
+
+
 def max_difference(left, right):
     assert left.keys() == right.keys()
     return max((left[name] - right[name]).abs().max().item() for name in left)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ogpsa_trl.checkpoint import START_FILE_NAME
 from ogpsa_trl.subspace import CapabilitySubspace
 from runs import (
+    assert_resume_is_bitwise,
     capability_groups,
     literal_kl,
     literal_nll,
@@ -164,12 +165,7 @@ def test_resume_is_bitwise(stage, loss, base_model_path, tmp_path):
             save_strategy="steps", save_steps=1, **ADAMW,
         )  # fmt: skip
 
-    straight = again()
-    straight.train()
-    for step in (1, 2, 3):
-        resumed = again()
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert max_difference(weights(resumed), weights(straight)) == 0, step
+    assert_resume_is_bitwise(again, tmp_path, steps=(1, 2, 3))
 
 
 @pytest.mark.parametrize(

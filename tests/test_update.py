@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from runs import (
+    assert_resume_is_bitwise,
     capability_groups,
     literal_nll,
     make_trainer,
@@ -200,12 +201,7 @@ def test_resume_is_bitwise(metric, constraint, base_model_path, tmp_path):
             save_strategy="steps", save_steps=1, **ADAMW,
         )  # fmt: skip
 
-    straight = make()
-    straight.train()
-    for step in (1, 2, 3):
-        resumed = make()
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert max_difference(weights(resumed), weights(straight)) == 0, step
+    assert_resume_is_bitwise(make, tmp_path, steps=(1, 2, 3))
 
 
 class TestErrors:
