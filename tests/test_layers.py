@@ -45,8 +45,9 @@ LAYERS = {
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
     "evaluation.measures": ("", "torch transformers trl"),
-    "evaluation.report": ("", "matplotlib"),
-    "evaluation.__init__": ("evaluation.measures evaluation.report", ""),
+    "evaluation.tradeoff": ("", ""),
+    "evaluation.report": ("evaluation.tradeoff", "matplotlib"),
+    "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
 }
 
 ENGINES = {"accelerate", "deepspeed", "torch.distributed"}

@@ -11,6 +11,7 @@ from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
     exact_match,
+    mean_divergence,
     mean_log_likelihood_per_token,
     mean_probability,
     preference_accuracy,
@@ -331,3 +332,27 @@ def test_measuring_leaves_modes_and_gradients_as_they_were(fails):
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_divergence_of_a_model_from_itself_is_zero(trained_model):
+    prompts, completions = mixed_samples()
+    assert mean_divergence(trained_model, trained_model, TOKENIZER, prompts, completions) == 0
+
+
+def test_divergence_from_a_uniform_model_is_what_its_entropy_leaves(trained_model):
+    """KL(uniform || q) = -log V - mean over the vocabulary of log q, at every token."""
+    prompts, completions = mixed_samples(2)
+    expected, num_tokens = 0.0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        start = len(TOKENIZER(prompt)["input_ids"])
+        ids = torch.tensor([TOKENIZER(prompt + completion + "<eos>")["input_ids"]])
+        with torch.no_grad():
+            log_probs = trained_model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        expected += (-math.log(log_probs.shape[-1]) - log_probs.mean(-1)).sum().item()
+        num_tokens += len(log_probs)
+    found = mean_divergence(uniform_model(), trained_model, TOKENIZER, prompts, completions)
+    assert found == pytest.approx(expected / num_tokens, rel=1e-4)  # float32 logits
+    other_batches = mean_divergence(
+        uniform_model(), trained_model, TOKENIZER, prompts, completions, batch_size=3
+    )
+    assert other_batches == pytest.approx(found, rel=1e-5)

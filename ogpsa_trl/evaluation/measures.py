@@ -96,24 +96,7 @@ def completion_scores(
             `append_eos` is set without an end-of-sequence token, or a sample has no token to score
             or none before it.
     """
-    if not prompts or len(prompts) != len(completions):
-        raise ValueError(
-            f"`prompts` and `completions` must be equally many and at least one, but got "
-            f"{len(prompts)} and {len(completions)}. Pass one completion per prompt."
-        )
-    sequences, starts = [], []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        prompt_ids, ids = _tokenise(tokenizer, prompt, completion, append_eos)
-        start = common_prefix_length(prompt_ids, ids)
-        ids = ids[:max_length]
-        if not 0 < start < len(ids):
-            raise ValueError(
-                f"Each sample needs a token to score and a token before it, but the completion of "
-                f"sample {i} starts at token {start} of {len(ids)} kept. Raise `max_length`, or "
-                "leave out samples with an empty prompt or completion."
-            )
-        sequences.append(ids)
-        starts.append(start)
+    sequences, starts = _tokenise_all(tokenizer, prompts, completions, append_eos, max_length)
     return _score(model, sequences, starts, batch_size)
 
 
@@ -130,6 +113,51 @@ def mean_probability(scores: CompletionScores) -> float:
 def mean_log_likelihood_per_token(scores: CompletionScores) -> float:
     """Mean over all scored tokens of all samples of the log-probability, in nats."""
     return (scores.log_probs.sum() / scores.num_tokens.sum()).item()
+
+
+def mean_divergence(
+    start_model: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    *,
+    batch_size: int = 32,
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> float:
+    """
+    Mean over the completion tokens of KL(start || model), over the whole vocabulary, in nats.
+
+    Args:
+        start_model (`PreTrainedModel`):
+            The model that training started from.
+        model (`PreTrainedModel`):
+            The model after training, with the same tokenizer.
+        tokenizer, prompts, completions, batch_size, append_eos, max_length:
+            As for `completion_scores`.
+
+    Returns:
+        `float`:
+            At least 0, but for rounding; 0 if the models are the same.
+
+    Raises:
+        ValueError: As `completion_scores`.
+    """
+    sequences, starts = _tokenise_all(tokenizer, prompts, completions, append_eos, max_length)
+    pairs = zip(
+        _completion_logits(start_model, sequences, starts, batch_size),
+        _completion_logits(model, sequences, starts, batch_size),
+        strict=True,
+    )
+    total, num_tokens = 0.0, 0
+    for (_, start_logits_TV), (_, logits_TV) in pairs:
+        start_log_probs_TV = start_logits_TV.double().log_softmax(-1)
+        log_probs_TV = logits_TV.double().log_softmax(-1).to(start_log_probs_TV.device)
+        divergence_TV = start_log_probs_TV.exp() * (start_log_probs_TV - log_probs_TV)
+        total += divergence_TV.sum().item()
+        num_tokens += len(divergence_TV)
+    return total / num_tokens
 
 
 def preference_accuracy(
@@ -239,6 +267,35 @@ def bits_per_character(
     return -scores.log_probs.sum().item() / math.log(2) / num_characters
 
 
+def _tokenise_all(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    append_eos: bool,
+    max_length: int | None,
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of every sample, and where its completion starts among them."""
+    if not prompts or len(prompts) != len(completions):
+        raise ValueError(
+            f"`prompts` and `completions` must be equally many and at least one, but got "
+            f"{len(prompts)} and {len(completions)}. Pass one completion per prompt."
+        )
+    sequences, starts = [], []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        prompt_ids, ids = _tokenise(tokenizer, prompt, completion, append_eos)
+        start = common_prefix_length(prompt_ids, ids)
+        ids = ids[:max_length]
+        if not 0 < start < len(ids):
+            raise ValueError(
+                f"Each sample needs a token to score and a token before it, but the completion of "
+                f"sample {i} starts at token {start} of {len(ids)} kept. Raise `max_length`, or "
+                "leave out samples with an empty prompt or completion."
+            )
+        sequences.append(ids)
+        starts.append(start)
+    return sequences, starts
+
+
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, append_eos: bool
 ) -> tuple[list[int], list[int]]:
@@ -283,24 +340,35 @@ def _score(
     num_tokens_S = torch.tensor(
         [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
     )
-    by_length = sorted(range(num_samples), key=lambda i: len(sequences[i]))  # to pad little
-    with _evaluating(model):
-        for first in range(0, num_samples, batch_size):
-            batch = by_length[first : first + batch_size]
-            ids_BL, mask_BL = _pad_right([sequences[i] for i in batch])
+    for i, logits_TV in _completion_logits(model, sequences, starts, batch_size):
+        targets_T = torch.tensor(sequences[i][starts[i] :], device=logits_TV.device)
+        token_log_probs_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
+        log_probs_S[i] = token_log_probs_T.double().sum().cpu()
+        is_greedy_S[i] = (logits_TV.argmax(-1) == targets_T).all().cpu()
+    return CompletionScores(log_probs_S, num_tokens_S, is_greedy_S)
+
+
+def _completion_logits(
+    model: PreTrainedModel, sequences: list[list[int]], starts: list[int], batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """
+    The number of a sequence and the logits for its tokens from its start on, `[T, V]`, float32.
+
+    Every sequence comes once, short ones first, so that there is little padding.
+    """
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for first in range(0, len(sequences), batch_size):
+        batch = by_length[first : first + batch_size]
+        ids_BL, mask_BL = _pad_right([sequences[i] for i in batch])
+        with _evaluating(model):
             logits_BLV = model(
                 input_ids=ids_BL.to(model.device),
                 attention_mask=mask_BL.to(model.device),
                 use_cache=False,
             ).logits
-            for row, i in enumerate(batch):
-                # The logits at a position are about the token at the next one.
-                logits_TV = logits_BLV[row, starts[i] - 1 : len(sequences[i]) - 1].float()
-                targets_T = ids_BL[row, starts[i] : len(sequences[i])].to(logits_TV.device)
-                token_log_probs_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
-                log_probs_S[i] = token_log_probs_T.double().sum().cpu()
-                is_greedy_S[i] = (logits_TV.argmax(-1) == targets_T).all().cpu()
-    return CompletionScores(log_probs_S, num_tokens_S, is_greedy_S)
+        for row, i in enumerate(batch):
+            # The logits at a position are about the token at the next one.
+            yield i, logits_BLV[row, starts[i] - 1 : len(sequences[i]) - 1].float()
 
 
 def _pad_right(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

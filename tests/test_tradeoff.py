@@ -1,0 +1,114 @@
+"""Capability at equal safety, and its picture."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ogpsa_trl.evaluation import Spread, at_safety, paired_difference, tradeoff_figure
+
+SWEEP = [
+    {"safe": 0.5, "kept": 1.0, "time": 3.0},
+    {"safe": 0.7, "kept": 0.9},
+    {"safe": 0.9, "kept": 0.5},
+]
+
+
+def test_measures_are_linear_between_neighbours():
+    found = at_safety(SWEEP, "safe", 0.85)
+    assert found == pytest.approx({"safe": 0.85, "kept": 0.6})  # `time` is known of one run only
+
+
+@pytest.mark.parametrize("run", SWEEP)
+def test_at_the_safety_of_a_run_its_own_measures_are_found(run):
+    found = at_safety(SWEEP, "safe", run["safe"])
+    assert found["kept"] == pytest.approx(run["kept"])
+
+
+@pytest.mark.parametrize("level", [0.49, 0.91])
+def test_nothing_is_extrapolated(level):
+    assert at_safety(SWEEP, "safe", level) is None
+    assert at_safety(SWEEP[:1], "safe", level) is None
+    assert at_safety([], "safe", level) is None
+
+
+def test_the_gentlest_training_that_is_safe_enough_counts():
+    """With too high a learning rate a model may lose the refusals again."""
+    sweep = [{"safe": s, "kept": k} for s, k in ((0.2, 1.0), (0.8, 0.9), (0.2, 0.1))]
+    assert at_safety(sweep, "safe", 0.5)["kept"] == pytest.approx(0.95)
+
+
+def test_a_run_that_diverged_is_left_out():
+    sweep = [SWEEP[0], {"safe": float("nan"), "kept": 0.0}, SWEEP[2]]
+    assert at_safety(sweep, "safe", 0.7) == pytest.approx({"safe": 0.7, "kept": 0.75})
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 5)), min_size=2, max_size=5),
+    st.floats(0, 1),
+)
+def test_what_is_found_lies_between_runs(points, level):
+    sweep = [{"safe": safe, "kept": kept} for safe, kept in points]
+    found = at_safety(sweep, "safe", level)
+    is_inside = min(s for s, _ in points) <= level <= max(s for s, _ in points)
+    if len({safe for safe, _ in points}) > 1:
+        assert (found is not None) == is_inside
+    if found is not None:
+        kept = [kept for _, kept in points]
+        assert min(kept) - 1e-9 <= found["kept"] <= max(kept) + 1e-9
+
+
+def test_what_seeds_have_in_common_cancels_in_a_difference():
+    easy_and_hard = {0: 0.9, 1: 0.3, 2: 0.6}
+    better = {seed: value + 0.1 for seed, value in easy_and_hard.items()}
+    difference = paired_difference(better, easy_and_hard)
+    assert (difference.mean, difference.sd) == pytest.approx((0.1, 0), abs=1e-12)
+    assert paired_difference(better, {2: 0.5, 7: 0.1}) == Spread(pytest.approx(0.2), 0, 1)
+    assert paired_difference(better, {7: 0.1}) is None
+
+
+def test_a_spread_is_of_a_sample():
+    assert Spread.of([1, 2, 3]) == Spread(2, 1, 3)
+    assert Spread.of([1, 2, 3]).standard_error == pytest.approx(3**-0.5)
+    assert Spread.of([4]).standard_error == 0
+    with pytest.raises(ValueError, match="at least one value"):
+        Spread.of([])
+
+
+def test_a_picture_shows_every_method_with_its_number_and_colour(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+    )
+    bits = {"naive": (2.0, 2.5), "careful": (1.1, 1.2)}
+    sweeps = {
+        name: [
+            {"safe": Spread(safe, 0.01, 3), "bits": Spread(b, 0.1, 3), "over": Spread(b - 1, 0, 3)}
+            for safe, b in zip((0.5, 0.9), values, strict=True)
+        ]
+        for name, values in bits.items()
+    }
+    path = tradeoff_figure(
+        sweeps, tmp_path / "new" / "t.png",
+        safety="safe", capability="bits", colour="over", marked=1,
+        start={"safe": 0.1, "bits": 1.0}, levels=[0.7], lower_is_better=["bits", "over"],
+    )  # fmt: skip
+    assert path.read_bytes().startswith(b"\x89PNG")
+    panels = figures[0].axes[:2]
+    for axes in panels:
+        marks = axes.collections[-1]
+        assert marks.get_offsets().tolist() == [[0.9, 2.5], [0.9, 1.2]]
+        assert marks.get_array().tolist() == pytest.approx([1.5, 0.2])
+        assert [text.get_text() for text in axes.texts] == ["1", "2"]
+        assert axes.yaxis.get_inverted() and not axes.xaxis.get_inverted()  # up is better
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert legend == ["starting model", "naive", "careful"]
+
+
+def test_a_picture_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="at least one method"):
+        tradeoff_figure(
+            {}, tmp_path / "t.png", safety="s", capability="c", colour="o", marked=0, start={}
+        )
