@@ -156,6 +156,18 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}{spread}"
 
 
-def _versions() -> str:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that appears complete or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    unfinished.rename(file)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions that a result belongs to."""
     packages = ("ogpsa_trl", "trl", "transformers", "accelerate", "torch")
-    return ", ".join(f"{package} {version(package)}" for package in packages) + "."
+    return {package: version(package) for package in packages}
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {number}" for name, number in package_versions().items()) + "."

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import comparison
-import real_example
+import real_data
 from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
@@ -29,12 +29,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def rows():
-    return real_example.prepare(DATA)
+    return real_data.prepare(DATA)
 
 
 @pytest.fixture(scope="module")
 def base():
-    folder = DATA / real_example.CHECKPOINT
+    folder = DATA / real_data.CHECKPOINT
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -56,7 +56,7 @@ def literal_story_nll(model, tokenizer, stories):
 
 def test_nothing_that_is_held_out_is_trained_on(rows):
     trained_on = prompts_of(rows["sft"] + rows["instructions"] + rows["dpo"])
-    for name in ("harmful", "benign", "instructions", "pairs"):
+    for name in ("harmful", "benign", "instructions", "unreferenced", "pairs"):
         assert prompts_of(rows[f"held-out {name}"]).isdisjoint(trained_on), name
     texts = [{row["text"] for row in rows[name]} for name in ("stories", "held-out stories")]
     assert texts[0].isdisjoint(texts[1])
@@ -65,7 +65,7 @@ def test_nothing_that_is_held_out_is_trained_on(rows):
 
 def test_missing_data_are_named_with_the_way_out(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no safety/advbench.jsonl in .*with --data"):
-        real_example.prepare(tmp_path)
+        real_data.prepare(tmp_path)
 
 
 def test_the_model_knows_stories_better_than_anything_else(rows, base):
@@ -84,9 +84,9 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     """The groups are cut to a few samples, all of which the first refresh must have seen."""
     model, tokenizer = base
     few = rows | {name: rows[name][:12] for name in ("stories", "instructions")}
-    config = real_example.write(few, tmp_path) / "sft.yaml"
+    config = real_data.write(few, tmp_path) / "sft.yaml"
     options = {
-        "model_name_or_path": DATA / real_example.CHECKPOINT,
+        "model_name_or_path": DATA / real_data.CHECKPOINT,
         "preset": "paper",
         "max_steps": 2,
         "save_strategy": "steps",
@@ -98,7 +98,7 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
 
     state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
     first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    requests, answers = real_example._columns(few["instructions"], "prompt", "completion")
+    requests, answers = real_data._columns(few["instructions"], "prompt", "completion")
     scores = completion_scores(model, tokenizer, requests, answers, max_length=MAX_LENGTH)
     # Float32 forward passes of different shapes and another attention kernel.
     close = {"rel": 1e-3}
@@ -118,5 +118,16 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
         for after, before in zip(trained.parameters(), model.parameters(), strict=True)
     ]
     # AdamW moves an entry by at most about the learning rate in a step.
-    assert 0 < max(changes) < 2 * real_example.learning_rate("sft")
+    assert 0 < max(changes) < 2 * 2e-3  # of configs/stories_sft.yaml
     assert not any(math.isnan(change) for change in changes)
+
+
+def test_the_base_model_is_measured_against_itself(rows, base):
+    model, tokenizer = base
+    measures = real_data.measure(model, tokenizer, model, rows)
+    assert measures["drift"] == 0
+    assert measures["preference"] == 0  # no margin is above its own
+    stories = [row["text"] for row in rows["held-out stories"]]
+    bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
+    assert measures["story_bits"] == bits
+    assert 0 <= measures["p_refuse"] < 1e-3  # it has read stories only

@@ -1,13 +1,11 @@
 """
-Plain TRL and OGPSA on a real pretrained model and real data, on a CPU.
+Real data for a small pretrained model, on a CPU: how they are split, and what is measured on them.
 
-    python scripts/real_example.py [--data ../shared/data] [--seeds 0 1 2]
+    python scripts/real_data.py [--data ../shared/data] [--output runs/stories]
 
-Trains a story model of 260 thousand parameters to refuse, by SFT and then by DPO: with plain TRL
-and with every preset, replay without projection and a second weight of the KL penalty beside them.
-All take the same steps and seeds, and are measured before and after each stage. The settings are in
-configs/stories_sft.yaml and configs/stories_dpo.yaml. The data are not part of the project: they
-are read from the folder that --data names.
+writes the training data and the configurations of configs/stories_sft.yaml and stories_dpo.yaml for
+scripts/train.py; scripts/benchmark_tradeoff.py --model ... compares methods on them. The data are
+not part of the project: they are read from the folder that --data names.
 """
 
 import argparse
@@ -15,38 +13,24 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from comparison import ROOT, StageRun, compare, console, report
+from comparison import ROOT, console
 from ogpsa_trl.evaluation.measures import (
     bits_per_character,
     completion_scores,
+    mean_divergence,
     mean_log_likelihood_per_token,
     preference_accuracy,
 )
 
 Row = dict[str, Any]
 
-# The published forms are refreshed as often as in DPO, and see no more samples than training does:
-# 8 refreshes of 32 samples a group. The others see as many: 8 a group for each step.
-_OFTEN = ["--refresh_interval", "5", "--num_samples", "32"]
-METHODS = {
-    "plain TRL": ["--ogpsa", "false"],
-    "paper": ["--preset", "paper", *_OFTEN],
-    "paper-theorem": ["--preset", "paper-theorem", *_OFTEN],
-    "preserve": ["--preset", "preserve"],
-    "replay": ["--preset", "replay"],
-    "added replay": ["--preset", "kl", "--capability_loss", "nll"],
-    "kl": ["--preset", "kl"],
-    "kl, weight 3": ["--preset", "kl", "--replay_weight", "3"],
-}
-
 STAGES = ("sft", "dpo")
+CAPABILITY_GROUPS = ("stories", "instructions")
 
 CHECKPOINT = "checkpoints/stories260K"
 FILES = {
@@ -57,6 +41,7 @@ FILES = {
     "held-out pairs": "safety/hh_harmless_pairs_test.jsonl",
     "stories": "general/tinystories.jsonl",
     "instructions": "general/self_instruct_seed.jsonl",
+    "unreferenced": "general/gsm8k_test.jsonl",
 }
 
 # The first is the usual one in the answers to XSTest.
@@ -71,7 +56,7 @@ REFUSALS = (
 SPLIT_SEED = 0
 MAX_LENGTH = 256  # tokens, as in the configurations
 MAX_PROMPT_LENGTH = 192  # leaves room for an answer
-NUM_HELD_OUT = {"harmful": 100, "benign": 75, "stories": 50, "instructions": 50}
+NUM_HELD_OUT = {"harmful": 100, "benign": 75, "stories": 50, "instructions": 50, "unreferenced": 50}
 NUM_LOOK_ALIKES = 40
 
 NOTES = f"""\
@@ -80,12 +65,16 @@ All measures are on held-out prompts and texts, cut to {MAX_LENGTH} tokens:
 * `story_bits`: bits per character of {NUM_HELD_OUT["stories"]} TinyStories, from their start.
 * `instruction_nll`: nats per token of the answers to {NUM_HELD_OUT["instructions"]} self-instruct
   requests.
+* `unreferenced_nll`: the same of the answers to {NUM_HELD_OUT["unreferenced"]} GSM8K questions, of
+  which the capability data hold nothing alike.
 * `refusal_ll`, `p_refuse`: log-likelihood per token of the {len(REFUSALS)} refusals that training
   uses, and the probability that the answer is one of them, to {NUM_HELD_OUT["harmful"]} AdvBench
   prompts.
 * `over_refusal_ll`, `p_over_refuse`: the same to {NUM_HELD_OUT["benign"]} benign XSTest prompts.
 * `preference`: share of the HH test pairs whose margin (log-probability of chosen minus rejected)
-  is larger than under the model that the stage started from: `rewards/accuracies` in TRL.
+  is larger than under the base model.
+* `drift`: divergence from the base model on the instructions' answers, nats per token; `distance`:
+  length of the change of the weights, relative to that of the weights.
 
 The capability data hold answers to {NUM_LOOK_ALIKES} other benign XSTest prompts. The training data
 hold such answers too, so plain TRL learns to answer from them: what is removed is partly of use.
@@ -96,68 +85,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stories")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
-    parser.add_argument(
-        "--learning_rate_factors",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="on the learning rates of the configurations; one table each",
-    )
-    parser.add_argument(
-        "--prepare_only", action="store_true", help="write the data and configurations, and stop"
-    )
     args = parser.parse_args()
     try:
         rows = prepare(args.data)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    folder = write(rows, args.output)
-    if args.prepare_only:
-        console.print(f"Data and configurations: {folder}")
-        return
-
-    @cache  # the base model is the same in every comparison
-    def measured(model: Path, start: Path | None) -> dict[str, float]:
-        return measure(model, start, rows)
-
-    methods = {name: METHODS[name] for name in args.methods}
-    for factor in args.learning_rate_factors:
-        output = args.output / f"learning-rate-x{factor:g}"
-        rates = {stage: f"{factor * learning_rate(stage):.4g}" for stage in STAGES}
-        runs = []
-        for seed in args.seeds:
-            stages = [
-                StageRun(
-                    stage.upper(),
-                    folder / f"{stage}.yaml",
-                    ["--learning_rate", rate, "--seed", str(seed)],
-                )
-                for stage, rate in rates.items()
-            ]
-            base_model = args.data / CHECKPOINT
-            runs.append(compare(base_model, stages, measured, output / f"seed-{seed}", methods))
-        report(
-            runs,
-            output,
-            title=f"stories260K, learning rates {rates['sft']} (SFT) and {rates['dpo']} (DPO)",
-            lower_is_better=[
-                "story_bits", "instruction_nll", "over_refusal_ll", "p_over_refuse",
-            ],
-            notes=NOTES,
-        )  # fmt: skip
+    console.print(f"Data and configurations: {write(rows, args.output)}")
 
 
-def learning_rate(stage: str) -> float:
-    """The learning rate in the configuration of a stage."""
-    config = (ROOT / "configs" / f"stories_{stage}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(config)["learning_rate"]
-
-
-def prepare(data: Path) -> dict[str, list[Row]]:
+def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
     """
     Read the data and split them, always in the same way.
+
+    Args:
+        data: Folder of the data.
+        model: Folder of the model whose tokenizer says which samples are short enough. `None`: the
+            story model beside the data.
 
     Returns:
         Rows of training (`sft`, `dpo`), of the capability groups (`stories`, `instructions`), and
@@ -166,13 +109,13 @@ def prepare(data: Path) -> dict[str, list[Row]]:
     Raises:
         FileNotFoundError: a file of the data is missing.
     """
-    for name in (*FILES.values(), f"{CHECKPOINT}/config.json"):
+    for name in (*FILES.values(), *([] if model else [f"{CHECKPOINT}/config.json"])):
         if not (data / name).is_file():
             raise FileNotFoundError(
                 f"The example needs data that are not part of the project, but there is no {name} "
                 f"in {data}. Name the folder that holds them with --data."
             )
-    tokenizer = AutoTokenizer.from_pretrained(data / CHECKPOINT)
+    tokenizer = AutoTokenizer.from_pretrained(model or data / CHECKPOINT)
     rng = random.Random(SPLIT_SEED)
     source = {name: _read_shuffled(data / file, rng) for name, file in FILES.items()}
 
@@ -197,6 +140,10 @@ def prepare(data: Path) -> dict[str, list[Row]]:
     rows["held-out instructions"], other = _split("instructions", requests)
     rows["instructions"] = other + look_alikes
 
+    questions = [_conversation(row["question"], row["answer"]) for row in source["unreferenced"]]
+    questions = [q for q in questions if _length(tokenizer, q["prompt"]) <= MAX_PROMPT_LENGTH]
+    rows["held-out unreferenced"], _ = _split("unreferenced", questions)
+
     stories = [{"text": row["text"]} for row in source["stories"]]
     rows["held-out stories"], rows["stories"] = _split("stories", stories)
 
@@ -216,7 +163,7 @@ def write(rows: dict[str, list[Row]], output: Path) -> Path:
     """Write the training data, and the configurations with the paths of this output."""
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*STAGES, "stories", "instructions"):
+    for name in (*STAGES, *CAPABILITY_GROUPS):
         lines = "".join(json.dumps(row) + "\n" for row in rows[name])
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     for stage in STAGES:
@@ -226,25 +173,29 @@ def write(rows: dict[str, list[Row]], output: Path) -> Path:
     return folder
 
 
-def measure(folder: Path, start: Path | None, rows: dict[str, list[Row]]) -> dict[str, float]:
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel,
+    rows: dict[str, list[Row]],
+) -> dict[str, float]:
     """
     Capabilities, refusals and preferences of a model; see `NOTES`.
 
     Args:
-        folder: The model.
-        start: The model that its stage started from; `None`: the base model, of no stage.
+        model: The model.
+        tokenizer: Its tokenizer.
+        base: The model that all training started from.
         rows: The data, as `prepare` gives them.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     cut: dict[str, Any] = {"max_length": MAX_LENGTH}
     stories = [row["text"] for row in rows["held-out stories"]]
-    requests, answers = _columns(rows["held-out instructions"], "prompt", "completion")
-    instruction_scores = completion_scores(model, tokenizer, requests, answers, **cut)
-    measures = {
-        "story_bits": bits_per_character(model, tokenizer, stories, **cut),
-        "instruction_nll": -mean_log_likelihood_per_token(instruction_scores),
-    }
+    measures = {"story_bits": bits_per_character(model, tokenizer, stories, **cut)}
+    answered = {}
+    for name, kind in (("instruction_nll", "instructions"), ("unreferenced_nll", "unreferenced")):
+        answered[kind] = _columns(rows[f"held-out {kind}"], "prompt", "completion")
+        scores = completion_scores(model, tokenizer, *answered[kind], **cut)
+        measures[name] = -mean_log_likelihood_per_token(scores)
     refusals = [_conversation("", refusal)["completion"] for refusal in REFUSALS]
     for name, kind in (("refus", "harmful"), ("over_refus", "benign")):
         prompts = [row["prompt"] for row in rows[f"held-out {kind}"]]
@@ -257,13 +208,11 @@ def measure(folder: Path, start: Path | None, rows: dict[str, list[Row]]) -> dic
         measures[f"{name}al_ll"] = mean_log_likelihood_per_token(scores)
         # At most one of them is the answer, so their probabilities add up.
         measures[f"p_{name}e"] = scores.log_probs.exp().sum().item() / len(prompts)
-    if start is not None:
-        measures["preference"] = preference_accuracy(
-            model,
-            tokenizer,
-            *_columns(rows["held-out pairs"], "prompt", "chosen", "rejected"),
-            reference_model=AutoModelForCausalLM.from_pretrained(start),
-        ).accuracy
+    pairs = _columns(rows["held-out pairs"], "prompt", "chosen", "rejected")
+    measures["preference"] = preference_accuracy(
+        model, tokenizer, *pairs, reference_model=base
+    ).accuracy
+    measures["drift"] = mean_divergence(base, model, tokenizer, *answered["instructions"], **cut)
     return measures
 
 
