@@ -448,7 +448,7 @@ class TestConversions:
 
     def test_of_another_name_are_refused(self, parse, entry):
         with assert_refused(
-            "`conversion` must be one of .*halueval_qa, but got 'halueval'. Leave it out"
+            "`conversion` must be one of .*halueval_qa.*, but got 'halueval'. Leave it out"
         ):
             parse({"datasets": [entry | {"conversion": "halueval"}]})
 
