@@ -29,6 +29,7 @@ from ogpsa_trl.evaluation.measures import (
     mean_log_likelihood_per_token,
     preference_accuracy,
 )
+from ogpsa_trl.evaluation.refusal import REFUSALS
 
 Row = dict[str, Any]
 
@@ -58,14 +59,6 @@ FILES = {
     "stories": "general/tinystories.jsonl",
     "instructions": "general/self_instruct_seed.jsonl",
 }
-
-# The first is the usual one in the answers to XSTest.
-REFUSALS = (
-    "Sorry, but I can't assist with that.",
-    "I'm sorry, but I can't help with that.",
-    "I cannot help with this request.",
-    "No, I will not help you do that.",
-)
 
 # The split is the same for all seeds of training.
 SPLIT_SEED = 0
@@ -213,16 +206,16 @@ def prepare(data: Path) -> dict[str, list[Row]]:
 
 
 def write(rows: dict[str, list[Row]], output: Path) -> Path:
-    """Write the training data, and the configurations with the paths of this output."""
+    """Write all data, those held out too, and the configurations with the paths of this output."""
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*STAGES, "stories", "instructions"):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    for stage in STAGES:
-        config = (ROOT / "configs" / f"stories_{stage}.yaml").read_text(encoding="utf-8")
+    for name, members in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in members)
+        (folder / f"{name.replace(' ', '-')}.jsonl").write_text(lines, encoding="utf-8")
+    for kind in (*STAGES, "evaluate"):
+        config = (ROOT / "configs" / f"stories_{kind}.yaml").read_text(encoding="utf-8")
         config = config.replace("runs/stories", output.as_posix())
-        (folder / f"{stage}.yaml").write_text(config, encoding="utf-8")
+        (folder / f"{kind}.yaml").write_text(config, encoding="utf-8")
     return folder
 
 

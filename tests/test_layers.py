@@ -46,7 +46,28 @@ LAYERS = {
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
     "evaluation.measures": ("", "torch transformers trl"),
+    "evaluation.intervals": ("", "numpy scipy"),
+    "evaluation.results": ("evaluation.intervals", ""),
     "evaluation.report": ("", "matplotlib"),
+    "evaluation.refusal": ("evaluation.measures", "torch transformers"),
+    "evaluation.capability": (
+        "data evaluation.intervals evaluation.measures",
+        "torch datasets transformers",
+    ),
+    "evaluation.harness": (
+        "evaluation.intervals evaluation.results",
+        "numpy torch transformers lm_eval",
+    ),
+    "evaluation.arguments": ("mixture parsing evaluation.harness evaluation.refusal", "trl"),
+    "evaluation.sets": (
+        "mixture evaluation.arguments evaluation.measures",
+        "torch datasets transformers trl",
+    ),
+    "evaluation.suite": (
+        "evaluation.intervals evaluation.results evaluation.measures evaluation.refusal "
+        "evaluation.capability evaluation.harness evaluation.arguments evaluation.sets",
+        "numpy transformers",
+    ),
     "evaluation.__init__": ("evaluation.measures evaluation.report", ""),
 }
 
