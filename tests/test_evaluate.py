@@ -1,6 +1,5 @@
 """scripts/evaluate.py and what it is made of: known answers, and the keys."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -31,18 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 WORLD = ToyWorld(0)
 SETS = WORLD.evaluation_sets()
 REFUSAL_LENGTH = 10  # tokens, the end among them
-
-
-def load_script():
-    """By its path: by its name an import would shadow the package `evaluate`."""
-    path = ROOT / "scripts" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -321,6 +308,10 @@ def save(model, folder, tokenizer=TOKENIZER):
 
 
 class TestScript:
+    @pytest.fixture(autouse=True)
+    def script(self, evaluate_script):
+        self.script = evaluate_script
+
     @pytest.fixture
     def models(self, tmp_path):
         seeds = {"before": 1, "after": 2}
@@ -331,7 +322,7 @@ class TestScript:
         options = {"max_length": 60, "max_new_tokens": 8, "num_bootstrap": 100}
         base = {"base_model_name_or_path": models["before"]} if "before" in models else {}
         arguments = parse(data | options | base | keys, model=models["after"])
-        results = script.main(arguments)
+        results = self.script.main(arguments)
         content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
         return results, content
 
