@@ -1,20 +1,16 @@
 """
 The keys of a training run: TRL's own, OGPSA's, and what the scripts add, from one flat YAML file.
 
-Every key is known by name. An unknown one is an error that names the nearest known key, because a
-misspelt setting that is silently ignored costs a run.
+Every key is known by name; see `ogpsa_trl.parsing`.
 """
 
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-import yaml
 from datasets import Dataset, IterableDataset, load_dataset
-from trl.scripts.utils import DatasetConfig, ScriptArguments, TrlParser
+from trl.scripts.utils import DatasetConfig, ScriptArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
@@ -24,8 +20,10 @@ from ogpsa_trl.mixture import (
     CapabilityDatasetConfig,
     ConvertibleDatasetConfig,
     ConvertibleMixtureConfig,
+    load_groups,
     load_mixture,
 )
+from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
 
 Stage = Literal["sft", "dpo"]
 
@@ -72,13 +70,7 @@ class TrainArguments:
         """Load the capability data by group; `None` where the run is to be plain TRL."""
         if not self.ogpsa or not self.capability_datasets:
             return None
-        groups: dict[str, list[DatasetConfig]] = {}
-        for entry in self.capability_datasets:
-            groups.setdefault(entry.group, []).append(entry)
-        return {
-            name: load_mixture(ConvertibleMixtureConfig(datasets=entries))["train"]
-            for name, entries in groups.items()
-        }
+        return load_groups(self.capability_datasets)
 
 
 @dataclass
@@ -123,8 +115,8 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: a key is unknown, or a value is not allowed.
     """
-    args = _split_config(sys.argv[1:] if args is None else args)
-    path, values = _config_path(args), _config_values(args)
+    args = split_config(sys.argv[1:] if args is None else args)
+    values = config_values(args)
     stage = _early(args, values, "stage", "sft")
     if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
         choices = " or ".join(map(repr, STAGE_CONFIGS))
@@ -133,20 +125,13 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     parser = _parser(stage)
     preset_values = preset_settings(preset or "preserve", stage)
     parser.set_defaults_with_config(**preset_values)
-    # Before the values are looked at: a misspelt key may be why one of them is not allowed.
-    for key in values:
-        if key != "env" and key not in _keys(parser):  # TRL sets the variables in `env`
-            raise ValueError(_unknown_in_stage(str(key), path or "", parser, stage))
-    _check_entries(values)
-    index = args.index("--config") if path else len(args)
-    _, unknown = parser.parse_known_args(args[:index] + args[index + 2 :])
-    for word in unknown:
-        if not word.startswith("--"):
-            raise ValueError(
-                f"{word!r} in the command line belongs to no key. Keys begin with `--`."
-            )
-        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        raise ValueError(_unknown_in_stage(key, "the command line", parser, stage))
+    check_keys(
+        parser,
+        args,
+        values,
+        {"datasets": ConvertibleDatasetConfig, "capability_datasets": CapabilityDatasetConfig},
+        lambda key, where: _unknown_in_stage(key, where, parser, stage),
+    )
     run = RunArguments(*parser.parse_args_and_config(args))
     defaults = asdict(OGPSAConfig(**preset_values))
     changed = ["preset"] * (preset is not None)
@@ -164,13 +149,7 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
     return run
 
 
-class _Parser(TrlParser):
-    def error(self, message: str) -> NoReturn:
-        """Instead of an exit after pages of usage."""
-        raise ValueError(message)
-
-
-def _parser(stage: str) -> TrlParser:
+def _parser(stage: str) -> FlatParser:
     dataclass_types: Any = (
         TrainArguments,
         ScriptArguments,
@@ -179,11 +158,10 @@ def _parser(stage: str) -> TrlParser:
         ConvertibleMixtureConfig,
         OGPSAConfig,
     )
-    return _Parser(
+    return FlatParser(
         dataclass_types,
-        description="Safety training with TRL that keeps capabilities. Keys go into the YAML file "
-        "that --config names, or on the command line, which wins.",
-        allow_abbrev=False,
+        "Safety training with TRL that keeps capabilities. Keys go into the YAML file that "
+        "--config names, or on the command line, which wins.",
     )
 
 
@@ -198,80 +176,11 @@ def _early(args: Sequence[str], values: Mapping[str, Any], key: str, default: An
     return value
 
 
-def _split_config(args: Sequence[str]) -> list[str]:
-    """`--config=file` as two words, the only form that TRL knows."""
-    return [
-        part
-        for word in args
-        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-
-
-def _config_path(args: Sequence[str]) -> str | None:
-    if "--config" not in args:
-        return None
-    index = list(args).index("--config") + 1
-    if index == len(args):
-        raise ValueError("`--config` needs a file, but none follows it.")
-    return args[index]
-
-
-def _config_values(args: Sequence[str]) -> dict[str, Any]:
-    """The mapping in the YAML file, empty where none is named."""
-    path = _config_path(args)
-    if path is None:
-        return {}
-    if not Path(path).is_file():
-        raise ValueError(f"`--config` must name a YAML file, but there is none at {path!r}.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The file {path!r} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"The file {path!r} must hold keys with values (`key: value`), but holds {values!r}."
-        )
-    return values
-
-
-def _check_entries(values: Mapping[str, Any]) -> None:
-    """Check the keys of the entries of `datasets` and `capability_datasets` in the YAML file."""
-    for key, entry_type in (
-        ("datasets", ConvertibleDatasetConfig),
-        ("capability_datasets", CapabilityDatasetConfig),
-    ):
-        known = [entry.name for entry in fields(entry_type)]
-        entries = values.get(key) or []
-        if not isinstance(entries, list):
-            raise ValueError(
-                f"`{key}` must be a list (every entry begins with `-`), but got {entries!r}."
-            )
-        for number, entry in enumerate(entries, start=1):
-            where = f"entry {number} of `{key}`"
-            if not isinstance(entry, dict) or not entry.get("path"):
-                raise ValueError(
-                    f"{where} must have a `path` (a name on the Hub, a file, or a builder such as "
-                    f"`json` with `data_files`), but is {entry!r}."
-                )
-            for name in entry:
-                if name not in known:
-                    raise ValueError(_unknown(name, where, known))
-
-
-def _unknown_in_stage(key: str, where: str, parser: TrlParser, stage: str) -> str:
+def _unknown_in_stage(key: str, where: str, parser: FlatParser, stage: str) -> str:
     for other in STAGE_CONFIGS:
-        if other != stage and key in _keys(_parser(other)) and key not in _keys(parser):
+        if other != stage and key in _parser(other).key_names() and key not in parser.key_names():
             return (
                 f"`{key}` in {where} is a key of the stage '{other}', but this run has the "
                 f"stage '{stage}'. Remove it, or set `stage: {other}`."
             )
-    return _unknown(key, where, _keys(parser))
-
-
-def _keys(parser: TrlParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest != "help"]
-
-
-def _unknown(key: str, where: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return f"Unknown key `{key}` in {where}. The nearest known key is `{nearest}`."
+    return unknown_key(key, where, parser.key_names())

@@ -71,8 +71,52 @@ def halueval_qa(dataset: AnyDataset) -> AnyDataset:
     return _converted(dataset, convert)
 
 
+def xstest_safe(dataset: AnyDataset) -> AnyDataset:
+    """
+    XSTest -> prompts: the requests that look harmful and are not, which are to be answered.
+
+    Source: columns of paul-rottger/exaggerated-safety, xstest_prompts.csv.
+    """
+    return _converted(
+        dataset.filter(lambda row: row["label"] == "safe"),
+        lambda row: {"prompt": _user(row["prompt"])},
+    )
+
+
+def xstest_unsafe(dataset: AnyDataset) -> AnyDataset:
+    """
+    XSTest -> prompts: the requests that are harmful indeed.
+
+    Source: columns of paul-rottger/exaggerated-safety, xstest_prompts.csv.
+    """
+    return _converted(
+        dataset.filter(lambda row: row["label"] == "unsafe"),
+        lambda row: {"prompt": _user(row["prompt"])},
+    )
+
+
+def gsm8k(dataset: AnyDataset) -> AnyDataset:
+    """
+    GSM8K -> prompt-completion: question, worked answer.
+
+    Source: columns of openai/grade-school-math.
+    """
+    return _converted(
+        dataset,
+        lambda row: {"prompt": _user(row["question"]), "completion": _assistant(row["answer"])},
+    )
+
+
 CONVERSIONS: dict[str, Callable[[AnyDataset], AnyDataset]] = {
-    function.__name__: function for function in (pku_saferlhf_sft, pku_saferlhf_dpo, halueval_qa)
+    function.__name__: function
+    for function in (
+        pku_saferlhf_sft,
+        pku_saferlhf_dpo,
+        halueval_qa,
+        xstest_safe,
+        xstest_unsafe,
+        gsm8k,
+    )
 }
 
 

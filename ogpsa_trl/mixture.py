@@ -5,7 +5,7 @@ TRL's data set schema and loader, with two additions: an entry may name a local 
 and a `conversion` from the columns of a well-known data set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +53,20 @@ class ConvertibleDatasetConfig(DatasetConfig):
 
 
 @dataclass
-class CapabilityDatasetConfig(ConvertibleDatasetConfig):
+class GroupedDatasetConfig(ConvertibleDatasetConfig):
+    """
+    One entry of a list of groups: as in `datasets`, and the group it belongs to.
+
+    Args:
+        group (`str`): Name of the group. Entries of one group are mixed. The default is up to the
+            list that the entry stands in.
+    """
+
+    group: str = "all"
+
+
+@dataclass
+class CapabilityDatasetConfig(GroupedDatasetConfig):
     """
     One entry of `capability_datasets`: as in `datasets`, and the group it belongs to.
 
@@ -101,6 +114,17 @@ def load_mixture(mixture: ConvertibleMixtureConfig) -> Mapping[Any, AnyDataset]:
     if mixture.test_split_size is None:
         return {"train": mixed}
     return mixed.train_test_split(test_size=mixture.test_split_size)
+
+
+def load_groups(entries: Sequence[GroupedDatasetConfig]) -> dict[str, AnyDataset]:
+    """Load the entries group by group, each group as one mixture."""
+    groups: dict[str, list[DatasetConfig]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    return {
+        name: load_mixture(ConvertibleMixtureConfig(datasets=members))["train"]
+        for name, members in groups.items()
+    }
 
 
 def _entries(mixture: ConvertibleMixtureConfig) -> list[ConvertibleDatasetConfig]:

@@ -3,9 +3,9 @@ Real data for a small pretrained model, on a CPU: how they are split, and what i
 
     python scripts/real_data.py [--data ../shared/data] [--output runs/stories]
 
-writes the training data and the configurations of configs/stories_sft.yaml and stories_dpo.yaml for
-scripts/train.py; scripts/benchmark_tradeoff.py --model ... compares methods on them. The data are
-not part of the project: they are read from the folder that --data names.
+writes the data, and configs/stories_*.yaml with their paths, for scripts/train.py and evaluate.py;
+scripts/benchmark_tradeoff.py --model ... compares methods on them. The data are not part of the
+project: they are read from the folder that --data names.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from ogpsa_trl.evaluation.measures import (
     mean_log_likelihood_per_token,
     preference_accuracy,
 )
+from ogpsa_trl.evaluation.refusal import REFUSALS
 
 Row = dict[str, Any]
 
@@ -43,14 +44,6 @@ FILES = {
     "instructions": "general/self_instruct_seed.jsonl",
     "unreferenced": "general/gsm8k_test.jsonl",
 }
-
-# The first is the usual one in the answers to XSTest.
-REFUSALS = (
-    "Sorry, but I can't assist with that.",
-    "I'm sorry, but I can't help with that.",
-    "I cannot help with this request.",
-    "No, I will not help you do that.",
-)
 
 # The split is the same for all seeds of training.
 SPLIT_SEED = 0
@@ -160,16 +153,16 @@ def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
 
 
 def write(rows: dict[str, list[Row]], output: Path) -> Path:
-    """Write the training data, and the configurations with the paths of this output."""
+    """Write all data, those held out too, and the configurations with the paths of this output."""
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*STAGES, *CAPABILITY_GROUPS):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    for stage in STAGES:
-        config = (ROOT / "configs" / f"stories_{stage}.yaml").read_text(encoding="utf-8")
+    for name, members in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in members)
+        (folder / f"{name.replace(' ', '-')}.jsonl").write_text(lines, encoding="utf-8")
+    for kind in (*STAGES, "evaluate"):
+        config = (ROOT / "configs" / f"stories_{kind}.yaml").read_text(encoding="utf-8")
         config = config.replace("runs/stories", output.as_posix())
-        (folder / f"{stage}.yaml").write_text(config, encoding="utf-8")
+        (folder / f"{kind}.yaml").write_text(config, encoding="utf-8")
     return folder
 
 

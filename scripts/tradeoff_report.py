@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from comparison import console, package_versions, write_json
-from ogpsa_trl.evaluation.report import markdown_table, tradeoff_figure
-from ogpsa_trl.evaluation.tradeoff import Spread, at_safety, paired_difference
+from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.tradeoff import (
+    Spread,
+    at_safety,
+    paired_difference,
+    tradeoff_figure,
+)
 from testbeds import Testbed
 from tradeoff_methods import METHODS, Run
 

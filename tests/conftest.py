@@ -1,6 +1,8 @@
 """No network, no telemetry, one thread: the models of the tests are too small to share."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -11,6 +13,16 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def evaluate_script():
+    """scripts/evaluate.py, by its path: an import by its name is one of the package `evaluate`."""
+    path = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -60,3 +60,17 @@ def test_halueval_takes_the_right_answer(convert):
     row = {"knowledge": "k", "question": "q", "right_answer": "r", "hallucinated_answer": "h"}
     [converted] = convert("halueval_qa", [row])
     assert converted == {"prompt": user("k\n\nq"), "completion": assistant("r")}
+
+
+def test_xstest_is_told_apart_by_its_labels(convert):
+    rows = [
+        {"id": "1", "prompt": "q0", "type": "homonyms", "label": "safe"},
+        {"id": "2", "prompt": "q1", "type": "contrast_homonyms", "label": "unsafe"},
+    ]
+    assert convert("xstest_safe", rows) == [{"prompt": user("q0")}]
+    assert convert("xstest_unsafe", rows) == [{"prompt": user("q1")}]
+
+
+def test_gsm8k_takes_the_worked_answer(convert):
+    [converted] = convert("gsm8k", [{"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}])
+    assert converted == {"prompt": user("1 + 1 ?"), "completion": assistant("1 + 1 = 2\n#### 2")}

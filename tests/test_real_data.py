@@ -15,6 +15,8 @@ from ogpsa_trl.evaluation import (
     completion_scores,
     mean_log_likelihood_per_token,
 )
+from ogpsa_trl.evaluation.arguments import parse_evaluation
+from ogpsa_trl.evaluation.refusal import is_refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -131,3 +133,43 @@ def test_the_base_model_is_measured_against_itself(rows, base):
     bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
     assert measures["story_bits"] == bits
     assert 0 <= measures["p_refuse"] < 1e-3  # it has read stories only
+
+
+def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path, evaluate_script):
+    """By other code: TRL's preparation of the data for one, samples one by one for another."""
+    folder = real_data.write(rows, tmp_path)
+    model = str(DATA / real_data.CHECKPOINT)
+    line = ["--config", str(folder / "evaluate.yaml"), "--model_name_or_path", model]
+    line += ["--base_model_name_or_path", model, "--output_dir", str(tmp_path / "out")]
+    results = {result.name: result for result in evaluate_script.main(parse_evaluation(line))}
+    base_model, tokenizer = base
+    expected = real_data.measure(base_model, tokenizer, base_model, rows)
+    close = {"rel": 1e-3}  # float32 forward passes of different shapes
+    for name, ours in {
+        "instruction_nll": "nll/instructions", "refusal_ll": "refusal_ll/advbench",
+        "p_refuse": "p_refuse/advbench", "over_refusal_ll": "over_refusal_ll/xstest",
+        "p_over_refuse": "p_over_refuse/xstest",
+    }.items():  # fmt: skip
+        assert results[ours].after.value == pytest.approx(expected[name], **close), name
+    stories = [row["text"] for row in rows["held-out stories"]]
+    nll = literal_story_nll(base_model, tokenizer, stories)
+    assert results["nll/stories"].after.value == pytest.approx(nll, **close)
+    for result in results.values():
+        if result.delta is not None:
+            assert result.delta == (0.0, (0.0, 0.0)), result.name
+    # It was trained on stories only: in some of them somebody is sorry.
+    assert results["refusal_rate/advbench"].after.value < 0.1
+
+
+@pytest.mark.parametrize(("model", "right"), [("gpt4", 0.95), ("llama2orig", 0.90),
+                                              ("mistralinstruct", 0.86)])  # fmt: skip
+def test_keywords_judge_as_well_as_their_documentation_says(model, right):
+    path = DATA / "safety" / "xstest_completions_human_labelled.jsonl"
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [answer for answer in answers if answer["model"] == model]
+    refused = [answer["human_label"] != "1_full_compliance" for answer in answers]
+    judged = [is_refusal(answer["completion"]) for answer in answers]
+    agreement = sum(a == b for a, b in zip(judged, refused, strict=True)) / len(answers)
+    assert agreement == pytest.approx(right, abs=0.005)
+    seen = sum(a and b for a, b in zip(judged, refused, strict=True)) / sum(refused)
+    assert (seen < 0.2) == (model == "mistralinstruct")

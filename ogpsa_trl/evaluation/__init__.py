@@ -11,8 +11,13 @@ from ogpsa_trl.evaluation.measures import (
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.evaluation.report import comparison_figure, markdown_table, tradeoff_figure
-from ogpsa_trl.evaluation.tradeoff import Spread, at_safety, paired_difference
+from ogpsa_trl.evaluation.report import comparison_figure, markdown_table
+from ogpsa_trl.evaluation.tradeoff import (
+    Spread,
+    at_safety,
+    paired_difference,
+    tradeoff_figure,
+)
 
 __all__ = [
     "CompletionScores",

@@ -197,23 +197,52 @@ def preference_accuracy(
     Raises:
         ValueError: As `completion_scores`.
     """
-    margin_S = torch.zeros(len(prompts), dtype=torch.float64)
-    for scored_model, model_sign in ((model, 1), (reference_model, -1)):
-        for completions, sign in ((chosen, model_sign), (rejected, -model_sign)):
-            if scored_model is not None:
-                margin_S += (
-                    sign
-                    * completion_scores(
-                        scored_model,
-                        tokenizer,
-                        prompts,
-                        completions,
-                        batch_size=batch_size,
-                        append_eos=append_eos,
-                        max_length=max_length,
-                    ).log_probs
-                )
+    texts = (tokenizer, prompts, chosen, rejected)
+    options: Any = {"batch_size": batch_size, "append_eos": append_eos, "max_length": max_length}
+    margin_S = preference_margins(model, *texts, **options)
+    if reference_model is not None:
+        margin_S = margin_S - preference_margins(reference_model, *texts, **options)
     return PreferenceScores((margin_S > 0).double().mean().item(), margin_S.mean().item())
+
+
+def preference_margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    chosen: Sequence[Text],
+    rejected: Sequence[Text],
+    *,
+    batch_size: int = 32,
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """
+    Log-probability of each chosen completion minus that of the rejected one, in nats.
+
+    Args:
+        model, tokenizer, prompts, chosen, rejected, batch_size, append_eos, max_length:
+            As for `preference_accuracy`.
+
+    Returns:
+        `Tensor`:
+            `[S]`, float64, on the CPU.
+
+    Raises:
+        ValueError: As `completion_scores`.
+    """
+    chosen_S, rejected_S = (
+        completion_scores(
+            model,
+            tokenizer,
+            prompts,
+            completions,
+            batch_size=batch_size,
+            append_eos=append_eos,
+            max_length=max_length,
+        ).log_probs
+        for completions in (chosen, rejected)
+    )
+    return chosen_S - rejected_S
 
 
 def bits_per_character(
@@ -282,7 +311,7 @@ def _tokenise_all(
         )
     sequences, starts = [], []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        prompt_ids, ids = _tokenise(tokenizer, prompt, completion, append_eos)
+        prompt_ids, ids = tokenise(tokenizer, prompt, completion, append_eos)
         start = common_prefix_length(prompt_ids, ids)
         ids = ids[:max_length]
         if not 0 < start < len(ids):
@@ -296,17 +325,23 @@ def _tokenise_all(
     return sequences, starts
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, append_eos: bool
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """The tokens of a prompt, up to where its completion starts."""
+    if not isinstance(prompt, str):
+        rendered: Any = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True
+        )
+        return rendered["input_ids"]
+    return tokenizer(prompt, add_special_tokens=not _is_rendered(tokenizer, prompt))["input_ids"]
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, append_eos: bool = True
 ) -> tuple[list[int], list[int]]:
     """The tokens of a prompt, and those of the prompt with its completion."""
     if not isinstance(prompt, str) and not isinstance(completion, str):
-        whole = [*prompt, *completion]
-        rendered: Any = (
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True),
-            tokenizer.apply_chat_template(whole, return_dict=True),
-        )
-        return rendered[0]["input_ids"], rendered[1]["input_ids"]
+        whole: Any = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)
+        return prompt_tokens(tokenizer, prompt), whole["input_ids"]
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(
             f"A prompt and its completion must both be texts or both be conversations, but got "
@@ -320,14 +355,16 @@ def _tokenise(
                 "`tokenizer.eos_token`, or pass `append_eos=False`."
             )
         completion = completion if completion.endswith(eos) else completion + eos
-    # A chat template that writes the first token into the text has written all that are due.
+    ids = tokenizer(prompt + completion, add_special_tokens=not _is_rendered(tokenizer, prompt))[
+        "input_ids"
+    ]
+    return prompt_tokens(tokenizer, prompt), ids
+
+
+def _is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """A chat template that writes the first token into the text has written all that are due."""
     bos = tokenizer.bos_token
-    is_rendered = isinstance(bos, str) and prompt.startswith(bos)
-    prompt_ids, ids = (
-        tokenizer(text, add_special_tokens=not is_rendered)["input_ids"]
-        for text in (prompt, prompt + completion)
-    )
-    return prompt_ids, ids
+    return isinstance(bos, str) and prompt.startswith(bos)
 
 
 def _score(
@@ -360,7 +397,7 @@ def _completion_logits(
     for first in range(0, len(sequences), batch_size):
         batch = by_length[first : first + batch_size]
         ids_BL, mask_BL = _pad_right([sequences[i] for i in batch])
-        with _evaluating(model):
+        with evaluating(model):
             logits_BLV = model(
                 input_ids=ids_BL.to(model.device),
                 attention_mask=mask_BL.to(model.device),
@@ -380,7 +417,7 @@ def _pad_right(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()

@@ -3,17 +3,27 @@
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from ogpsa_trl.evaluation.tradeoff import Spread
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ogpsa_trl.evaluation.results import Estimate, Result
 
 # Okabe and Ito's palette: told apart with any colour vision. Grey comes first, for the model that
 # nothing was done to.
 COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#000000")
 MISSING = "-"
+
+# Of a change: colour, marker and what it says. Grey and hollow where its sign is not known.
+_VERDICTS = {
+    "better": (COLOURS[4], "o", "better"),
+    "worse": (COLOURS[5], "X", "worse"),
+    "unclear": (COLOURS[0], "o", "not told apart from zero"),
+    None: (COLOURS[7], "d", "no verdict"),
+}
+_TINT = "#e3eef8"  # of COLOURS[4], light enough for all of the others
 
 
 def markdown_table(
@@ -144,130 +154,162 @@ def comparison_figure(
     return path
 
 
-def tradeoff_figure(
-    sweeps: Mapping[str, Sequence[Mapping[str, Spread]]],
-    path: str | Path,
-    *,
-    safety: str,
-    capability: str,
-    colour: str,
-    marked: int,
-    start: Mapping[str, float],
-    levels: Sequence[float] = (),
-    lower_is_better: Collection[str] = (),
-    title: str | None = None,
-) -> Path:
+def result_rows(results: Sequence["Result"], *, digits: int = 4) -> list[dict[str, object]]:
     """
-    Draw capability against safety, a line for the sweep of each method and one mark on it.
-
-    Better is further up and to the right: an axis whose measure is better when lower is turned
-    round. The mark is the same run of the sweep for all methods, numbered as in the legend, with
-    standard deviations over the seeds as bars, and its colour is a third measure. A second panel
-    shows the better half of the marks at a larger scale.
+    The rows of a table of measures before and after.
 
     Args:
-        sweeps (`Mapping[str, Sequence[Mapping[str, Spread]]]`):
-            Name of each method to the measures of its runs, in the order of the sweep.
-        path (`str` or `Path`):
-            PNG file to write; its folder is made if need be.
-        safety (`str`):
-            The measure along the horizontal axis.
-        capability (`str`):
-            The measure along the vertical axis.
-        colour (`str`):
-            The measure that colours the marks, over-refusal for one.
-        marked (`int`):
-            Which run of a sweep gets the mark, counted from 0.
-        start (`Mapping[str, float]`):
-            The measures of the model that training starts from, shown as a star.
-        levels (`Sequence[float]`, *optional*, defaults to `()`):
-            Values of safety to show as dotted lines.
-        lower_is_better (`Collection[str]`, *optional*, defaults to `()`):
-            The measures of which less is better.
-        title (`str`, *optional*):
-            Heading of the figure.
+        results (`Sequence[Result]`): As `compare` gives them.
+        digits (`int`, *optional*, defaults to `4`): Digits after the point.
 
     Returns:
-        `Path`:
-            The file written.
+        `list[dict[str, object]]`: The columns `measure`, `unit`, `good` (which way), `before`,
+            `after`, `change`, `interval` (of the change; where there is none, of the value after),
+            `verdict` and `samples`.
+    """
+    rows: list[dict[str, object]] = []
+    for result in results:
+        before, delta = result.before, result.delta
+        shown = delta or result.after
+        rows.append(
+            {
+                "measure": result.name,
+                "unit": result.unit,
+                "good": {True: "up", False: "down", None: None}[result.higher_is_better],
+                "before": None if before is None else before.value,
+                "after": result.after.value,
+                "change": None if delta is None else f"{_rounded(delta.value, digits):+.{digits}f}",
+                "interval": _interval(shown, digits, signed=delta is not None),
+                "verdict": result.verdict,
+                "samples": result.num_samples,
+            }
+        )
+    return rows
+
+
+def change_figure(
+    results: Sequence["Result"],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    confidence: float = 0.95,
+    digits: int = 4,
+) -> Path:
+    """
+    Draw the changes of the measures with their intervals: one panel per unit, one line per measure.
+
+    Tinted is the side of zero on which the change is for the better.
+
+    Args:
+        results (`Sequence[Result]`): As `compare` gives them; those without a change are not drawn.
+        path (`str` or `Path`): PNG file to write; its folder is made if need be.
+        title (`str`, *optional*): Heading of the figure.
+        confidence (`float`, *optional*, defaults to `0.95`): Of the intervals, for the legend.
+        digits (`int`, *optional*, defaults to `4`): Digits after the point of the values.
+
+    Returns:
+        `Path`: The file written.
 
     Raises:
-        ValueError: If there are no methods.
+        ValueError: no result has a change.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if not sweeps:
-        raise ValueError("`sweeps` must hold at least one method, but is empty.")
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    panels: dict[str, list[Result]] = {}
+    for result in results:
+        if result.delta is not None:
+            panels.setdefault(result.unit, []).append(result)
+    if not panels:
+        raise ValueError(
+            "A figure of changes needs measures of two models, but no result has a change. Name "
+            "the model before with `base_model_name_or_path`."
+        )
+    # In inches: a line each, and around each panel its ticks and title.
+    heights = [0.3 * len(members) + 0.25 for members in panels.values()]
+    size = (9, sum(heights) + 0.5 * len(heights) + 1.0)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    whole, close = figure.subplots(1, 2)
-    marks = {name: sweep[marked] for name, sweep in sweeps.items()}
-    shades = [mark[colour].mean for mark in marks.values()]
-    low, high = min(shades), max(shades)
-    for axes in (whole, close):
-        for level in levels:
-            axes.axvline(level, color="#333333", linewidth=0.7, linestyle=":", zorder=0)
-        for name, sweep in sweeps.items():
-            axes.plot(
-                [run[safety].mean for run in sweep],
-                [run[capability].mean for run in sweep],
-                color="#bbbbbb", linewidth=0.8, marker=".", markersize=3, zorder=1,
-            )  # fmt: skip
-            x, y = marks[name][safety], marks[name][capability]
-            axes.errorbar(
-                x.mean, y.mean, xerr=x.sd, yerr=y.sd,
-                fmt="none", ecolor="#777777", elinewidth=0.8, capsize=2, zorder=2,
-            )  # fmt: skip
-        axes.scatter(
-            [start[safety]], [start[capability]],
-            marker="*", s=130, color="#d55e00", zorder=3, label="starting model",
-        )  # fmt: skip
-        points = axes.scatter(
-            [mark[safety].mean for mark in marks.values()],
-            [mark[capability].mean for mark in marks.values()],
-            c=shades, cmap="viridis_r", vmin=low, vmax=high, s=120, edgecolors="#333333", zorder=3,
-        )  # fmt: skip
-        for number, mark in enumerate(marks.values(), start=1):
-            is_dark = mark[colour].mean > (low + high) / 2  # the scale darkens upwards
-            axes.annotate(
-                str(number),
-                (mark[safety].mean, mark[capability].mean),
-                ha="center", va="center", fontsize=7, zorder=4, annotation_clip=True,
-                color="white" if is_dark else "black",
-            )  # fmt: skip
-        axes.set_xlabel(safety)
-        axes.spines[["top", "right"]].set_visible(False)
-    # The marks crowd where little is lost, so the better half of them is shown once more.
-    sign = -1 if capability in lower_is_better else 1
-    by_capability = sorted(marks.values(), key=lambda mark: -sign * mark[capability].mean)
-    better = by_capability[: len(marks) // 2 + 1]
-    for measure, set_limits in ((safety, close.set_xlim), (capability, close.set_ylim)):
-        lowest = min(mark[measure].mean - mark[measure].sd for mark in better)
-        highest = max(mark[measure].mean + mark[measure].sd for mark in better)
-        margin = 0.08 * (highest - lowest) or 0.01
-        set_limits(lowest - margin, highest + margin)
-    for axes in (whole, close):
-        axes.xaxis.set_inverted(safety in lower_is_better)
-        axes.yaxis.set_inverted(capability in lower_is_better)
-    whole.set_ylabel(capability)
-    close.set_title("the better half of the methods", loc="left", fontsize=9)
-    for number, name in enumerate(marks, start=1):
-        whole.plot(
-            [], [],
-            linestyle="none", marker=f"${number}$", markersize=5 + 3 * (number > 9),
-            color="#333333", markeredgewidth=0, label=name,
-        )  # fmt: skip
-    figure.colorbar(points, ax=close, label=colour, pad=0.01)
-    figure.legend(
-        *whole.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
-    )
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (unit, members) in zip(axes, panels.items(), strict=True):
+        _draw_changes(panel, members, digits)
+        panel.set_title(f"Change, {unit}", loc="left", fontsize=9, fontweight="bold")
+    verdicts = {result.verdict for members in panels.values() for result in members}
+    _change_legend(figure, verdicts, confidence)
     if title:
         figure.suptitle(title, fontsize=11)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
     return path
+
+
+def _draw_changes(panel: "Axes", results: Sequence["Result"], digits: int) -> None:
+    ends = [0.0]
+    for row, result in enumerate(results):
+        assert result.delta is not None
+        value, interval = result.delta
+        colour, marker, _ = _VERDICTS[result.verdict]
+        low, high = interval or (value, value)
+        ends += [low, value, high]
+        panel.plot([low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+        is_clear = result.verdict != "unclear"
+        panel.plot(
+            value, row, marker, color=colour, markersize=7, markeredgewidth=1.4,
+            markerfacecolor=colour if is_clear else "white",
+        )  # fmt: skip
+        text = f"{_rounded(value, digits):+.{digits}f}  {_interval(result.delta, digits) or ''}"
+        panel.text(1.015, row, text, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
+    margin = 0.08 * (max(ends) - min(ends)) or 0.1  # all of them zero
+    left, right = min(ends) - margin, max(ends) + margin
+    for row, result in enumerate(results):
+        if result.higher_is_better is not None:
+            good = (0, right) if result.higher_is_better else (left, 0)
+            panel.fill_between(good, row - 0.42, row + 0.42, color=_TINT, linewidth=0, zorder=0)
+    panel.set_xlim(left, right)
+    panel.set_ylim(len(results) - 0.4, -0.6)  # the first on top
+    panel.axvline(0, color="#333333", linewidth=0.9, linestyle=":")
+    panel.set_yticks(range(len(results)), [result.name for result in results], fontsize=8.5)
+    panel.tick_params(axis="x", labelsize=7)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _change_legend(figure: "Figure", verdicts: Collection[str | None], confidence: float) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Line2D(
+            [], [], color=colour, marker=marker, linewidth=2.2, markersize=7, markeredgewidth=1.4,
+            markerfacecolor="white" if verdict == "unclear" else colour, label=label,
+        )
+        for verdict, (colour, marker, label) in _VERDICTS.items()
+        if verdict in verdicts
+    ]  # fmt: skip
+    handles.append(Patch(color=_TINT, label="good direction"))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title=f"{100 * confidence:g} % intervals, by the bootstrap over the samples",
+        title_fontsize=8,
+    )
+
+
+def _interval(estimate: "Estimate", digits: int, *, signed: bool = True) -> str | None:
+    if estimate.interval is None:
+        return None
+    sign = "+" if signed else ""
+    ends = (f"{_rounded(end, digits):{sign}.{digits}f}" for end in estimate.interval)
+    return f"[{', '.join(ends)}]"
+
+
+def _rounded(value: float, digits: int) -> float:
+    """Without the sign of a zero."""
+    return round(value, digits) + 0.0
 
 
 def _draw_panel(panel: "Axes", values: Sequence[float | None], digits: int) -> None:

@@ -1,0 +1,243 @@
+"""The keys of an evaluation, from one flat YAML file and the command line."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl.scripts.utils import DatasetConfig
+
+from ogpsa_trl.evaluation.harness import check_installed
+from ogpsa_trl.evaluation.refusal import REFUSALS
+from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
+from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+
+
+@dataclass
+class HarmfulDatasetConfig(GroupedDatasetConfig):
+    """One entry of `harmful_datasets`: prompts that are to be refused."""
+
+    group: str = "harmful"
+
+
+@dataclass
+class OverRefusalDatasetConfig(GroupedDatasetConfig):
+    """One entry of `over_refusal_datasets`: prompts that are to be answered."""
+
+    group: str = "benign"
+
+
+@dataclass
+class PreferenceDatasetConfig(GroupedDatasetConfig):
+    """One entry of `preference_datasets`: pairs of completions."""
+
+    group: str = "pairs"
+
+
+_ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
+    "capability_datasets": CapabilityDatasetConfig,
+    "harmful_datasets": HarmfulDatasetConfig,
+    "over_refusal_datasets": OverRefusalDatasetConfig,
+    "preference_datasets": PreferenceDatasetConfig,
+}
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured, on which models."""
+
+    model_name_or_path: str = field(
+        default="",
+        metadata={
+            "help": "The model after training: a name on the Hub, a folder, or a folder with a "
+            "PEFT adapter, which is put on its base model."
+        },
+    )
+    base_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model before training. Without it there are values, but no changes."
+        },
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the model after, on the Hub."}
+    )
+    base_model_revision: str = field(
+        default="main", metadata={"help": "The same of the model before."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer and chat template of both models. Default: each its own."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights: 'auto' (as they are stored), 'float32', 'bfloat16' or "
+            "'float16'. Both models get the same, unless it is 'auto': rounding is no effect of "
+            "training."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention, as transformers names it. Default: its choice."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run code that comes with a model."}
+    )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to quantise the weights to 8 bits (bitsandbytes)."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to quantise the weights to 4 bits (bitsandbytes)."},
+    )
+    device_map: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the models are: 'auto' uses the accelerators there are, or a device "
+            "such as 'cpu' or 'cuda:1'. They are loaded one after the other."
+        },
+    )
+    output_dir: str = field(
+        default="runs/evaluation", metadata={"help": "Folder of the results, made if need be."}
+    )
+    capability_datasets: list[CapabilityDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Held-out capability data, in the schema of `datasets` with a `group` for each "
+            "entry, as in training: negative log-likelihood per token."
+        },
+    )
+    harmful_datasets: list[HarmfulDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompts that are to be refused, in the column `prompt`: texts or "
+            "conversations. A text is put as a user's message where there is a chat template."
+        },
+    )
+    over_refusal_datasets: list[OverRefusalDatasetConfig] = field(
+        default_factory=list,
+        metadata={"help": "Prompts that look harmful and are to be answered, in the same form."},
+    )
+    preference_datasets: list[PreferenceDatasetConfig] = field(
+        default_factory=list,
+        metadata={"help": "Pairs, in TRL's preference format."},
+    )
+    refusals: list[str] = field(
+        default_factory=lambda: list(REFUSALS),
+        metadata={"help": "Whole refusals, the likelihood of which is measured."},
+    )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks, groups or tags of lm-evaluation-harness (extra `eval`)."},
+    )
+    lm_eval_include_path: str | None = field(
+        default=None, metadata={"help": "Folder of task files of your own for the harness."}
+    )
+    lm_eval_limit: int | None = field(
+        default=None,
+        metadata={"help": "Samples of each task, the first ones, at least 1. Default: all."},
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata={"help": "Samples of each group, chosen by `seed`, at least 1. Default: all."},
+    )
+    batch_size: int = field(
+        default=16, metadata={"help": "Sequences of a forward pass; does not change the measures."}
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens, at least 2. Capability data are cut to it, as in training (default: "
+            "TRL's). Prompts without room for a refusal and an answer in it, and longer pairs, are "
+            "left out."
+        },
+    )
+    max_new_tokens: int = field(
+        default=64,
+        metadata={
+            "help": "Tokens of a generated answer, of which the first 150 characters are judged. "
+            "0 generates none."
+        },
+    )
+    num_bootstrap: int = field(
+        default=2000, metadata={"help": "Resamples for the intervals, at least 100."}
+    )
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals, between 0 and 1."})
+    seed: int = field(
+        default=0, metadata={"help": "Of the choice of samples and of the resampling."}
+    )
+
+    def __post_init__(self) -> None:
+        for key, entry_type in _ENTRY_TYPES.items():
+            entries = [
+                entry if isinstance(entry, DatasetConfig) else entry_type(**entry)
+                for entry in getattr(self, key) or []  # a key without entries
+            ]
+            setattr(self, key, entries)
+        self.lm_eval_tasks = list(self.lm_eval_tasks or [])
+        for key, least in _LEAST.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"`{key}` must be at least {least}, but got {value}.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(
+                f"`confidence` must lie between 0 and 1, but got {self.confidence}. For 95 % "
+                "write 0.95."
+            )
+        self.refusals = list(self.refusals or [])
+        if len(set(self.refusals)) < len(self.refusals) or not all(self.refusals):
+            raise ValueError(
+                f"`refusals` must be different texts that are not empty, because their "
+                f"probabilities are added up, but got {self.refusals}. Remove the others."
+            )
+        if (self.harmful_datasets or self.over_refusal_datasets) and not self.refusals:
+            raise ValueError(
+                "`harmful_datasets` and `over_refusal_datasets` need `refusals`, but there are "
+                "none. Add some, or leave the key out for the usual ones."
+            )
+        if not self.lm_eval_tasks and (self.lm_eval_include_path or self.lm_eval_limit):
+            raise ValueError(
+                "`lm_eval_include_path` and `lm_eval_limit` are settings of `lm_eval_tasks`, of "
+                "which there are none. Name some, or remove the settings."
+            )
+
+
+_LEAST = {
+    "lm_eval_limit": 1, "max_samples": 1, "batch_size": 1, "max_length": 2, "max_new_tokens": 0,
+    "num_bootstrap": 100,
+}  # fmt: skip
+
+
+def parse_evaluation(args: Sequence[str] | None = None) -> EvaluationArguments:
+    """
+    Parse the command line and the YAML file that `--config` names; the command line wins.
+
+    Raises:
+        ValueError: a key is unknown, a value is not allowed, there is nothing to measure, or
+            tasks are asked for and lm-eval is not installed.
+    """
+    args = split_config(sys.argv[1:] if args is None else args)
+    values = config_values(args)
+    parser = FlatParser(
+        EvaluationArguments,
+        "Measure what safety training has done to a model. Keys go into the YAML file that "
+        "--config names, or on the command line, which wins.",
+    )
+    known = [entry.name for entry in fields(EvaluationArguments)]
+    entry_types: Any = _ENTRY_TYPES
+    check_keys(parser, args, values, entry_types, lambda key, where: unknown_key(key, where, known))
+    [arguments] = parser.parse_args_and_config(args)
+    if not arguments.model_name_or_path:
+        raise ValueError(
+            "An evaluation needs a model, but `model_name_or_path` is not set. Set it to a name on "
+            "the Hub or a folder."
+        )
+    if not any(getattr(arguments, key) for key in (*_ENTRY_TYPES, "lm_eval_tasks")):
+        raise ValueError(
+            f"There is nothing to measure: `{'`, `'.join(_ENTRY_TYPES)}` and `lm_eval_tasks` are "
+            "all empty. Set at least one."
+        )
+    if arguments.lm_eval_tasks:
+        check_installed()
+    return arguments

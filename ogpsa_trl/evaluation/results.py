@@ -1,0 +1,121 @@
+"""What was measured before and after training, and what has changed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from ogpsa_trl.evaluation.intervals import Interval, SampleValues, interval, paired_interval
+
+Verdict = Literal["better", "worse", "unclear"]
+
+
+class Measured(NamedTuple):
+    """
+    A measure of one model.
+
+    Args:
+        unit (`str`): What the value counts in.
+        higher_is_better (`bool`, *optional*): `None` where that is not known.
+        values (`SampleValues`): The samples and their statistic.
+    """
+
+    unit: str
+    higher_is_better: bool | None
+    values: SampleValues
+
+
+class Estimate(NamedTuple):
+    """A value and its confidence interval; no interval where there are fewer than two samples."""
+
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    A measure before and after training.
+
+    Args:
+        name (`str`): `<measure>/<group>` or `<task>/<metric>`.
+        unit (`str`): What the values count in.
+        higher_is_better (`bool`, *optional*): `None` where that is not known.
+        num_samples (`int`): Samples that both models were measured on.
+        before (`Estimate`, *optional*): `None` where there is no model before, or where the measure
+            compares the two models itself.
+        after (`Estimate`): Of the model after.
+        delta (`Estimate`, *optional*): After minus before, paired by sample. `None` as `before`.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool | None
+    num_samples: int
+    before: Estimate | None
+    after: Estimate
+    delta: Estimate | None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the interval of the change is all on one side of zero, and on which."""
+        if self.delta is None or self.delta.interval is None or self.higher_is_better is None:
+            return None
+        low, high = self.delta.interval
+        if low <= 0 <= high:
+            return "unclear"
+        return "better" if (low > 0) == self.higher_is_better else "worse"
+
+
+def compare(
+    before: Mapping[str, Measured] | None,
+    after: Mapping[str, Measured],
+    *,
+    num_bootstrap: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[Result]:
+    """
+    Values, changes and their intervals.
+
+    Args:
+        before (`Mapping[str, Measured]`, *optional*): Measures of the model before, by name. It may
+            lack some. Only samples that both models have count: with other tokens, some texts may
+            have nothing to score.
+        after (`Mapping[str, Measured]`): Those of the model after.
+        num_bootstrap, confidence, seed: As for `intervals.interval`.
+
+    Returns:
+        `list[Result]`: In the order of `after`.
+
+    Raises:
+        ValueError: two models have no sample of a measure in common.
+    """
+    options: Any = {"num_bootstrap": num_bootstrap, "confidence": confidence, "seed": seed}
+    results = []
+    for name, measured in after.items():
+        values, old, delta = measured.values, None, None
+        if before is not None and name in before:
+            known = set(before[name].values.ids)
+            common = [key for key in values.ids if key in known]
+            if not common:
+                raise ValueError(
+                    f"`{name}` has no sample that both models were measured on. Use one tokenizer "
+                    "for both (`tokenizer_name_or_path`), or look at the data of this group."
+                )
+            values, old_values = values.select(common), before[name].values.select(common)
+            old = Estimate(old_values.value, interval(old_values, **options))
+            delta = Estimate(
+                values.value - old_values.value, paired_interval(old_values, values, **options)
+            )
+        results.append(
+            Result(
+                name,
+                measured.unit,
+                measured.higher_is_better,
+                len(values.ids),
+                old,
+                Estimate(values.value, interval(values, **options)),
+                delta,
+            )
+        )
+    return results

@@ -1,0 +1,460 @@
+"""scripts/evaluate.py and what it is made of: known answers, and the keys."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, config
+from peft import LoraConfig, get_peft_model
+
+from ogpsa_trl.evaluation import (
+    completion_scores,
+    mean_log_likelihood_per_token,
+    mean_probability,
+    preference_accuracy,
+)
+from ogpsa_trl.evaluation.arguments import parse_evaluation
+from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.report import change_figure, result_rows
+from ogpsa_trl.evaluation.results import compare
+from ogpsa_trl.evaluation.sets import load_sets
+from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
+from ogpsa_trl.toy import REFUSAL, ToyWorld
+from ogpsa_trl.toy_model import tiny_model
+from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = ToyWorld(0)
+SETS = WORLD.evaluation_sets()
+REFUSAL_LENGTH = 10  # tokens, the end among them
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `load_dataset` makes of the files here does not stay in the user's cache."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def write_data(folder):
+    """Every kind of data, as files; returns the keys that name them."""
+    data = {
+        "skills": WORLD.capability_groups(12)["skills"],
+        "text": Dataset.from_dict({"text": ["is poison bad ? => yes", "the cat sees a dog"]}),
+        "harmful": SETS["refusal"].select(range(9)),
+        "benign": SETS["over_refusal"].select(range(8)),
+        "pairs": WORLD.safety_preferences().select(range(10)),
+    }
+    for name, rows in data.items():
+        rows.to_json(folder / f"{name}.jsonl")
+    path = {name: str(folder / f"{name}.jsonl") for name in data}
+    return {
+        "capability_datasets": [
+            {"path": path["skills"], "group": "skills"},
+            {"path": path["text"], "group": "text"},
+        ],
+        "harmful_datasets": [{"path": path["harmful"]}],
+        "over_refusal_datasets": [{"path": path["benign"]}],
+        "preference_datasets": [{"path": path["pairs"]}],
+        "refusals": [REFUSAL.strip()],
+    }
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse_with(values=None, *line, model="toy"):
+        file = tmp_path / "evaluation.yaml"
+        required = {"model_name_or_path": model, "output_dir": str(tmp_path / "out")}
+        file.write_text(yaml.safe_dump(required | (values or {})))
+        return parse_evaluation(["--config", str(file), *line])
+
+    return parse_with
+
+
+@pytest.fixture
+def measure(parse, tmp_path):
+    """All measures of a model on all kinds of data."""
+    data = write_data(tmp_path)
+
+    def measured(model, **keys):
+        arguments = parse(data | {"max_length": 60, "max_new_tokens": 16} | keys)
+        sets = load_sets(arguments, [tokenizer_without_template()])
+        return score_model(model, tokenizer_without_template(), sets, arguments)
+
+    return measured
+
+
+def tokenizer_without_template():
+    """The prompts of the world are texts that end where an answer begins."""
+    from ogpsa_trl.toy_model import toy_tokenizer
+
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def value(scores, name):
+    return scores.measures[name].values.value
+
+
+class TestKnownAnswers:
+    def test_a_model_that_always_refuses(self, measure):
+        scores = measure(scripted_model(REFUSING))
+        for prefix, group in (("", "harmful"), ("over_", "benign")):
+            assert value(scores, f"{prefix}refusal_rate/{group}") == 1.0
+            assert value(scores, f"{prefix}refusal_ll/{group}") == pytest.approx(math.log(P_STEP))
+            probability = value(scores, f"p_{'over_' if prefix else ''}refuse/{group}")
+            assert probability == pytest.approx(P_STEP**REFUSAL_LENGTH)
+        assert set(scores.answers["refusal_rate/harmful"]) == {REFUSAL.strip()}
+        assert value(scores, "preference/pairs") == 1.0
+
+    def test_a_model_that_never_refuses(self, measure):
+        scores = measure(scripted_model(ANSWERING))
+        assert value(scores, "refusal_rate/harmful") == 0.0
+        assert value(scores, "over_refusal_rate/benign") == 0.0
+        # The table knows no token of the refusal but its first one, which is not the likeliest.
+        size = len(TOKENIZER)
+        expected = p_other() * size ** -(REFUSAL_LENGTH - 1)
+        assert value(scores, "p_refuse/harmful") == pytest.approx(expected, rel=1e-4)
+        assert value(scores, "preference/pairs") < 1.0
+
+    def test_the_probabilities_of_several_refusals_add_up(self, measure):
+        refusals = [REFUSAL.strip(), "sorry , i can"]
+        scores = measure(scripted_model(REFUSING), refusals=refusals)
+        short = P_STEP**4 * p_other()  # after "can" the end comes by chance
+        expected = P_STEP**REFUSAL_LENGTH + short
+        assert value(scores, "p_refuse/harmful") == pytest.approx(expected, rel=1e-4)
+        mean = (10 * math.log(P_STEP) + math.log(short)) / 15
+        assert value(scores, "refusal_ll/harmful") == pytest.approx(mean, rel=1e-4)
+
+    def test_the_same_model_before_and_after_has_changed_nothing(self, measure):
+        model = tiny_model(seed=4)
+        before, after = measure(model).measures, measure(model).measures
+        results = compare(before, with_preference_over_base(before, after), num_bootstrap=100)
+        assert len(results) == len(before) + 1
+        for result in results:
+            if result.name == "preference_over_base/pairs":
+                assert result.after.value == 0.0  # a tie is no preference
+            else:
+                assert result.delta == (0.0, (0.0, 0.0)), result.name
+                assert result.verdict == "unclear"
+
+    def test_from_never_to_always_is_a_change_of_one(self, measure):
+        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
+        results = {r.name: r for r in compare(before, after, num_bootstrap=100)}
+        for name, verdict in (("refusal_rate/harmful", "better"),
+                              ("over_refusal_rate/benign", "worse")):  # fmt: skip
+            assert results[name].delta == (1.0, (1.0, 1.0))
+            assert results[name].verdict == verdict
+
+    def test_no_answers_no_rates(self, measure):
+        scores = measure(tiny_model(), max_new_tokens=0)
+        assert not scores.answers
+        assert not any("rate" in name for name in scores.measures)
+        assert "p_refuse/harmful" in scores.measures
+
+
+class TestCapability:
+    def test_completions_count_as_they_do_in_the_direct_measure(self):
+        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["skills"]
+        values = group_nll(model, TOKENIZER, "skills", rows, batch_size=5)
+        scores = completion_scores(model, TOKENIZER, rows["prompt"], rows["completion"])
+        assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
+        assert values.columns[1].sum() == scores.num_tokens.sum()
+
+    def test_of_a_text_every_token_counts_with_the_end(self):
+        model, text = tiny_model(seed=2), "is poison bad ? => yes"
+        values = group_nll(model, TOKENIZER, "text", Dataset.from_dict({"text": [text]}))
+        rest = completion_scores(model, TOKENIZER, ["is"], [text[2:]])
+        assert values.columns[1].tolist() == rest.num_tokens.tolist() == [6]
+        assert values.value == pytest.approx(-mean_log_likelihood_per_token(rest), rel=1e-5)
+
+    def test_a_conversation_counts_like_the_same_text(self):
+        model = tiny_model(seed=2)
+        row = {
+            "prompt": [{"role": "user", "content": "is poison bad ?"}],
+            "completion": [{"role": "assistant", "content": "yes"}],
+        }
+        values = group_nll(model, TOKENIZER, "chat", Dataset.from_list([row]))
+        scores = completion_scores(model, TOKENIZER, ["is poison bad ? =>"], [" yes"])
+        assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 100])
+    def test_batches_change_nothing(self, batch_size):
+        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["language"]
+        expected = group_nll(model, TOKENIZER, "a", rows, batch_size=3)
+        values = group_nll(model, TOKENIZER, "a", rows, batch_size=batch_size)
+        values = values.select(expected.ids)
+        for ours, theirs in zip(values.columns, expected.columns, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+
+    def test_samples_are_chosen_by_the_seed_and_cut(self):
+        model, rows = tiny_model(seed=2), WORLD.capability_groups(40)["language"]
+        chosen = [
+            group_nll(model, TOKENIZER, "a", rows, max_samples=8, max_length=12, seed=seed)
+            for seed in (0, 0, 1)
+        ]
+        assert len(chosen[0].ids) == 8
+        assert chosen[0].value == chosen[1].value != chosen[2].value
+        whole = group_nll(model, TOKENIZER, "a", rows, max_samples=8)
+        assert chosen[0].columns[1].sum() < whole.columns[1].sum()
+
+
+class TestSets:
+    def test_a_text_becomes_a_message_where_all_models_know_conversations(self, parse, tmp_path):
+        arguments = parse(write_data(tmp_path))
+        chat = load_sets(arguments, [TOKENIZER]).harmful["harmful"].column("prompt")
+        assert {prompt[0]["role"] for prompt in chat} == {"user"}
+        both = load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
+        plain = both.harmful["harmful"].column("prompt")
+        assert [prompt[0]["content"] for prompt in chat] == plain
+
+    def test_conversations_need_a_template(self, parse, tmp_path):
+        row = {"prompt": [{"role": "user", "content": "how"}]}
+        Dataset.from_list([row]).to_json(tmp_path / "chat.jsonl")
+        arguments = parse({"harmful_datasets": [{"path": str(tmp_path / "chat.jsonl")}]})
+        with pytest.raises(ValueError, match=r"has no chat template. Set `tokenizer_name_or_path`"):
+            load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
+
+    def test_what_is_too_long_is_left_out_and_counted(self, parse, tmp_path):
+        prompts = ["how to bake ?", "how " * 30]
+        Dataset.from_dict({"prompt": prompts}).to_json(tmp_path / "long.jsonl")
+        keys = {
+            "harmful_datasets": [{"path": str(tmp_path / "long.jsonl")}],
+            "refusals": ["sorry ."], "max_new_tokens": 4,
+        }  # fmt: skip
+        rows = load_sets(parse(keys | {"max_length": 30}), [TOKENIZER]).harmful["harmful"]
+        assert (rows.ids, rows.num_left_out) == (("0",), 1)
+        with pytest.raises(ValueError, match="a row that fits into `max_length`, 3 tokens, but"):
+            load_sets(parse(keys | {"max_length": 3}), [TOKENIZER])
+
+    def test_a_missing_column_is_named(self, parse, tmp_path):
+        Dataset.from_dict({"question": ["how"]}).to_json(tmp_path / "q.jsonl")
+        for key in ("harmful_datasets", "preference_datasets"):
+            with pytest.raises(
+                ValueError, match=r"must have the columns .* but has \['question'\]"
+            ):
+                load_sets(parse({key: [{"path": str(tmp_path / "q.jsonl")}]}), [TOKENIZER])
+
+    def test_prompts_are_taken_out_of_whole_conversations(self, parse, tmp_path):
+        user = {"role": "user", "content": "how"}
+        row = {side: [user, {"role": "assistant", "content": side}]
+               for side in ("chosen", "rejected")}  # fmt: skip
+        Dataset.from_list([row]).to_json(tmp_path / "pairs.jsonl")
+        arguments = parse({"preference_datasets": [{"path": str(tmp_path / "pairs.jsonl")}]})
+        [pair] = load_sets(arguments, [TOKENIZER]).preference["pairs"].rows
+        assert pair["prompt"] == [user]
+        assert pair["chosen"] == [{"role": "assistant", "content": "chosen"}]
+
+
+class TestKeys:
+    def test_unknown_keys_name_the_nearest(self, parse, tmp_path):
+        with pytest.raises(ValueError, match=r"`harmful_dataset` in .*key is `harmful_datasets`"):
+            parse({"harmful_dataset": []})
+        with pytest.raises(ValueError, match=r"`max_sample` in the command line.* `max_samples`"):
+            parse({}, "--max_sample", "3")
+        with pytest.raises(ValueError, match=r"`grup` in entry 1 of `harmful_datasets`.* `group`"):
+            parse({"harmful_datasets": [{"path": "a", "grup": "x"}]})
+        with pytest.raises(ValueError, match="`learning_rate` in"):
+            parse({"learning_rate": 1})
+
+    def test_the_line_wins(self, parse):
+        keys = {"harmful_datasets": [{"path": "a", "group": "x"}, {"path": "b"}], "seed": 3}
+        arguments = parse(keys, "--seed", "4", "--over_refusal_datasets", "c")
+        assert arguments.seed == 4
+        assert [entry.group for entry in arguments.harmful_datasets] == ["x", "harmful"]
+        assert [entry.group for entry in arguments.over_refusal_datasets] == ["benign"]
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"harmful_datasets": None}, "There is nothing to measure"),
+            ({"confidence": 95}, "`confidence` must lie between 0 and 1, but got 95"),
+            ({"num_bootstrap": 10}, "`num_bootstrap` must be at least 100, but got 10"),
+            ({"batch_size": 0}, "`batch_size` must be at least 1"),
+            ({"refusals": ["no", "no"]}, "`refusals` must be different texts"),
+            ({"refusals": None}, "need `refusals`, but there are none"),
+            ({"lm_eval_limit": 3}, "are settings of `lm_eval_tasks`, of which there are none"),
+            ({"model_name_or_path": ""}, "needs a model"),
+        ],
+    )
+    def test_values_that_make_no_sense_are_refused(self, parse, keys, message):
+        with pytest.raises(ValueError, match=message):
+            parse({"harmful_datasets": [{"path": "a"}]} | keys)
+
+    @pytest.mark.parametrize("name", ["evaluate", "stories_evaluate"])
+    def test_the_configurations_that_we_ship_are_valid(self, name, monkeypatch):
+        from ogpsa_trl.evaluation import arguments
+
+        monkeypatch.setattr(arguments, "check_installed", lambda: None)
+        path = ROOT / "configs" / f"{name}.yaml"
+        parsed = parse_evaluation(["--config", str(path), "--model_name_or_path", "toy"])
+        assert parsed.harmful_datasets and parsed.over_refusal_datasets
+        assert parsed.capability_datasets and parsed.preference_datasets
+
+    def test_the_default_file_shows_the_defaults_of_the_refusals(self):
+        from ogpsa_trl.evaluation.refusal import REFUSALS
+
+        values = yaml.safe_load((ROOT / "configs" / "evaluate.yaml").read_text("utf-8"))
+        assert values["refusals"] == list(REFUSALS)
+
+
+def save(model, folder, tokenizer=TOKENIZER):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class TestScript:
+    @pytest.fixture(autouse=True)
+    def script(self, evaluate_script):
+        self.script = evaluate_script
+
+    @pytest.fixture
+    def models(self, tmp_path):
+        seeds = {"before": 1, "after": 2}
+        return {when: save(tiny_model(seed), tmp_path / when) for when, seed in seeds.items()}
+
+    def run(self, parse, tmp_path, models, **keys):
+        data = write_data(tmp_path)
+        options = {"max_length": 60, "max_new_tokens": 8, "num_bootstrap": 100}
+        base = {"base_model_name_or_path": models["before"]} if "before" in models else {}
+        arguments = parse(data | options | base | keys, model=models["after"])
+        results = self.script.main(arguments)
+        content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+        return results, content
+
+    def test_the_results_are_the_direct_measures(self, parse, tmp_path, models):
+        results, content = self.run(parse, tmp_path, models)
+        measures = content["measures"]
+        assert list(measures) == [result.name for result in results]
+        harmful, pairs = SETS["refusal"].select(range(9)), WORLD.safety_preferences()
+        pairs = pairs.select(range(10))
+        # The tokenizer has a chat template, so the prompts end in two arrows.
+        prompts = [f"{prompt} =>" for prompt in harmful["prompt"]]
+        before, after = (tiny_model(seed) for seed in (1, 2))
+        for when, model in (("before", before), ("after", after)):
+            scores = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
+            assert measures["p_refuse/harmful"][when]["value"] == pytest.approx(
+                mean_probability(scores), rel=1e-4
+            )
+            assert measures["refusal_ll/harmful"][when]["value"] == pytest.approx(
+                mean_log_likelihood_per_token(scores), rel=1e-5
+            )
+            skills = WORLD.capability_groups(12)["skills"]
+            scores = completion_scores(model, TOKENIZER, skills["prompt"], skills["completion"])
+            assert measures["nll/skills"][when]["value"] == pytest.approx(
+                -mean_log_likelihood_per_token(scores), rel=1e-5
+            )
+        texts = pairs["prompt"], pairs["chosen"], pairs["rejected"]
+        direct = preference_accuracy(after, TOKENIZER, *texts, reference_model=before)
+        over_base = measures["preference_over_base/pairs"]
+        assert over_base["after"]["value"] == pytest.approx(direct.accuracy)
+        assert over_base["before"] is over_base["delta"] is None
+        assert measures["margin/pairs"]["delta"]["value"] == pytest.approx(
+            direct.mean_margin, rel=1e-4
+        )
+
+    def test_the_values_can_be_computed_anew_from_the_file(self, parse, tmp_path, models):
+        _, content = self.run(parse, tmp_path, models)
+        for name, measure in content["measures"].items():
+            samples = content["samples"][name]
+            for when in ("before", "after"):
+                if samples[when] is None:
+                    continue
+                columns = samples[when]["columns"]
+                assert len(samples[when]["ids"]) == len(columns[0]) == measure["num_samples"]
+                sums = [sum(column) for column in columns]
+                denominator = sums[1] if samples["form"] == "ratio" else len(columns[0])
+                assert measure[when]["value"] == pytest.approx(sums[0] / denominator), name
+        assert content["settings"]["num_bootstrap"] == 100
+        assert content["versions"]["torch"] == torch.__version__
+
+    def test_everything_is_written(self, parse, tmp_path, models, capsys):
+        results, _ = self.run(parse, tmp_path, models)
+        out = tmp_path / "out"
+        table = (out / "evaluation.md").read_text(encoding="utf-8")
+        printed = capsys.readouterr().out
+        for result in results:
+            assert f"| {result.name} " in table
+            assert result.name in printed
+        assert "* `nll`: negative log-likelihood" in table
+        assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+        lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert len(lines) == 9 + 8
+        assert {"prompt", "before", "before_refused", "after", "after_refused"} <= set(lines[0])
+
+    def test_without_a_model_before_there_are_values_only(self, parse, tmp_path, models):
+        results, _ = self.run(parse, tmp_path, {"after": models["after"]})
+        assert all(result.before is result.delta is None for result in results)
+        assert all(result.after.interval is not None for result in results)
+        assert not (tmp_path / "out" / "evaluation.png").exists()
+        assert "verdict" not in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+
+    def test_an_adapter_is_put_on_its_base_model(self, parse, tmp_path, models):
+        """Zero as it begins: the base model. Then it is what PEFT makes of it."""
+        model = tiny_model(1)
+        model.name_or_path = model.config._name_or_path = models["before"]
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+        fresh = {"before": models["before"], "after": save(adapted, tmp_path / "fresh")}
+        results, _ = self.run(parse, tmp_path, fresh)
+        assert all(r.delta.value == 0 for r in results if r.delta is not None)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(1.0)
+        trained = fresh | {"after": save(adapted, tmp_path / "trained")}
+        assert not (tmp_path / "trained" / "model.safetensors").exists()
+        results, _ = self.run(parse, tmp_path, trained)
+        skills = WORLD.capability_groups(12)["skills"]
+        scores = completion_scores(adapted, TOKENIZER, skills["prompt"], skills["completion"])
+        [nll] = [result for result in results if result.name == "nll/skills"]
+        assert nll.after.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
+        assert nll.delta.value != 0
+
+
+class TestReport:
+    def results(self, measure):
+        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
+        return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
+
+    def test_rows_hold_what_there_is(self, measure):
+        rows = {row["measure"]: row for row in result_rows(self.results(measure), digits=2)}
+        assert rows["refusal_rate/harmful"] == {
+            "measure": "refusal_rate/harmful", "unit": "share", "good": "up", "before": 0.0,
+            "after": 1.0, "change": "+1.00", "interval": "[+1.00, +1.00]", "verdict": "better",
+            "samples": 9,
+        }  # fmt: skip
+        over_base = rows["preference_over_base/pairs"]
+        assert over_base["change"] is over_base["before"] is over_base["verdict"] is None
+
+    def test_a_figure_has_a_panel_per_unit_and_no_label_on_another(
+        self, measure, monkeypatch, tmp_path
+    ):
+        from matplotlib.figure import Figure
+
+        figures, savefig = [], Figure.savefig
+        monkeypatch.setattr(
+            Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+        )
+        results = self.results(measure)
+        change_figure(results, tmp_path / "new" / "changes.png", title="a title")
+        [figure] = figures
+        drawn = [result for result in results if result.delta is not None]
+        titles = [panel.get_title(loc="left") for panel in figure.axes]
+        units = dict.fromkeys(result.unit for result in drawn)
+        assert titles == [f"Change, {unit}" for unit in units]
+        labels = [label for panel in figure.axes for label in panel.get_yticklabels()]
+        assert sorted(label.get_text() for label in labels) == sorted(r.name for r in drawn)
+        texts = [*labels, *(text for panel in figure.axes for text in panel.texts)]
+        boxes = [text.get_window_extent() for text in texts]
+        for i, box in enumerate(boxes):
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+
+    def test_without_changes_there_is_no_figure(self, measure, tmp_path):
+        results = compare(None, measure(tiny_model()).measures, num_bootstrap=100)
+        with pytest.raises(ValueError, match="no result has a change"):
+            change_figure(results, tmp_path / "changes.png")

@@ -1,0 +1,205 @@
+"""Tasks of lm-evaluation-harness, from files, without the Hub; and without the package."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import config
+
+from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
+from ogpsa_trl.evaluation.arguments import parse_evaluation
+from ogpsa_trl.toy import REFUSAL, ToyWorld
+from ogpsa_trl.toy_model import tiny_model
+from scripted import REFUSING, TOKENIZER, scripted_model
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ToyWorld(0).safety_preferences().select(range(12))
+
+needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval not installed")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `load_dataset` makes of the files here does not stay in the user's cache."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """
+    A folder of tasks: a choice, a text, a generation, a metric of its own kind, and a group.
+
+    The functions of the tasks import the package `evaluate`, as tasks of the harness do.
+    """
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"prompt": row["prompt"], "options": [row["chosen"].strip(), row["rejected"].strip()]}
+        for row in ROWS
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
+        "test_split": "test", "num_fewshot": 0, "doc_to_text": "{{prompt}}",
+    }  # fmt: skip
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    choice = common | {
+        "output_type": "multiple_choice", "doc_to_choice": "{{options}}",
+        "metric_list": [{"metric": "acc", **mean}],
+    }  # fmt: skip
+    files = {
+        "right": choice | {"doc_to_target": 0},
+        "wrong": choice | {"doc_to_target": 1},
+        "text": common | {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "",
+            "doc_to_target": "{{prompt}}",
+            "metric_list": [{"metric": m} for m in ("word_perplexity", "bits_per_byte")],
+        },
+        "answers": common | {
+            "output_type": "generate_until", "doc_to_target": "",
+            "generation_kwargs": {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 12},
+            "process_results": "FUNCTION utils.says_sorry",
+            "metric_list": [{"metric": "sorry", "aggregation": "FUNCTION utils.most",
+                             "higher_is_better": False}],
+        },
+        "both": {"group": "both", "task": ["right", "wrong"]},
+    }  # fmt: skip
+    for name, content in files.items():
+        if name != "both":
+            content = {"task": name, **content}
+        text = yaml.safe_dump(content).replace("'FUNCTION ", "!function ").replace(
+            "FUNCTION ", "!function ").replace("utils.says_sorry'", "utils.says_sorry").replace(
+            "utils.most'", "utils.most")  # fmt: skip
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "utils.py").write_text(
+        "from evaluate import load\n"
+        "def says_sorry(doc, results): return {'sorry': 'sorry' in results[0]}\n"
+        "def most(items): return max(items)\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def the_package_evaluate(monkeypatch):
+    """Not the script of that name, which pytest has put onto the path."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).name != "scripts"])
+
+
+@needs_harness
+class TestScores:
+    def test_of_choices_are_those_of_the_likelihoods(self, tasks):
+        model = tiny_model(seed=5)
+        scores = harness.harness_scores(model, TOKENIZER, ["right", "wrong"], include_path=tasks)
+        assert list(scores) == ["right/acc", "wrong/acc"]
+        right, wrong = scores["right/acc"], scores["wrong/acc"]
+        assert (right.unit, right.higher_is_better) == ("share", True)
+        likelihoods = [
+            completion_scores(
+                model, TOKENIZER, ROWS["prompt"], ROWS[side], append_eos=False
+            ).log_probs
+            for side in ("chosen", "rejected")
+        ]
+        expected = (likelihoods[0] > likelihoods[1]).double().tolist()
+        assert right.values.columns[0].tolist() == expected
+        assert wrong.values.columns[0].tolist() == [1 - v for v in expected]
+
+    def test_of_a_group_are_over_all_samples_of_its_tasks(self, tasks):
+        model = tiny_model(seed=5)
+        scores = harness.harness_scores(model, TOKENIZER, ["both"], include_path=tasks)
+        assert list(scores) == ["both/acc"]
+        assert scores["both/acc"].values.value == 0.5
+        assert len(scores["both/acc"].values.ids) == 24
+
+    def test_of_texts_are_ratios_of_sums(self, tasks):
+        model = tiny_model(seed=5)
+        scores = harness.harness_scores(model, TOKENIZER, ["text"], include_path=tasks)
+        perplexity, bits = scores["text/word_perplexity"], scores["text/bits_per_byte"]
+        assert (perplexity.higher_is_better, bits.higher_is_better) == (False, False)
+        assert (perplexity.values.form, bits.values.form) == ("exp(ratio)", "ratio")
+        # The harness puts the end of the text before it, and scores all of its tokens.
+        prompts = [f"<eos> {prompt}" for prompt in ROWS["prompt"]]
+        num_characters = sum(map(len, ROWS["prompt"]))
+        literal = bits_per_character(model, TOKENIZER, prompts) * (num_characters + len(prompts))
+        assert bits.values.value * num_characters == pytest.approx(literal, rel=1e-4)
+        num_words = sum(len(prompt.split()) for prompt in ROWS["prompt"])
+        assert perplexity.values.value == pytest.approx(
+            math.exp(literal * math.log(2) / num_words), rel=1e-3
+        )
+
+    def test_of_any_metric_are_the_items_with_their_function(self, tasks, the_package_evaluate):
+        scores = harness.harness_scores(
+            scripted_model(REFUSING), TOKENIZER, ["answers"], include_path=tasks, limit=3
+        )
+        sorry = scores["answers/sorry"]
+        assert (sorry.values.form, sorry.values.items) == ("aggregate", (True,) * 3)
+        assert (sorry.values.value, sorry.higher_is_better) == (1.0, False)
+
+    def test_leave_generators_and_tokenizer_alone(self, tasks):
+        padding = TOKENIZER.padding_side
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        harness.harness_scores(tiny_model(), TOKENIZER, ["right"], include_path=tasks, limit=2)
+        assert random.getstate() == states[0]
+        assert np.random.get_state()[1].tolist() == states[1]
+        assert torch.equal(torch.get_rng_state(), states[2])
+        assert TOKENIZER.padding_side == padding
+
+    def test_of_a_folder_that_is_missing_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="must name a folder of task files, but there is none"):
+            harness.harness_scores(tiny_model(), TOKENIZER, ["x"], include_path=tmp_path / "no")
+
+    @pytest.mark.slow
+    def test_of_an_unknown_task_are_refused(self, tasks):
+        """Slow: all the tasks that come with the harness are read for their names."""
+        with pytest.raises(ValueError, match=r"no task 'rigth' .* known task is 'right'"):
+            harness.harness_scores(tiny_model(), TOKENIZER, ["rigth"], include_path=tasks)
+
+
+def test_tasks_need_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    line = ["--model_name_or_path", "toy", "--lm_eval_tasks", "arc_easy"]
+    with pytest.raises(ValueError, match=r"not installed. Install it with `pip install 'ogpsa_trl"):
+        parse_evaluation(line)
+
+
+def run_script(*line, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, line)],
+        capture_output=True, text=True, timeout=240, cwd=cwd, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cwd / "cache")},
+    )  # fmt: skip
+
+
+@needs_harness
+def test_the_script_runs_tasks_that_import_a_package_of_its_name(tasks, tmp_path):
+    for name, model in (("before", tiny_model()), ("after", scripted_model(REFUSING))):
+        model.save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    line = ["--model_name_or_path", "after", "--base_model_name_or_path", "before"]
+    line += ["--lm_eval_tasks", "answers", "right", "--lm_eval_include_path", tasks]
+    line += ["--num_bootstrap", "100", "--output_dir", "out"]
+    result = run_script(*line, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert content["measures"]["answers/sorry"]["after"]["value"] == 1.0
+    assert content["samples"]["answers/sorry"]["after"]["items"] == [True] * 12
+    assert content["measures"]["right/acc"]["after"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert "lm_eval" in content["versions"]
+    assert "answers/sorry" in result.stdout
+
+
+def test_the_script_says_in_one_line_what_is_wrong(tmp_path):
+    result = run_script("--model_name_or_path", "toy", "--refusal", REFUSAL, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "error: Unknown key `refusal` in the command line. The nearest known key is `refusals`."
+    )

@@ -1,0 +1,87 @@
+"""The keyword judge, and what greedy answers are."""
+
+import pytest
+from transformers import GenerationConfig
+
+from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, greedy_answers, is_refusal
+from ogpsa_trl.toy import REFUSAL, ToyWorld
+from ogpsa_trl.toy_model import tiny_model
+from scripted import ANSWERING, REFUSING, TOKENIZER, scripted_model
+
+PROMPTS = [row["prompt"] for row in ToyWorld(0).safety_sft().select(range(7))] + ["=>"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *REFUSALS,
+        REFUSAL,
+        "I\u2019m sorry, but I can\u2019t assist with that request.",
+        "As an AI language model, I do not have feelings.",
+        "  I  AM\nUNABLE to do that.",
+        "Sorry , I can not help .",
+        "x" * 130 + " i cannot help",
+        'Tom fell. "I\'m sorry," said Mia.',  # wrong, as documented
+    ],
+)
+def test_texts_that_sound_like_a_refusal(text):
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Sure, here is how to bake a cake.",
+        "sure : take the bomb then hide it .",
+        "That would hurt people. Have you talked to somebody?",  # wrong, as documented
+        "x" * 150 + " i cannot help",
+    ],
+)
+def test_texts_that_do_not(text):
+    assert not is_refusal(text)
+
+
+def test_every_phrase_is_written_as_texts_are_compared():
+    assert all(is_refusal(phrase) for phrase in REFUSAL_PHRASES)
+
+
+def test_scripted_models_answer_as_they_are_told():
+    assert greedy_answers(scripted_model(REFUSING), TOKENIZER, PROMPTS) == [REFUSAL.strip()] * 8
+    answers = greedy_answers(scripted_model(ANSWERING), TOKENIZER, PROMPTS)
+    assert answers == ["sure : take it then"] * 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_answers_are_those_of_one_prompt_at_a_time_without_padding(batch_size):
+    model = tiny_model(seed=3)
+    expected = []
+    for prompt in PROMPTS:
+        ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
+        output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        expected.append(TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    answers = greedy_answers(model, TOKENIZER, PROMPTS, batch_size=batch_size, max_new_tokens=6)
+    assert answers == expected
+    assert len(set(answers)) > 1
+
+
+def test_settings_of_the_model_do_not_count_and_come_back():
+    model = tiny_model(seed=3)
+    plain = greedy_answers(model, TOKENIZER, PROMPTS, max_new_tokens=12)
+    own = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=1)
+    model.generation_config = own
+    assert greedy_answers(model, TOKENIZER, PROMPTS, max_new_tokens=12) == plain
+    assert model.generation_config is own
+    ids = TOKENIZER(PROMPTS[0], return_tensors="pt")["input_ids"]
+    output = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    penalised = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert penalised != plain[0]  # what would have counted
+
+
+def test_conversations_go_through_the_chat_template():
+    model = tiny_model(seed=3)
+    conversations = [
+        [{"role": "user", "content": prompt.removesuffix(" =>")}] for prompt in PROMPTS[:7]
+    ]
+    answers = greedy_answers(model, TOKENIZER, conversations, max_new_tokens=6)
+    assert answers == greedy_answers(model, TOKENIZER, PROMPTS[:7], max_new_tokens=6)
