@@ -84,7 +84,7 @@ class TrainArguments:
 
 def _entries(values: Sequence[Any] | None) -> list[CapabilityDatasetConfig]:
     return [
-        value if isinstance(value, DatasetConfig) else CapabilityDatasetConfig(**value)
+        value if isinstance(value, CapabilityDatasetConfig) else CapabilityDatasetConfig(**value)
         for value in values or []  # a key without entries
     ]
 

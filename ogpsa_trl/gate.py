@@ -152,6 +152,7 @@ class CapabilityGate(TrainerCallback):
             folder: Where the model is.
         """
         assert self.last is not None
+        tolerance = self.config.max_capability_loss_increase
         width = max(map(len, ["group", *self.parts]))
         rows = [
             f"  {name:{width}}  {self.last.start[name]:8.4f}  {loss:8.4f}  "
@@ -161,7 +162,7 @@ class CapabilityGate(TrainerCallback):
         return "\n".join([
             "error: The capability gate is not passed: the held-out loss of group "
             f"{self.last.worst!r} has risen by {self.last.largest_increase:.4f} nats per token, "
-            f"more than `max_capability_loss_increase` ({self.config.max_capability_loss_increase}).",
+            f"more than `max_capability_loss_increase` ({tolerance}).",
             "",
             f"  {'group':{width}}    before     after  increase",
             *rows,
@@ -180,7 +181,7 @@ class CapabilityGate(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
-    ) -> TrainerControl:
+    ) -> None:
         trainer = self.trainer
         self.backend = make_backend(
             trainer.accelerator, trainer.model, trainer.model_wrapped, trainer.optimizer
@@ -190,7 +191,6 @@ class CapabilityGate(TrainerCallback):
             self.start = self._start_in(state.log_history)
         else:
             self._measure(state, control)
-        return control
 
     def on_step_end(
         self,
@@ -198,12 +198,11 @@ class CapabilityGate(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
-    ) -> TrainerControl:
+    ) -> None:
         """Before the trainer logs and saves what belongs to this step."""
         is_due = state.global_step % self.config.gate_interval == 0
         if is_due or control.should_save or control.should_training_stop:
             self._check(state, control)
-        return control
 
     def on_epoch_end(
         self,
@@ -211,10 +210,9 @@ class CapabilityGate(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
-    ) -> TrainerControl:
+    ) -> None:
         if control.should_save:
             self._check(state, control)
-        return control
 
     def on_train_end(
         self,
@@ -222,13 +220,12 @@ class CapabilityGate(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
-    ) -> TrainerControl:
+    ) -> None:
         """What is measured last are the weights that are left."""
         if self.last is None or self.last.step != state.global_step:
             self._measure(state, control)
         if self.config.gate_action == "best" and self.is_exceeded:
             self._load_best(state, control)
-        return control
 
     def _check(self, state: TrainerState, control: TrainerControl) -> None:
         """Measure, if that is not done yet, and act on it."""
@@ -290,7 +287,7 @@ class CapabilityGate(TrainerCallback):
 
     @torch.no_grad()
     def _losses(self) -> dict[str, float]:
-        """Token-mean losses at the current weights, the same on every process, in one all-reduce."""
+        """Token-mean losses at the current weights, on every process the same: one all-reduce."""
         backend = self.backend
         assert backend is not None
         parts = self.parts.values()

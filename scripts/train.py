@@ -3,8 +3,8 @@ Train with SFT or DPO, from a YAML file, with or without OGPSA.
 
     accelerate launch scripts/train.py --config configs/sft.yaml [--key value ...]
 
-`--help` lists every key; `--stage dpo --help` those of DPO. The exit status is 1 where the capability
-gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
+`--help` lists every key; `--stage dpo --help` those of DPO. The exit status is 1 where the
+capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
 """
 
 import logging

@@ -114,7 +114,7 @@ def gated(trainer, groups, config=None):
 def contradicted(num_rows=8):
     """Gate data: the requests of the training data, with answers that training makes unlikely."""
     rows = safety_data("sft", num_rows)
-    return Dataset.from_list([{"prompt": r["prompt"], "completion": " yes" * 8} for r in rows])
+    return Dataset.from_list([{"prompt": r["prompt"], "completion": " 6 6 0 6 6 0"} for r in rows])
 
 
 def gate_entries(trainer):

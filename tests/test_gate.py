@@ -1,8 +1,9 @@
-"""The capability gate: what it measures, that it changes nothing, and what it does past tolerance."""
+"""The capability gate: what it measures, that it changes nothing, what it does past tolerance."""
 
 import json
 import logging
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,10 +33,11 @@ LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 
 def contradicted_run(path, output_dir, config, *, lora=False, **options):
     """Plain training that contradicts the gate's data in every step, so that their loss rises."""
-    more = {"peft_config": LoraConfig(**LORA)} if lora else None
+    if lora:
+        options |= {"optim": "adamw_torch", "learning_rate": 0.1}
     trainer = make_trainer(
-        "sft", path, output_dir, more=more,
-        **{"max_steps": 6, "learning_rate": 3.0 if lora else 0.3, **options},
+        "sft", path, output_dir, more={"peft_config": LoraConfig(**LORA)} if lora else None,
+        **{"max_steps": 6, "learning_rate": 0.3, **options},
     )  # fmt: skip
     return trainer, gated(trainer, {"answers": contradicted()}, config)
 
@@ -52,7 +54,7 @@ def increases(base_model_path, tmp_path_factory):
         entries = gate_entries(trainer)
         assert [entry["step"] for entry in entries] == list(range(7))
         results[lora] = [entry["ogpsa/gate_increase/answers"] for entry in entries]
-        assert all(0.01 < b - a for a, b in zip(results[lora], results[lora][1:], strict=False))
+        assert all(after - before > 0.005 for before, after in pairwise(results[lora][1:]))
     return results
 
 
@@ -158,9 +160,7 @@ class TestMeasurement:
         assert trainer.state.global_step == gate.last.step == 3
         assert [entry["step"] for entry in gate_entries(trainer)] == [0, 3]
 
-    def test_samples_that_training_protects_are_a_warning(
-        self, base_model_path, tmp_path, caplog
-    ):
+    def test_samples_that_training_protects_are_a_warning(self, base_model_path, tmp_path, caplog):
         trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups(4))
         with caplog.at_level(logging.WARNING):
             CapabilityGate(trainer, capability_groups(6))
@@ -293,7 +293,7 @@ class TestBest:
         assert gate.last.largest_increase == increases[lora][2]
 
     def test_last_weights_within_the_tolerance_are_kept(self, base_model_path, tmp_path):
-        trainer, gate, checkpoints = self.run(base_model_path, tmp_path / "run", 1e9)
+        trainer, _, checkpoints = self.run(base_model_path, tmp_path / "run", 1e9)
         assert checkpoints == ["checkpoint-5", "checkpoint-6"]
         expected = self.weights_after(base_model_path, tmp_path / "straight", 6)
         assert max_difference(weights(trainer), expected) == 0
@@ -369,7 +369,7 @@ class TestErrors:
 
     def test_data_of_another_kind(self, base_model_path, tmp_path):
         trainer = make_trainer("sft", base_model_path, tmp_path)
-        with pytest.raises(ValueError, match="`gate_dataset` must be a `Dataset`, .* got list"):
+        with pytest.raises(ValueError, match=r"`gate_dataset` must be a `Dataset`, .* got list"):
             CapabilityGate(trainer, [{"text": "a"}])
 
 

@@ -38,7 +38,8 @@ LAYERS = {
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
-        "backends checkpoint config data engines gradients trainers", "torch datasets transformers"
+        "backends checkpoint config data engines gradients trainers",
+        "torch datasets transformers",
     ),
     "__init__": ("config callback trainers gate", ""),
     "conversions": ("", "datasets"),
