@@ -1,10 +1,13 @@
 """OGPSA for TRL: safety post-training that leaves general capabilities alone."""
 
 from ogpsa_trl.callback import SubspaceCallback
-from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.config import GateConfig, OGPSAConfig
+from ogpsa_trl.gate import CapabilityGate
 from ogpsa_trl.trainers import OGPSADPOTrainer, OGPSAMixin, OGPSASFTTrainer
 
 __all__ = [
+    "CapabilityGate",
+    "GateConfig",
     "OGPSAConfig",
     "OGPSADPOTrainer",
     "OGPSAMixin",

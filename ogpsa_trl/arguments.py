@@ -15,7 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl.config import OGPSAConfig, Preset, preset_settings
+from ogpsa_trl.config import GateConfig, OGPSAConfig, Preset, preset_settings
 from ogpsa_trl.mixture import (
     CapabilityDatasetConfig,
     ConvertibleDatasetConfig,
@@ -59,18 +59,34 @@ class TrainArguments:
             "entry. Leave it out to train plain TRL."
         },
     )
+    gate_datasets: list[CapabilityDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Held-out capability data that the gate measures, in the schema of "
+            "`capability_datasets`, with and without `ogpsa`. Leave it out to train without a gate."
+        },
+    )
 
     def __post_init__(self) -> None:
-        self.capability_datasets = [
-            entry if isinstance(entry, DatasetConfig) else CapabilityDatasetConfig(**entry)
-            for entry in self.capability_datasets or []  # a key without entries
-        ]
+        self.capability_datasets = _entries(self.capability_datasets)
+        self.gate_datasets = _entries(self.gate_datasets)
 
     def capability_groups(self) -> dict[str, Dataset | IterableDataset] | None:
         """Load the capability data by group; `None` where the run is to be plain TRL."""
         if not self.ogpsa or not self.capability_datasets:
             return None
         return load_groups(self.capability_datasets)
+
+    def gate_groups(self) -> dict[str, Dataset | IterableDataset] | None:
+        """Load the gate's data by group; `None` where the run has no gate."""
+        return load_groups(self.gate_datasets) if self.gate_datasets else None
+
+
+def _entries(values: Sequence[Any] | None) -> list[CapabilityDatasetConfig]:
+    return [
+        value if isinstance(value, CapabilityDatasetConfig) else CapabilityDatasetConfig(**value)
+        for value in values or []  # a key without entries
+    ]
 
 
 @dataclass
@@ -83,6 +99,7 @@ class RunArguments:
     model: ModelConfig
     datasets: ConvertibleMixtureConfig
     ogpsa: OGPSAConfig
+    gate: GateConfig
 
     def safety_datasets(self) -> Mapping[Any, Dataset | IterableDataset]:
         """Load the training data by split."""
@@ -129,7 +146,11 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
         parser,
         args,
         values,
-        {"datasets": ConvertibleDatasetConfig, "capability_datasets": CapabilityDatasetConfig},
+        {
+            "datasets": ConvertibleDatasetConfig,
+            "capability_datasets": CapabilityDatasetConfig,
+            "gate_datasets": CapabilityDatasetConfig,
+        },
         lambda key, where: _unknown_in_stage(key, where, parser, stage),
     )
     run = RunArguments(*parser.parse_args_and_config(args))
@@ -141,12 +162,49 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
             f"`{changed[0]}` is a setting of OGPSA, but there is no capability data to use it on. "
             "Add `capability_datasets`, or set `ogpsa: false` to train plain TRL."
         )
+    _check_gate(run)
     if run.model.model_name_or_path is None:
         raise ValueError(
             "A run needs a model, but `model_name_or_path` is not set. Set it to a name on the Hub "
             "or a folder."
         )
     return run
+
+
+def _check_gate(run: RunArguments) -> None:
+    """
+    Refuse a gate that cannot do what is asked of it, before a model is loaded.
+
+    Raises:
+        ValueError: it has settings but no data, or data that is trained on or protected.
+    """
+    if not run.train.gate_datasets:
+        defaults = asdict(GateConfig())
+        for name, value in asdict(run.gate).items():
+            if value != defaults[name]:
+                raise ValueError(
+                    f"`{name}` ({value!r}) is a setting of the capability gate, but there is no "
+                    "data to measure. Add `gate_datasets`, in the schema of `capability_datasets`,"
+                    f" or leave `{name}` out."
+                )
+        return
+    run.gate.check_saving(run.training)
+    used = {"capability_datasets": run.train.capability_datasets, "datasets": run.datasets.datasets}
+    for number, entry in enumerate(run.train.gate_datasets, start=1):
+        for key, others in used.items():
+            if any(_source(entry) == _source(other) for other in others):
+                raise ValueError(
+                    f"entry {number} of `gate_datasets` must be held out, but the same data "
+                    f"({entry.data_files or entry.path!r}, split {entry.split!r}) is an entry of "
+                    f"`{key}`. Name another split or file, such as `split: train[90%:]` here and "
+                    "`split: train[:90%]` there."
+                )
+
+
+def _source(entry: DatasetConfig) -> dict[str, Any]:
+    """What says which rows an entry reads."""
+    names = ("path", "name", "data_dir", "data_files", "split")
+    return {name: getattr(entry, name) for name in names}
 
 
 def _parser(stage: str) -> FlatParser:
@@ -157,6 +215,7 @@ def _parser(stage: str) -> FlatParser:
         ModelConfig,
         ConvertibleMixtureConfig,
         OGPSAConfig,
+        GateConfig,
     )
     return FlatParser(
         dataclass_types,

@@ -80,7 +80,7 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     Raises:
         ValueError: a file is damaged or belongs to other parameters.
     """
-    if not _is_on_all(subspace.backend, _load(subspace, Path(folder))):
+    if not is_on_all(subspace.backend, _load(subspace, Path(folder))):
         subspace.is_due = True  # all refresh together, or none
 
 
@@ -116,7 +116,7 @@ def load_start(
                     start = StartingPoint.from_state(samples, state)
                 except ValueError as error:
                     reason = str(error)
-    if _is_on_all(backend, start is not None):
+    if is_on_all(backend, start is not None):
         return start
     logger.warning(
         "The starting point of %s cannot be used (%s): drift%s counts from the weights of this "
@@ -126,7 +126,8 @@ def load_start(
     return None
 
 
-def _is_on_all(backend: GradientBackend, is_here: bool) -> bool:
+def is_on_all(backend: GradientBackend, is_here: bool) -> bool:
+    """Whether something is there on every process. A collective call."""
     num = backend.sum_over_processes(torch.tensor(float(is_here), device=backend.device))
     return bool(num == backend.num_processes)
 

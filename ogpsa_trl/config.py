@@ -1,4 +1,4 @@
-"""OGPSAConfig: the method's settings and their checks."""
+"""The settings of the method, `OGPSAConfig`, and of the capability gate, `GateConfig`."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -11,6 +11,7 @@ Constraint = Literal["equality", "inequality"]
 CapabilityLoss = Literal["nll", "kl"]
 BasisDtype = Literal["float32", "bfloat16"]
 Preset = Literal["paper", "paper-theorem", "preserve", "replay", "kl"]
+GateAction = Literal["warn", "stop", "best"]
 
 _PAPER = {
     "scope": "parameter", "target": "gradient", "metric": "euclidean", "capability_loss": "nll",
@@ -199,9 +200,7 @@ class OGPSAConfig:
         return cls(**{**preset_settings(name, stage), **settings})
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for setting in fields(self):
-            _check(setting.name, getattr(self, setting.name), hints[setting.name])
+        _check_fields(self)
         if self.metric == "optimizer" and self.target != "update":
             raise ValueError(
                 "`metric` 'optimizer' is a metric of updates, but `target` is "
@@ -234,6 +233,91 @@ class OGPSAConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """
+    Settings of [`CapabilityGate`], each under its own name in YAML and on the command line.
+
+    Raises:
+        ValueError: a setting has the wrong type or lies outside its range, or an action has no
+            tolerance to act on.
+    """
+
+    max_capability_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tolerance of the gate, in nats per token, at least 0: how far the held-out "
+            "loss of any gate group may be above its value before training. Unset: losses are "
+            "measured and logged only. Values depend on the data: log a run first."
+        },
+    )
+    gate_action: GateAction = field(
+        default="warn",
+        metadata={
+            "help": "What the gate does once the tolerance is passed. 'warn': a warning. 'stop': "
+            "ends training. 'best': trains on, marks the latest checkpoint within the tolerance as "
+            "the best one, which `save_total_limit` keeps, and loads it at the end if the last "
+            "weights are past the tolerance."
+        },
+    )
+    gate_interval: int = field(
+        default=50,
+        metadata={
+            "help": "Optimizer steps between two measurements of the gate, at least 1. It also "
+            "measures before the first step, before a checkpoint is saved and after the last step. "
+            "Default: with 64 samples of two groups and 16 training samples a step, forward "
+            "passes of about a twentieth of the time of training."
+        },
+    )
+    gate_num_samples: int = field(
+        default=64,
+        metadata={
+            "help": "Samples measured of each gate group, at least 1, the same in every "
+            "measurement; all if there are fewer. Default: see `gate_interval`."
+        },
+    )
+    gate_batch_size: int = field(
+        default=4,
+        metadata={
+            "help": "Sequences per forward pass of the gate on one process, at least 1. Costs "
+            "memory and speed only: the result does not depend on it. Default: that of "
+            "`capability_batch_size`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.gate_action != "warn" and self.max_capability_loss_increase is None:
+            raise ValueError(
+                f"`gate_action` {self.gate_action!r} needs a tolerance, but "
+                "`max_capability_loss_increase` is not set. Set it, in nats per token, or "
+                "`gate_action: warn`."
+            )
+
+    def check_saving(self, args: Any) -> None:
+        """
+        Refuse `TrainingArguments` that save no checkpoint for `gate_action: best`, or mark another.
+
+        Raises:
+            ValueError: they do.
+        """
+        if self.gate_action != "best":
+            return
+        if args.metric_for_best_model is not None:
+            raise ValueError(
+                "`gate_action` 'best' marks the best checkpoint by its capability loss, but "
+                f"`metric_for_best_model` is {args.metric_for_best_model!r} and would mark another."
+                " Leave it out, and `load_best_model_at_end`, which sets it, as schedulers that "
+                "watch a metric do: the gate loads its checkpoint by itself."
+            )
+        if args.save_strategy not in ("steps", "epoch"):
+            raise ValueError(
+                "`gate_action` 'best' needs checkpoints to choose from, but `save_strategy` is "
+                f"{str(args.save_strategy.value)!r}. Set `save_strategy: steps` or `epoch`, or "
+                "`gate_action: stop`."
+            )
+
+
 def preset_settings(name: str, stage: str = "sft") -> dict[str, Any]:
     """
     What a preset sets in a stage, by field; the other fields have their defaults.
@@ -246,6 +330,12 @@ def preset_settings(name: str, stage: str = "sft") -> dict[str, Any]:
     return {**_PRESETS[name], **(_PRESETS_DPO.get(name, {}) if stage == "dpo" else {})}
 
 
+def _check_fields(config: OGPSAConfig | GateConfig) -> None:
+    hints = get_type_hints(type(config))
+    for setting in fields(config):
+        _check(setting.name, getattr(config, setting.name), hints[setting.name])
+
+
 def _check(name: str, value: Any, hint: Any) -> None:
     """Check one setting: a choice, a number, or an integer of at least 1 (optional by its type)."""
     if get_origin(hint) is Literal:
@@ -255,13 +345,13 @@ def _check(name: str, value: Any, hint: Any) -> None:
                 f"`{name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}."
             )
         return
-    if hint is float:
+    optional = type(None) in get_args(hint)
+    if optional and value is None:
+        return
+    if hint is float or float in get_args(hint):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be a number of at least 0, but got {value!r}.")
-        return
-    optional = type(None) in get_args(hint)
-    if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         unset = ", or leave it unset for all there are" if optional else ""

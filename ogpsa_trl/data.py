@@ -174,31 +174,37 @@ class Preparation:
     dataset_num_proc: int | None = None
 
 
-def named_groups(capability_dataset: Any) -> dict[str, Dataset | IterableDataset]:
+def named_groups(
+    data: Any, argument: str = "capability_dataset"
+) -> dict[str, Dataset | IterableDataset]:
     """
-    Bring the user's `capability_dataset` into the form {group name: data set}.
+    Bring the user's data into the form {group name: data set}.
+
+    Args:
+        data: A data set, or a dict of groups.
+        argument: What the user knows it as.
 
     Raises:
         ValueError: it is neither a data set nor a dict of them, or it is empty.
     """
-    if isinstance(capability_dataset, (Dataset, IterableDataset)):
-        return {"capability": capability_dataset}
-    if isinstance(capability_dataset, (DatasetDict, IterableDatasetDict)):
+    if isinstance(data, (Dataset, IterableDataset)):
+        return {"capability": data}
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise ValueError(
-            f"`capability_dataset` must be a data set or a dict of groups, but got splits "
-            f"({', '.join(map(str, capability_dataset))}). Choose one: `capability_dataset[split]`."
+            f"`{argument}` must be a data set or a dict of groups, but got splits "
+            f"({', '.join(map(str, data))}). Choose one: `{argument}[split]`."
         )
-    if not isinstance(capability_dataset, Mapping):
+    if not isinstance(data, Mapping):
         raise ValueError(
-            "`capability_dataset` must be a `Dataset`, an `IterableDataset` or a dict of them, but "
-            f"got {type(capability_dataset).__name__}. Make one with `Dataset.from_list(rows)`."
+            f"`{argument}` must be a `Dataset`, an `IterableDataset` or a dict of them, but "
+            f"got {type(data).__name__}. Make one with `Dataset.from_list(rows)`."
         )
-    if not capability_dataset:
+    if not data:
         raise ValueError(
-            "`capability_dataset` must hold at least one group, but got an empty dict. Add a "
-            "group, or leave it out to train without OGPSA."
+            f"`{argument}` must hold at least one group, but got an empty dict. Add a "
+            "group, or leave it out."
         )
-    for name, dataset in capability_dataset.items():
+    for name, dataset in data.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"A capability group's name must be a non-empty text, got {name!r}.")
         if not isinstance(dataset, (Dataset, IterableDataset)):
@@ -206,7 +212,7 @@ def named_groups(capability_dataset: Any) -> dict[str, Dataset | IterableDataset
                 f"Capability group {name!r} must be a `Dataset` or an `IterableDataset`, but got "
                 f"{type(dataset).__name__}. Make one with `Dataset.from_list(rows)`."
             )
-    return dict(capability_dataset)
+    return dict(data)
 
 
 def prepare_group(

@@ -36,14 +36,14 @@ _ZERO_OPTIONS = {
 
 
 def check_supported(
-    accelerator: Accelerator, optimizer_name: str, target: Target = "gradient"
+    accelerator: Accelerator, optimizer_name: str | None, target: Target = "gradient"
 ) -> None:
     """
     Refuse what is not tested, by name, before anything is trained.
 
     Args:
         accelerator: The trainer's accelerator.
-        optimizer_name: `TrainingArguments.optim`.
+        optimizer_name: `TrainingArguments.optim`. `None` where no gradient is asked for.
         target: `OGPSAConfig.target`.
 
     Raises:
@@ -74,7 +74,7 @@ def check_supported(
             f"OGPSA does not support `torch_compile`, but it is on (backend "
             f"{dynamo.backend}). Set `torch_compile: false`."
         )
-    if any(word in optimizer_name for word in _UPDATES_DURING_BACKWARD):
+    if optimizer_name and any(word in optimizer_name for word in _UPDATES_DURING_BACKWARD):
         raise ValueError(
             f"OGPSA projects the accumulated gradient, but the optimizer {optimizer_name!r} "
             "updates the parameters during the backward pass and never holds it. Set `optim: "

@@ -119,13 +119,16 @@ def deterministic(model: nn.Module) -> Iterator[None]:
     """
     Take the modules out of training mode, so that dropout, embedding noise and router jitter rest.
 
-    Modules under gradient checkpointing stay in it: they checkpoint in training mode only. What
-    they drop out in their own `forward`, not in a submodule (as OPT's layers do), stays random.
+    Where a graph is made, modules under gradient checkpointing stay in it: they checkpoint in
+    training mode only. What they drop out in their own `forward`, not in a submodule (as OPT's
+    layers do), is then random.
     """
     modes = [(module, module.training) for module in model.modules()]
+    has_graph = torch.is_grad_enabled()
     try:
         for module, _ in modes:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+            is_checkpointed = getattr(module, "gradient_checkpointing", False)
+            module.training = has_graph and bool(is_checkpointed)
         yield
     finally:
         for module, mode in modes:

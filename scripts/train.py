@@ -3,7 +3,8 @@ Train with SFT or DPO, from a YAML file, with or without OGPSA.
 
     accelerate launch scripts/train.py --config configs/sft.yaml [--key value ...]
 
-`--help` lists every key; `--stage dpo --help` those of DPO.
+`--help` lists every key; `--stage dpo --help` those of DPO. The exit status is 1 where the
+capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
 """
 
 import logging
@@ -16,21 +17,26 @@ import torch
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from ogpsa_trl import OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.arguments import RunArguments, parse_run
 
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
 
 
-def main(run: RunArguments) -> None:
-    """Load, train, save: model, tokenizer and model card end up in `output_dir`."""
+def main(run: RunArguments) -> int:
+    """
+    Load, train, save: model, tokenizer and model card end up in `output_dir`.
+
+    Returns:
+        The exit status, the same on every process: 0, or 1 if the capability gate is not passed.
+    """
     args = run.training
     if args.process_index == 0:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ogpsa_trl").setLevel(logging.INFO)
     args.model_init_kwargs = model_init_kwargs(run.model, args)
     datasets = run.safety_datasets()
-    capability_groups = run.train.capability_groups()
+    capability_groups, gate_groups = run.train.capability_groups(), run.train.gate_groups()
     eval_dataset = None
     if args.eval_strategy != "no":
         eval_dataset = split_of(datasets, "dataset_test_split", run.script.dataset_test_split)
@@ -44,6 +50,10 @@ def main(run: RunArguments) -> None:
         capability_dataset=capability_groups,
         ogpsa_config=None if capability_groups is None else run.ogpsa,
     )
+    gate = None
+    if gate_groups is not None:
+        gate = CapabilityGate(trainer, gate_groups, run.gate)
+        trainer.add_callback(gate)
     if run.script.ignore_bias_buffers:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
@@ -59,9 +69,14 @@ def main(run: RunArguments) -> None:
     trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    is_exceeded = gate is not None and gate.is_exceeded
+    if gate is not None and gate.is_exceeded and args.process_index == 0:
+        # Before any process ends: a launcher that sees one fail ends the others.
+        print(gate.report(args.output_dir), file=sys.stderr, flush=True)
     # The others may still be saving: gloo aborts on a peer that has left.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    return int(is_exceeded)
 
 
 def model_init_kwargs(model: ModelConfig, args: Any) -> dict[str, Any]:
@@ -88,4 +103,4 @@ if __name__ == "__main__":
         arguments = parse_run()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main(arguments)
+    sys.exit(main(arguments))

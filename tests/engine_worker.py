@@ -24,8 +24,17 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, linalg
-from runs import capability_groups, logged, make_trainer, paper
+from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
+from runs import (
+    capability_groups,
+    contradicted,
+    gate_entries,
+    gated,
+    logged,
+    make_trainer,
+    paper,
+    trl_entries,
+)
 
 ON_CPU = not torch.cuda.is_available()
 
@@ -69,6 +78,13 @@ GLOBAL_BATCH = 8
 
 def name_of(cell):
     return "-".join(cell)
+
+
+# Plain TRL; and OGPSA, with passes of its own through other modules between those of the gate.
+GATE_CELLS = {
+    "gate-plain": ("dpo", "lora", "parameter", "acc2"),
+    "gate-ogpsa": ("sft", "full", "preserve", "acc2"),
+}
 
 
 def config_of(cell):
@@ -206,7 +222,9 @@ class ProjectionProbe:
         self.largest = max([self.largest, *cosines.flatten().tolist()])
 
 
-def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **options):
+def make(
+    engine, cell, model_path, output_dir, num_processes, *, plain=False, ogpsa=True, **options
+):
     """
     Three steps.
 
@@ -221,8 +239,9 @@ def make(engine, cell, model_path, output_dir, num_processes, *, plain=False, **
         lora_dropout=options.pop("lora_dropout", 0.0),
     )  # fmt: skip
     return make_trainer(
-        stage, model_path, output_dir, plain=plain, capability=capability_groups(),
-        config=config_of(cell),
+        stage, model_path, output_dir, plain=plain,
+        capability=capability_groups() if ogpsa else None,
+        config=config_of(cell) if ogpsa else None,
         more={"peft_config": lora} if form == "lora" else None,
         **{
             "max_steps": 3, "gradient_accumulation_steps": num_passes,
@@ -294,6 +313,45 @@ def train_without_projection(engine, cell, model_path, folder, num_processes, **
         entries = logged(trainer, ("runtime", "per_second", "seconds", "ogpsa/"))
         results[kind] = {"weights": full_weights(trainer), "log": entries}
     return results
+
+
+def train_gated(engine, name, model_path, folder, num_processes):
+    """The run of a gate, the same without it and resumed, and those of its actions."""
+
+    def run(has_gate=True, checkpoint=None, **settings):
+        trainer = make(
+            engine, GATE_CELLS[name], model_path, folder, num_processes,
+            ogpsa=name == "gate-ogpsa", learning_rate=0.01, adam_epsilon=1e-2,
+        )  # fmt: skip
+        gate = has_gate and gated(trainer, gate_groups(), gate_config(**settings))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer, gate
+
+    (without, _), (trainer, _) = run(has_gate=False), run()
+    resumed, _ = run(checkpoint=str(folder / "checkpoint-1"))
+    entries = gate_entries(trainer)
+    increases = [entry["ogpsa/gate_largest_increase"] for entry in entries]
+    stopped, _ = run(max_capability_loss_increase=increases[1] / 2, gate_action="stop")
+    between = (increases[1] + increases[2]) / 2
+    best, gate = run(max_capability_loss_increase=between, gate_action="best")
+    return {
+        "entries": entries,
+        "resumed_entries": gate_entries(resumed),
+        "logs": [trl_entries(without), trl_entries(trainer)],
+        "weights": [full_weights(without), full_weights(trainer), full_weights(resumed)],
+        "stopped_at": gathered(stopped, torch.tensor(stopped.state.global_step)).tolist(),
+        "first_and_best": [full_weights(stopped), full_weights(best)],
+        "is_exceeded": gate.is_exceeded,
+    }
+
+
+def gate_groups():
+    return {"answers": contradicted(7), **capability_groups(7)}
+
+
+def gate_config(**settings):
+    """Seven samples in batches of two: some processes have batches with nothing to learn."""
+    return GateConfig(gate_interval=1, gate_batch_size=2, **settings)
 
 
 def train_with_signs(engine, model_path, folder, num_processes):
@@ -403,6 +461,8 @@ def main(engine, model_path, output_dir, checkpoints=None):
             engine, cell, model_path, folder / "leak-bf16", num_processes, bf16=True
         )
         save("leak-bf16", result)
+        for name in GATE_CELLS:
+            save(name, train_gated(engine, name, model_path, folder / name, num_processes))
         save("signs", train_with_signs(engine, model_path, folder / "signs", num_processes))
         errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
         save("errors", errors)

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl import CapabilityGate, OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.toy import ToyWorld
 
 WORLD = ToyWorld(seed=0)
@@ -102,6 +102,28 @@ def logged(trainer, without=("runtime", "per_second", "seconds")):
         {key: value for key, value in entry.items() if not any(word in key for word in without)}
         for entry in trainer.state.log_history
     ]
+
+
+def gated(trainer, groups, config=None):
+    """Put a gate on a trainer."""
+    gate = CapabilityGate(trainer, groups, config)
+    trainer.add_callback(gate)
+    return gate
+
+
+def contradicted(num_rows=8):
+    """Gate data: the requests of the training data, with answers that training makes unlikely."""
+    rows = safety_data("sft", num_rows)
+    return Dataset.from_list([{"prompt": r["prompt"], "completion": " 6 6 0 6 6 0"} for r in rows])
+
+
+def gate_entries(trainer):
+    return [e for e in logged(trainer) if "ogpsa/gate_largest_increase" in e]
+
+
+def trl_entries(trainer):
+    """The log without the entries of a gate."""
+    return [e for e in logged(trainer) if "ogpsa/gate_largest_increase" not in e]
 
 
 class CosineCallback(TrainerCallback):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset, config
 
-from ogpsa_trl import OGPSAConfig
+from ogpsa_trl import GateConfig, OGPSAConfig
 from ogpsa_trl.arguments import parse_run
 from runs import WORLD
 
@@ -350,6 +350,79 @@ class TestWhatARunNeeds:
         assert parse(capability).train.capability_groups() is not None
         assert parse(capability, *line).train.capability_groups() is None
         assert parse({"ogpsa": False} | capability).train.capability_groups() is None
+
+
+class TestGate:
+    @pytest.fixture
+    def held_out(self, tmp_path):
+        """Rows that are in no other list."""
+        ROWS["skills"].to_json(tmp_path / "held_out.jsonl")
+        entry = {"path": str(tmp_path / "held_out.jsonl"), "group": "skills"}
+        return {"gate_datasets": [entry]}
+
+    @pytest.mark.parametrize("ogpsa", [True, False])
+    def test_its_data_and_settings_come_from_the_same_file(
+        self, parse, capability, held_out, ogpsa
+    ):
+        values = {"gate_interval": 7, "max_capability_loss_increase": 0.1, "gate_action": "stop"}
+        run = parse(values | capability | held_out | {"ogpsa": ogpsa})
+        assert run.gate == GateConfig(**values)
+        groups = run.train.gate_groups()
+        assert {name: texts(rows) for name, rows in groups.items()} == {
+            "skills": texts(ROWS["skills"])
+        }
+        line = ["--max_capability_loss_increase", "none", "--gate_action", "warn"]
+        run = parse(values | held_out, *line)
+        assert run.gate == GateConfig(gate_interval=7)
+
+    def test_is_not_there_without_data(self, parse, capability):
+        assert parse(capability).train.gate_groups() is None
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("max_capability_loss_increase", 0.1), ("gate_interval", 7), ("gate_num_samples", 9)],
+    )
+    def test_settings_need_data(self, parse, capability, key, value):
+        with assert_refused(
+            rf"`{key}` \({value}\) is a setting of the capability gate, but there is no data to "
+            f"measure. Add `gate_datasets`, .* or leave `{key}` out"
+        ):
+            parse(capability | {key: value})
+
+    @pytest.mark.parametrize("key", ["capability_datasets", "datasets"])
+    def test_data_that_is_used_in_training_is_refused(self, parse, held_out, key):
+        [entry] = held_out["gate_datasets"]
+        used = {name: value for name, value in entry.items() if name != "group"}
+        with assert_refused(
+            f"entry 1 of `gate_datasets` must be held out, but the same data .*held_out.jsonl'?, "
+            rf"split 'train'\) is an entry of `{key}`. Name another split"
+        ):
+            parse(held_out | {key: [used]})
+        other_rows = {key: [used | {"split": "train[:2]"}]}
+        assert parse({"gate_datasets": [entry | {"split": "train[2:]"}]} | other_rows)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"gate_action": "stop"}, "`gate_action` 'stop' needs a tolerance"),
+            ({"max_capability_loss_increase": -1}, "number of at least 0, but got -1"),
+            ({"max_capability_loss_increase": "much"}, "max_capability_loss_increase.*much"),
+            (
+                {
+                    "gate_action": "best", "max_capability_loss_increase": 0.1,
+                    "metric_for_best_model": "loss",
+                },
+                "`metric_for_best_model` is 'loss' and would mark another",
+            ),
+        ],
+    )  # fmt: skip
+    def test_values_that_are_not_allowed(self, parse, held_out, values, message):
+        with assert_refused(message):
+            parse(values | held_out)
+
+    def test_unknown_keys_of_its_entries_are_errors(self, parse):
+        with assert_refused("Unknown key `colums` in entry 1 of `gate_datasets`"):
+            parse({"gate_datasets": [{"path": "org/a", "colums": ["text"]}]})
 
 
 class TestDataFiles:

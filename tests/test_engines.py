@@ -6,14 +6,17 @@ from safetensors.torch import load_file
 
 from engine_worker import (
     ENGINE_CELLS,
+    GATE_CELLS,
     NUM_PROCESSES,
     RESUMED_ELSEWHERE,
     config_of,
+    gate_config,
+    gate_groups,
     launch,
     make,
     name_of,
 )
-from runs import logged, max_difference, weights
+from runs import gate_entries, gated, logged, max_difference, weights
 
 # A launch for all cells of an engine takes one to three minutes on two cores.
 pytestmark = pytest.mark.timeout(1200)
@@ -163,6 +166,46 @@ def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
     for file in saved:
         left, right = (load_file(path / file) for path in paths.values())
         assert max_difference(left, right) == 0
+
+
+@pytest.mark.parametrize("name", GATE_CELLS)
+@every_engine
+def test_a_gate_leaves_no_trace_in_training(engine, name, launched):
+    """Measured after every step, and bit for bit the run without; so is the resumed one."""
+    result = load(launched(engine), name)
+    without, *others = result["weights"]
+    assert [max_difference(without, other) for other in others] == [0, 0]
+    logs = result["logs"]
+    if engine == "zero3":  # it counts only parameters that happen to be gathered
+        for log in logs:
+            del log[-1]["total_flos"]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("name", GATE_CELLS)
+@every_engine
+def test_a_gate_measures_what_one_process_does(engine, name, launched, base_model_path, tmp_path):
+    trainer = make(
+        "one", GATE_CELLS[name], base_model_path, tmp_path, 1, ogpsa=name == "gate-ogpsa",
+        learning_rate=0.01, adam_epsilon=1e-2, save_strategy="no",
+    )  # fmt: skip
+    gated(trainer, gate_groups(), gate_config())
+    trainer.train()
+    result = load(launched(engine), name)
+    assert result["resumed_entries"] == result["entries"]
+    for ours, theirs in zip(gate_entries(trainer), result["entries"], strict=True):
+        # Losses of size 5 in float32, of weights that differ by 2e-6.
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", GATE_CELLS)
+@every_engine
+def test_a_gate_acts_on_all_processes_at_once(engine, name, launched):
+    """It stops them after the same step, and loads the checkpoint of that step as the best."""
+    result = load(launched(engine), name)
+    assert result["stopped_at"] == [1] * NUM_PROCESSES[engine]
+    assert max_difference(*result["first_and_best"]) == 0
+    assert not result["is_exceeded"]
 
 
 @every_engine

@@ -1,6 +1,7 @@
 """scripts/train.py as a user runs it: a YAML file, SFT, then DPO from its output."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runs import capability_groups, max_difference, safety_data
+import train
+from ogpsa_trl.arguments import parse_run
+from runs import capability_groups, contradicted, max_difference, safety_data
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -41,7 +44,7 @@ def config(base_model_path, tmp_path):
     return write
 
 
-def launch(*options, num_processes=1):
+def launch(*options, num_processes=1, status=0):
     launcher = ["-m", "accelerate.commands.launch", "--config_file"]
     launcher.append(str(ROOT / "configs" / "accelerate" / "single.yaml"))
     if num_processes > 1:  # `accelerate launch --cpu` runs one process
@@ -51,7 +54,7 @@ def launch(*options, num_processes=1):
         [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *options],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == status, result.stderr[-3000:]
     return result
 
 
@@ -115,3 +118,61 @@ def test_plain_trl_from_the_same_file(config, tmp_path):
     launch(*line)
     assert not any("ogpsa" in key for entry in log_in(tmp_path / "plain") for key in entry)
     assert "OGPSA" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+class TestGate:
+    """The exit status is the verdict; whatever it is, the model is saved and complete."""
+
+    def line(self, config, tmp_path, *, ogpsa, **overrides):
+        """Without clipping and schedule the loss of the gate's data rises in every step."""
+        contradicted().to_json(tmp_path / "answers.jsonl")
+        entry = {"path": str(tmp_path / "answers.jsonl"), "group": "answers"}
+        values = {
+            "ogpsa": ogpsa, "gate_datasets": [entry], "gate_interval": 1, "gate_num_samples": 8,
+            "max_capability_loss_increase": 0.0, "optim": "sgd", "learning_rate": 0.3,
+            "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "seed": 7, **overrides,
+        }  # fmt: skip
+        return ["--config", config("sft", **values), "--output_dir", str(tmp_path / "run")]
+
+    def assert_failed(self, stderr, tmp_path, num_steps):
+        [line] = [line for line in stderr.splitlines() if "gate is not passed" in line]
+        assert line.startswith("error: The capability gate is not passed: the held-out loss of")
+        assert "more than `max_capability_loss_increase` (0.0)" in line
+        assert f"Training made {num_steps} of 4 steps" in stderr
+        assert f"The model is in {tmp_path / 'run'}, but should not" in stderr
+        assert weights_in(tmp_path / "run")
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) > 100
+        assert (tmp_path / "run" / "README.md").exists()
+
+    @pytest.mark.parametrize("ogpsa", [False, True], ids=["plain", "ogpsa"])
+    @pytest.mark.parametrize(("action", "num_steps"), [("stop", 1), ("warn", 4)])
+    def test_past_the_tolerance_it_is_1(
+        self, ogpsa, action, num_steps, config, tmp_path, capfd, caplog
+    ):
+        caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
+        more = {"preset": "paper"} if ogpsa else {"refresh_interval": 1, "num_samples": 200}
+        line = self.line(config, tmp_path, ogpsa=ogpsa, gate_action=action, **more)
+        assert train.main(parse_run(line)) == 1
+        self.assert_failed(capfd.readouterr().err, tmp_path, num_steps)
+
+    @pytest.mark.slow
+    def test_within_the_tolerance_it_is_0(self, config, tmp_path):
+        """The second step is past it: with `best` the checkpoint of the first is loaded."""
+        line = self.line(
+            config, tmp_path, ogpsa=False, gate_action="best", save_steps=1,
+            max_capability_loss_increase=0.04,
+        )  # fmt: skip
+        assert "gate is not passed" not in launch(*line).stderr
+        entries = [e for e in log_in(tmp_path / "run") if "ogpsa/gate_loss/answers" in e]
+        assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4]
+        increases = [entry["ogpsa/gate_largest_increase"] for entry in entries]
+        assert increases[1] < 0.04 < increases[2]
+        best = weights_in(tmp_path / "run" / "checkpoint-1")
+        assert max_difference(weights_in(tmp_path / "run"), best) == 0
+
+    @pytest.mark.slow
+    def test_two_processes_fail_as_one(self, config, tmp_path):
+        line = self.line(
+            config, tmp_path, ogpsa=False, gate_action="stop", per_device_train_batch_size=2
+        )
+        self.assert_failed(launch(*line, num_processes=2, status=1).stderr, tmp_path, 1)

@@ -63,6 +63,25 @@ def test_the_optimizer_is_saved_before_the_file_that_makes_a_checkpoint_complete
     assert_in_order(body, "_save_optimizer_and_scheduler(", "save_to_json(")
 
 
+def test_a_step_ends_for_callbacks_before_it_is_logged_and_saved():
+    """So a gate can measure what is saved, and name the best checkpoint before old ones go."""
+    assert_in_order(source(Trainer._run_epoch), "on_step_end(", "_maybe_log_save_evaluate(")
+    assert_in_order(
+        source(Trainer._save_checkpoint),
+        "self.save_model(",
+        "self.state.best_global_step",
+        "self.state.best_model_checkpoint = best_checkpoint_dir",
+        "save_to_json(",
+        "rotate_checkpoints(",
+    )
+
+
+def test_the_best_metric_is_looked_for_only_where_it_has_a_name():
+    """Without one the trainer leaves the mark of the best checkpoint to us."""
+    body = source(Trainer._determine_best_metric)
+    assert_in_order(body, "if self.args.metric_for_best_model is not None:", "best_global_step =")
+
+
 @pytest.mark.parametrize("trainer_class", [SFTTrainer, DPOTrainer])
 def test_the_trainers_take_the_same_step_as_transformers(trainer_class):
     """They wrap `training_step` and `log`, and leave the arguments to their parents."""

@@ -1,0 +1,382 @@
+"""The capability gate: what it measures, that it changes nothing, what it does past tolerance."""
+
+import json
+import logging
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from ogpsa_trl import CapabilityGate, GateConfig
+from ogpsa_trl.gate import Measurement
+from runs import (
+    capability_groups,
+    contradicted,
+    gate_entries,
+    gated,
+    literal_nll,
+    logged,
+    make_trainer,
+    max_difference,
+    paper,
+    safety_data,
+    trl_entries,
+    weights,
+)
+
+STAGES = ("sft", "dpo")
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+
+
+def contradicted_run(path, output_dir, config, *, lora=False, **options):
+    """Plain training that contradicts the gate's data in every step, so that their loss rises."""
+    if lora:
+        options |= {"optim": "adamw_torch", "learning_rate": 0.1}
+    trainer = make_trainer(
+        "sft", path, output_dir, more={"peft_config": LoraConfig(**LORA)} if lora else None,
+        **{"max_steps": 6, "learning_rate": 0.3, **options},
+    )  # fmt: skip
+    return trainer, gated(trainer, {"answers": contradicted()}, config)
+
+
+@pytest.fixture(scope="module")
+def increases(base_model_path, tmp_path_factory):
+    """The known case: what the gate finds after every step, full training and LoRA."""
+    results = {}
+    for lora in (False, True):
+        folder = tmp_path_factory.mktemp("increases")
+        config = GateConfig(gate_interval=1)
+        trainer, _ = contradicted_run(base_model_path, folder, config, lora=lora)
+        trainer.train()
+        entries = gate_entries(trainer)
+        assert [entry["step"] for entry in entries] == list(range(7))
+        results[lora] = [entry["ogpsa/gate_increase/answers"] for entry in entries]
+        assert all(after - before > 0.005 for before, after in pairwise(results[lora][1:]))
+    return results
+
+
+def between(increases, step):
+    """A tolerance that the weights after `step` steps meet and those after the next do not."""
+    return (increases[step] + increases[step + 1]) / 2
+
+
+class TestMeasurement:
+    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_it_is_the_token_mean_over_all_samples(
+        self, stage, capability, base_model_path, tmp_path
+    ):
+        trainer = make_trainer(
+            stage, base_model_path, tmp_path, capability=capability, max_steps=5, learning_rate=0.3
+        )
+        groups = capability_groups(7)
+        gate = gated(trainer, groups, GateConfig(gate_interval=2, gate_batch_size=2))
+        trainer.train()
+        entries = gate_entries(trainer)
+        assert [entry["step"] for entry in entries] == [0, 2, 4, 5]
+        tokenizer = AutoTokenizer.from_pretrained(base_model_path)
+        before = AutoModelForCausalLM.from_pretrained(base_model_path)
+        for model, entry in ((before, entries[0]), (trainer.model.eval(), entries[-1])):
+            with torch.no_grad():
+                losses = {n: literal_nll(model, tokenizer, g).item() for n, g in groups.items()}
+            for name, loss in losses.items():
+                # Sums over samples are rounded in another order, in float32.
+                assert entry[f"ogpsa/gate_loss/{name}"] == pytest.approx(loss, abs=1e-5)
+                increase = entry[f"ogpsa/gate_loss/{name}"] - entries[0][f"ogpsa/gate_loss/{name}"]
+                assert entry[f"ogpsa/gate_increase/{name}"] == increase
+        assert entries[-1]["ogpsa/gate_largest_increase"] == max(gate.last.increases.values())
+        assert entries[0]["ogpsa/gate_tokens/skills"] == gate.parts["skills"].num_tokens
+
+    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
+    @pytest.mark.parametrize("form", ["full", "lora"])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_it_leaves_no_trace_in_training(
+        self, stage, form, capability, base_model_path, tmp_path
+    ):
+        """Weights, metrics and their entries in the log are bit for bit those without a gate."""
+
+        def run(gate):
+            model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
+            more = {"processing_class": AutoTokenizer.from_pretrained(base_model_path)}
+            more["eval_dataset"] = safety_data(stage, 4)
+            if form == "lora":
+                more["peft_config"] = LoraConfig(**LORA, lora_dropout=0.3)
+            trainer = make_trainer(
+                stage, model, tmp_path, capability=capability, more=more, max_steps=5,
+                config=capability and paper(refresh_interval=2), optim="adamw_torch",
+                learning_rate=1e-2, gradient_accumulation_steps=2, max_grad_norm=1.0,
+                gradient_checkpointing=True, logging_steps=2, include_num_input_tokens_seen=True,
+                eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+                **({"neftune_noise_alpha": 5.0} if stage == "sft" else {"disable_dropout": False}),
+            )  # fmt: skip
+            if gate:
+                gated(trainer, capability_groups(7), GateConfig(gate_interval=1))
+            trainer.train()
+            return trainer
+
+        without, gate = run(gate=False), run(gate=True)
+        assert len(gate_entries(gate)) == 6
+        assert max_difference(weights(gate), weights(without)) == 0
+        assert trl_entries(gate) == trl_entries(without)
+
+    def test_nothing_is_random_where_modules_checkpoint(self, base_model_path, tmp_path):
+        """No module is in training mode, where it may drop out in its own `forward`."""
+        modes = set()
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, more={"peft_config": LoraConfig(**LORA)},
+            gradient_checkpointing=True,
+        )  # fmt: skip
+        gate = gated(trainer, capability_groups())
+        trainer.train()
+        for module in trainer.model.modules():
+            module.register_forward_pre_hook(lambda module, _: modes.add(module.training))
+        before = [module.training for module in trainer.model.modules()]
+        gate._losses()
+        assert modes == {False}
+        assert [module.training for module in trainer.model.modules()] == before
+
+    def test_a_checkpoint_is_measured_before_it_is_saved(self, base_model_path, tmp_path):
+        trainer, _ = contradicted_run(
+            base_model_path, tmp_path, GateConfig(gate_interval=100), save_strategy="steps",
+            save_steps=4,
+        )  # fmt: skip
+        trainer.train()
+        assert [entry["step"] for entry in gate_entries(trainer)] == [0, 4, 6]
+        state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+        steps = [e["step"] for e in state["log_history"] if "ogpsa/gate_largest_increase" in e]
+        assert steps == [0, 4]
+
+    def test_the_last_weights_are_measured_whoever_ends_training(self, base_model_path, tmp_path):
+        class Stop(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == 2
+
+        trainer, gate = contradicted_run(base_model_path, tmp_path, GateConfig(gate_interval=100))
+        trainer.add_callback(Stop())
+        trainer.train()
+        assert trainer.state.global_step == gate.last.step == 3
+        assert [entry["step"] for entry in gate_entries(trainer)] == [0, 3]
+
+    def test_samples_that_training_protects_are_a_warning(self, base_model_path, tmp_path, caplog):
+        trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups(4))
+        with caplog.at_level(logging.WARNING):
+            CapabilityGate(trainer, capability_groups(6))
+        assert "'skills': 4 of its 6 samples are among those of `capability_dataset`" in caplog.text
+
+
+class TestResume:
+    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_resumed_run_logs_and_marks_what_the_straight_one_does(
+        self, stage, capability, base_model_path, tmp_path
+    ):
+        def make():
+            trainer = make_trainer(
+                stage, base_model_path, tmp_path, capability=capability, max_steps=5,
+                config=capability and paper(refresh_interval=2), learning_rate=0.3,
+                gradient_accumulation_steps=2, save_strategy="steps", save_steps=1,
+            )  # fmt: skip
+            config = GateConfig(
+                gate_interval=2, max_capability_loss_increase=10.0, gate_action="best"
+            )
+            gated(trainer, capability_groups(7), config)
+            return trainer
+
+        straight = make()
+        straight.train()
+        assert straight.state.best_global_step == 5
+        for step in range(1, 5):
+            resumed = make()
+            resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+            assert max_difference(weights(resumed), weights(straight)) == 0
+            assert gate_entries(resumed) == gate_entries(straight)
+            for name in ("best_global_step", "best_metric", "best_model_checkpoint"):
+                assert getattr(resumed.state, name) == getattr(straight.state, name)
+
+    def test_a_checkpoint_without_the_losses_before_training_is_an_error(
+        self, base_model_path, tmp_path
+    ):
+        """An increase that is not known must not pass for a small one."""
+        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        make_trainer("sft", base_model_path, tmp_path / "none", **options).train()
+        trainer, _ = contradicted_run(base_model_path, tmp_path / "other", None, **options)
+        trainer.train()
+        for folder in ("none", "other"):
+            trainer = make_trainer("sft", base_model_path, tmp_path, **options)
+            gated(trainer, {"answers": contradicted(5)})
+            with pytest.raises(ValueError, match=r"does not hold them .*Resume with the gate data"):
+                trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-1"))
+
+
+class TestPastTolerance:
+    @pytest.mark.parametrize("interval", [1, 2])
+    def test_stop_ends_training_at_the_first_measurement_past_it(
+        self, interval, increases, base_model_path, tmp_path, caplog
+    ):
+        tolerance = between(increases[False], 2)
+        config = GateConfig(
+            gate_interval=interval, max_capability_loss_increase=tolerance, gate_action="stop"
+        )
+        trainer, gate = contradicted_run(base_model_path, tmp_path, config, logging_steps=2)
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        stopped = {1: 3, 2: 4}[interval]
+        assert trainer.state.global_step == stopped
+        assert gate.is_exceeded
+        assert f"Step {stopped}: the held-out loss of gate group 'answers'" in caplog.text
+        report = gate.report("runs/sft")
+        assert f"Training made {stopped} of 6 steps. The model is in runs/sft" in report
+        assert f"({tolerance})" in report
+
+    def test_warn_trains_on(self, increases, base_model_path, tmp_path, caplog):
+        config = GateConfig(
+            gate_interval=3, max_capability_loss_increase=between(increases[False], 3)
+        )
+        trainer, gate = contradicted_run(base_model_path, tmp_path, config)
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert trainer.state.global_step == 6
+        assert gate.is_exceeded
+        assert [line[:7] for line in caplog.messages if "held-out" in line] == ["Step 6:"]
+
+    def test_without_a_tolerance_nothing_is_past_it(self, base_model_path, tmp_path):
+        trainer, gate = contradicted_run(base_model_path, tmp_path, None)
+        trainer.train()
+        assert gate.last.largest_increase > 0
+        assert not gate.is_exceeded
+
+    def test_a_loss_that_is_no_number_is(self, base_model_path, tmp_path):
+        config = GateConfig(max_capability_loss_increase=1e9)
+        _, gate = contradicted_run(base_model_path, tmp_path, config)
+        start = {"a": 1.0, "b": 1.0, "c": 1.0}
+        for losses in ({"a": 5.0, "b": math.nan, "c": 7.0}, {"a": 5.0, "b": math.inf, "c": 7.0}):
+            gate.last = Measurement(1, start, losses)
+            assert gate.last.worst == "b"
+            assert gate.is_exceeded
+
+
+class TestBest:
+    """The latest checkpoint within the tolerance is kept, and is the model in the end."""
+
+    def run(self, path, folder, tolerance, **options):
+        config = GateConfig(
+            gate_interval=100, max_capability_loss_increase=tolerance, gate_action="best"
+        )
+        options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, **options}
+        trainer, gate = contradicted_run(path, folder, config, **options)
+        trainer.train()
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+        return trainer, gate, checkpoints
+
+    def weights_after(self, path, folder, steps, **options):
+        trainer, _ = contradicted_run(path, folder, None, max_steps=steps, **options)
+        trainer.train()
+        return weights(trainer)
+
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    def test_it_survives_the_limit_and_is_loaded(self, lora, increases, base_model_path, tmp_path):
+        tolerance = between(increases[lora], 2)
+        trainer, gate, checkpoints = self.run(
+            base_model_path, tmp_path / "run", tolerance, lora=lora
+        )
+        assert checkpoints == ["checkpoint-2", "checkpoint-6"]
+        best = tmp_path / "run" / "checkpoint-2"
+        state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(best)
+        assert state["best_metric"] == increases[lora][2]
+        expected = self.weights_after(base_model_path, tmp_path / "short", 2, lora=lora)
+        assert max_difference(weights(trainer), expected) == 0
+        assert not gate.is_exceeded
+        assert gate.last.largest_increase == increases[lora][2]
+
+    def test_last_weights_within_the_tolerance_are_kept(self, base_model_path, tmp_path):
+        trainer, _, checkpoints = self.run(base_model_path, tmp_path / "run", 1e9)
+        assert checkpoints == ["checkpoint-5", "checkpoint-6"]
+        expected = self.weights_after(base_model_path, tmp_path / "straight", 6)
+        assert max_difference(weights(trainer), expected) == 0
+        assert len(gate_entries(trainer)) == 7
+
+    def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(
+        self, base_model_path, tmp_path, caplog
+    ):
+        with caplog.at_level(logging.WARNING):
+            trainer, gate, _ = self.run(base_model_path, tmp_path / "run", 0.0)
+        assert "no checkpoint within the tolerance is there to be loaded" in caplog.text
+        assert trainer.state.best_model_checkpoint is None
+        assert gate.is_exceeded
+
+    def test_checkpoints_of_epochs_count(self, increases, base_model_path, tmp_path):
+        trainer, gate, checkpoints = self.run(
+            base_model_path, tmp_path / "run", between(increases[False], 4),
+            save_strategy="epoch", max_steps=12, save_total_limit=1,
+        )  # fmt: skip
+        assert checkpoints == ["checkpoint-4"]  # an epoch has four steps
+        assert trainer.state.best_global_step == 4
+        assert not gate.is_exceeded
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"save_strategy": "no"}, "`save_strategy` is 'no'. Set `save_strategy: steps`"),
+            (
+                {"metric_for_best_model": "loss"},
+                "`metric_for_best_model` is 'loss' and would mark another. Leave it out",
+            ),
+            (
+                {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1},
+                "`load_best_model_at_end`, which sets it",
+            ),
+        ],
+    )
+    def test_another_choice_of_the_best_is_an_error(
+        self, options, message, base_model_path, tmp_path
+    ):
+        config = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
+        options = {"save_strategy": "steps", "save_steps": 1, **options}
+        more = {"eval_dataset": safety_data("sft")}
+        trainer = make_trainer("sft", base_model_path, tmp_path, more=more, **options)
+        with pytest.raises(ValueError, match=message):
+            CapabilityGate(trainer, capability_groups(), config)
+
+
+class TestErrors:
+    """Each names the rule, the value and the way out."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"gate_action": "halt"}, "`gate_action` must be one of 'warn', .* but got 'halt'"),
+            ({"gate_action": "stop"}, "`gate_action` 'stop' needs a tolerance, .* Set it, in nats"),
+            ({"gate_interval": 0}, "`gate_interval` must be an integer of at least 1, but got 0"),
+            ({"gate_num_samples": 2.5}, "`gate_num_samples` must be an integer"),
+            (
+                {"max_capability_loss_increase": -0.1},
+                "`max_capability_loss_increase` must be a number of at least 0, but got -0.1",
+            ),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            GateConfig(**settings)
+
+    def test_a_trainer_of_another_kind(self, base_model_path, tmp_path):
+        trainer = make_trainer("sft", base_model_path, tmp_path, plain=True)
+        with pytest.raises(ValueError, match=r"needs an `OGPSASFTTrainer` .* got a SFTTrainer"):
+            CapabilityGate(trainer, capability_groups())
+
+    def test_data_of_another_kind(self, base_model_path, tmp_path):
+        trainer = make_trainer("sft", base_model_path, tmp_path)
+        with pytest.raises(ValueError, match=r"`gate_dataset` must be a `Dataset`, .* got list"):
+            CapabilityGate(trainer, [{"text": "a"}])
+
+
+def test_the_log_of_a_gate_stands_apart_from_that_of_training(base_model_path, tmp_path):
+    """So a plot of one has no values of the other, and every value its own step."""
+    trainer, _ = contradicted_run(base_model_path, tmp_path, GateConfig(gate_interval=1))
+    trainer.train()
+    for entry in gate_entries(trainer):
+        assert all(key.startswith("ogpsa/gate_") or key in ("epoch", "step") for key in entry)
+    assert [entry["step"] for entry in logged(trainer) if "loss" in entry] == list(range(1, 7))
