@@ -1,6 +1,5 @@
 """The methods of the trade-off benchmark, and how one stage is trained by one of them."""
 
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,12 +247,11 @@ def _training_data(method: Method, recipe: Recipe, tokenizer: Any) -> Dataset:
         return recipe.training
     arguments = recipe.arguments(method, Path())
     preparation = Preparation(tokenizer, tokenizer, max_length=arguments.max_length)
-    logging.getLogger("ogpsa_trl.data").setLevel(logging.ERROR)  # sizes are as they are meant
     num_capability = round(len(recipe.training) * method.mixed_share / (1 - method.mixed_share))
     wanted = {"safety": (recipe.training, len(recipe.training))}
     for name, dataset in recipe.capability_groups.items():
         # As many distinct samples as the others may draw from; each as often as the share asks for.
-        wanted[name] = (dataset, recipe.settings["num_samples"])
+        wanted[name] = (dataset, min(recipe.settings["num_samples"], len(dataset)))
     rows: list[dict[str, Any]] = []
     for name, (dataset, num_samples) in wanted.items():
         group = prepare_group(

@@ -1,6 +1,7 @@
 """The trade-off benchmark: its baselines against literal ones, its measures, and a run of it."""
 
 import json
+import logging
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -138,8 +139,10 @@ class TestMethods:
         assert found.shape == weights(start).shape
         assert not torch.equal(found, weights(start))
 
-    def test_a_share_of_the_mixed_data_is_capability_data(self, recipe):
+    def test_a_share_of_the_mixed_data_is_capability_data(self, recipe, caplog):
         recipe = replace(recipe, training=WORLD.safety_sft().select(range(48)))
+        recipe.settings["num_samples"] = 200  # more than the groups have
+        level = logging.getLogger("ogpsa_trl.data").level
         rows = _training_data(Method(mixed_share=0.25), recipe, TOKENIZER)
         trained_on = [TOKENIZER.decode([i for i in row["labels"] if i != -100]) for row in rows]
         refusals = [text for text in trained_on if text == f"{REFUSAL.strip()} <eos>"]
@@ -151,6 +154,9 @@ class TestMethods:
         assert len(refusals) == 48
         assert len(rows) == 64
         assert set(trained_on) - set(refusals) <= answers
+        # Nothing to warn of, and the warnings of others are left on.
+        assert not caplog.records
+        assert logging.getLogger("ogpsa_trl.data").level == level
 
     def test_preference_pairs_cannot_be_mixed(self):
         mixed = METHODS["replay mixed in, 25%"]
