@@ -89,8 +89,10 @@ class Placements:
 
     def products(self, rows_KN: Tensor, gradient_N: Tensor) -> Tensor:
         """With each row, and the square that the log needs, shape [K + 1]."""
-        square = linalg.dot(gradient_N[None], gradient_N)
-        return torch.cat([linalg.dot(rows_KN, gradient_N), square])
+        products_X = torch.zeros(1, self.rank + 1, device=self.device)
+        products = linalg.Products.views(products_X, self.rank)
+        linalg.add_products_(products.of(0), rows_KN, gradient_N)
+        return products_X[0]
 
     def weights(self, products_PX: Tensor) -> Tensor:
         return (self.inverse_gram @ products_PX[:, :-1, None]).squeeze(-1)

@@ -1,13 +1,15 @@
 """Diagnostics: what refreshes and projections report, as metrics `ogpsa/<noun>` and warnings."""
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from ogpsa_trl.gradients import CapabilityGradients, group_means
-from ogpsa_trl.subspace import CapabilitySubspace, Projection, Refresh
+from ogpsa_trl.projection import Projection
+from ogpsa_trl.subspace import CapabilitySubspace, Refresh
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,9 @@ class Diagnostics:
     def record_groups(
         self, subspace: CapabilitySubspace, name: str, values: Sequence[float]
     ) -> dict[str, float]:
-        """Record values of every part as means over the groups."""
+        """Record values of every part as means over the groups; those that are finite."""
         means = group_means(self.names, subspace.weights.tolist(), values)
+        means = {group: value for group, value in means.items() if math.isfinite(value)}
         self.record(**{f"{name}/{group}": value for group, value in means.items()})
         return means
 
@@ -56,6 +59,14 @@ class Diagnostics:
             refresh_seconds=seconds,
             basis_megabytes=subspace.basis_bytes / 1e6,
         )
+        kept = {name for name, kept in zip(self.names, gradients.is_kept, strict=True) if kept}
+        for name in sorted(kept):
+            logger.warning(
+                "Step %d: the gradient of capability group %r is not finite (losses %s). The group "
+                "keeps its last one.", step, name, gradients.losses,
+            )  # fmt: skip
+        if kept:
+            self.record(kept_gradients=float(sum(gradients.is_kept)))
         losses = self.record_groups(subspace, "capability_loss", gradients.losses)
         self.record_groups(subspace, "drift", refresh.drift)
         if not refresh.predicted_change or not refresh.realised_change:
@@ -64,6 +75,8 @@ class Diagnostics:
         realised = self.record_groups(subspace, "realised_change", refresh.realised_change)
         is_kl = subspace.config.capability_loss == "kl"
         for name, loss in losses.items():
+            if name in kept:
+                continue
             surprise = abs(realised[name] - predicted[name])
             if surprise > _LARGEST_SURPRISE * (1.0 if is_kl else loss):
                 logger.warning(

@@ -6,12 +6,14 @@ and the averaging of training gradients, and they leave nothing behind in traini
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ogpsa_trl import linalg
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.data import Batch, Part
 
@@ -22,25 +24,31 @@ class CapabilityGradients:
     Gradients of R parts over P parameters.
 
     Attributes:
-        rows: Per parameter this process's shards, shape [R, N], float32; `None` where the
-            parameter took part in no loss.
+        rows: Per parameter this process's shards, shape [R, N]; `None` where the parameter took
+            part in no loss.
         losses: Token-mean loss of every part, in nats, over the batches of all processes.
         names: Name of the group of every part.
         weights: Share of every part in the mean capability gradient, shape [R], float64, sum 1. A
             group counts once, however many parts it has; a part of it counts by its tokens.
+        is_kept: Of every part, whether its new gradient was not finite, so that the row is still
+            the old one.
     """
 
     rows: list[Tensor | None]
     losses: list[float]
     names: list[str]
     weights: Tensor
+    is_kept: list[bool]
 
 
 def capability_gradients(
     backend: GradientBackend,
     parts: Sequence[Part],
     sum_loss: Callable[[Batch], Tensor],
+    old_rows: list[Tensor | None],
     *,
+    dtype: torch.dtype = torch.float32,
+    old_share: float = 0.0,
     rounding: float = 0.0,
 ) -> CapabilityGradients:
     """
@@ -51,11 +59,14 @@ def capability_gradients(
         parts: The parts of all groups.
         sum_loss: The summed loss of the trainable tokens of a batch, a scalar with a graph, through
             the wrapped model.
+        old_rows: The gradients so far, shape [R, N] per parameter. They are used up: the new ones
+            are written in their memory, so that all are held once.
+        dtype: Of rows that are not there yet.
+        old_share: How much of the old gradients stays in the new ones, in [0, 1).
         rounding: A token-mean loss, in nats, below which a loss is at its minimum but for rounding:
             the gradient then counts as zero.
     """
-    rows: list[Tensor | None] = [None] * len(backend.parameters)
-    losses: list[float] = []
+    rows, losses, is_kept = old_rows, [], []
     with backend.preserved(), deterministic(backend.wrapped_model):
         for row, part in enumerate(parts):
             batches = part.batches_of(backend.process_index, backend.num_processes)
@@ -67,12 +78,27 @@ def capability_gradients(
                     backend.backward(loss * (backend.num_processes / part.num_tokens))
                 total += loss.detach()
             losses.append((backend.sum_over_processes(total) / part.num_tokens).item())
-            if not losses[-1] < rounding:  # also where it is not a number
+            is_kept.append(not (math.isfinite(losses[-1]) and has_finite_gradients(backend)))
+            if not is_kept[-1]:
+                is_zero = losses[-1] < rounding
                 for index, (_, parameter) in enumerate(backend.parameters):
-                    gradient_N = backend.gradient(parameter)
-                    rows[index] = _with_row(rows[index], row, len(parts), gradient_N)
+                    gradient_N = None if is_zero else backend.gradient(parameter)
+                    rows[index] = _with_row(
+                        rows[index], row, len(parts), gradient_N, old_share, dtype
+                    )
             backend.clear_gradients()
-    return CapabilityGradients(rows, losses, [part.group for part in parts], _weights(parts))
+    names = [part.group for part in parts]
+    return CapabilityGradients(rows, losses, names, _weights(parts), is_kept)
+
+
+def has_finite_gradients(backend: GradientBackend) -> bool:
+    """Whether the whole gradient has a finite length. A collective call."""
+    squares_P = torch.zeros(len(backend.parameters), 1, device=backend.device)
+    for square, (_, parameter) in zip(squares_P, backend.parameters, strict=True):
+        gradient_N = backend.gradient(parameter)
+        if gradient_N is not None:
+            square.copy_(linalg.squared_length(gradient_N))
+    return bool(backend.sum_over_shards(squares_P).sum().isfinite())
 
 
 def group_means(
@@ -103,14 +129,21 @@ def _weights(parts: Sequence[Part]) -> Tensor:
 
 
 def _with_row(
-    rows_RN: Tensor | None, row: int, num_rows: int, gradient_N: Tensor | None
+    rows_RN: Tensor | None,
+    row: int,
+    num_rows: int,
+    gradient_N: Tensor | None,
+    old_share: float,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Write a gradient into its row, in a tensor made at the first gradient that is there."""
+    if rows_RN is not None:
+        rows_RN[row] *= old_share
     if gradient_N is None:
         return rows_RN
     if rows_RN is None:
-        rows_RN = gradient_N.new_zeros(num_rows, len(gradient_N), dtype=torch.float32)
-    rows_RN[row] = gradient_N
+        rows_RN = gradient_N.new_zeros(num_rows, len(gradient_N), dtype=dtype)
+    rows_RN[row].add_(gradient_N, alpha=1 - old_share)
     return rows_RN
 
 

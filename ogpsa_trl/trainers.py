@@ -33,6 +33,7 @@ from ogpsa_trl.diagnostics import Diagnostics
 from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
+from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import all_samples
 from ogpsa_trl.subspace import CapabilitySubspace
 
@@ -171,7 +172,8 @@ class OGPSAMixin(Trainer):
         A collective call: every process makes it. What is found is logged with the next log.
 
         Raises:
-            FloatingPointError: a capability gradient is not finite.
+            FloatingPointError: a capability gradient is not finite in the first refresh, or all are
+                in a later one. Where only some are not, those groups keep their last gradient.
         """
         start = time.perf_counter()
         backend, loss = self.subspace.backend, self.capability_loss
@@ -191,7 +193,16 @@ class OGPSAMixin(Trainer):
 
         with progress, self.maybe_activation_offload_context, loss.passes(backend):
             loss.prepare(backend)
-            gradients = capability_gradients(backend, parts, sum_loss, rounding=loss.rounding)
+            old_rows, old_share = self.subspace.release_gradients(len(parts))
+            gradients = capability_gradients(
+                backend,
+                parts,
+                sum_loss,
+                old_rows,
+                old_share=old_share,
+                dtype=self.subspace.dtype,
+                rounding=loss.rounding,
+            )
         refresh = self.subspace.refresh(gradients, loss.rises(parts, gradients.losses))
         self.diagnostics.record_refresh(
             self.subspace,
@@ -220,27 +231,27 @@ class OGPSAMixin(Trainer):
         if length is not None:
             self.diagnostics.record(replay_length=length)
         if self.ogpsa_config.target == "update":
-            weights_before = self.subspace.copy_weights()
+            weights_before = copy_weights(self.subspace)
             yield
             self._project_update(weights_before)
         elif self._is_logging_next() and self.subspace.backend.holds_weights:
-            weights_before = self.subspace.copy_weights()
+            weights_before = copy_weights(self.subspace)
             yield
-            share, changes = self.subspace.measure_update(weights_before)
+            share, changes = measure_update(self.subspace, weights_before)
             self.diagnostics.record(update_in_subspace=share)
             self.diagnostics.record_groups(self.subspace, "step_change", changes.tolist())
         else:
             yield
 
     def _project(self) -> None:
-        projection = self.subspace.project()
+        projection = project(self.subspace)
         self.diagnostics.record(
             cosine=projection.cosine, gradient_in_subspace=projection.share_inside
         )
         self.diagnostics.record_removal(projection, step=self.state.global_step)
 
     def _project_update(self, weights_before: list[Tensor]) -> None:
-        projection = self.subspace.project_update(weights_before)
+        projection = project_update(self.subspace, weights_before)
         self.diagnostics.record(proposal_in_subspace=projection.share_inside)
         if projection.changes is not None and self._is_logging_next():
             changes = projection.changes.tolist()

@@ -25,6 +25,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
+from ogpsa_trl.projection import project
 from runs import (
     capability_groups,
     contradicted,
@@ -376,7 +377,7 @@ def errors_without_gradients(engine, model_path, folder, num_processes):
     trainer.train()
     errors = []
     try:
-        trainer.subspace.project()
+        project(trainer.subspace)
     except RuntimeError as error:
         errors.append(str(error))
     try:

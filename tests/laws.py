@@ -7,16 +7,26 @@ from ogpsa_trl import linalg
 
 def basis_of(rows_RN, rank=None, dtype=torch.float32):
     """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
-    weights_KR = linalg.orthonormal_weights(linalg.gram(rows_RN)[None], rank)[0]
-    basis_KN = linalg.combine(weights_KR, rows_RN, dtype)
+    rows_RN = rows_RN.to(dtype, copy=True)
+    weights_KR = linalg.orthonormal_weights(linalg.gram(rows_RN)[None], rank, dtype)[0]
+    basis_KN = linalg.combine_(weights_KR, rows_RN)
     return basis_KN, linalg.inverse_gram(linalg.gram(basis_KN)[None])[0].float()
 
 
 def projected(vector_N, basis_KN, inverse_KK):
     """The vector without its component in the span of the basis, as the package removes it."""
     result_N = vector_N.clone()
-    linalg.subtract_(result_N, basis_KN, inverse_KK @ linalg.dot(basis_KN, vector_N))
+    linalg.subtract_(result_N, basis_KN, inverse_KK @ products_of(basis_KN, vector_N).with_rows)
     return result_N
+
+
+def products_of(basis_KN, vector_N, metric=None):
+    """The products of a vector with a basis and with itself, as the package computes them."""
+    num_rows = len(basis_KN)
+    size = num_rows + 1 if metric is None else num_rows + 2 + num_rows**2
+    products = linalg.Products.views(torch.zeros(1, size), num_rows).of(0)
+    linalg.add_products_(products, basis_KN, vector_N, metric)
+    return products
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):

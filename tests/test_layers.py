@@ -24,17 +24,18 @@ LAYERS = {
     "engines": ("config backends zero", "torch torch.distributed accelerate"),
     "data": ("config linalg", "torch datasets trl transformers"),
     "divergence": ("", "torch"),
-    "gradients": ("backends data", "torch"),
+    "gradients": ("linalg backends data", "torch"),
     "start": ("backends data gradients", "torch"),
-    "subspace": ("linalg constraints optimizers backends config gradients", "torch"),
+    "subspace": ("linalg optimizers backends config gradients", "torch"),
     "capability_loss": ("backends config data divergence start", "torch"),
-    "diagnostics": ("gradients subspace", "torch"),
+    "projection": ("linalg constraints subspace", "torch"),
+    "diagnostics": ("gradients projection subspace", "torch"),
     "checkpoint": ("backends config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
     "trainers": (
-        "config engines data gradients start capability_loss subspace checkpoint diagnostics "
-        "callback model_card",
+        "config engines data gradients start capability_loss subspace projection checkpoint "
+        "diagnostics callback model_card",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (

@@ -12,6 +12,7 @@ from laws import (
     basis_of,
     literal_basis,
     literal_projection,
+    products_of,
     projected,
 )
 from ogpsa_trl import linalg
@@ -129,10 +130,11 @@ def test_sharding_and_scaling_do_not_change_the_projection(
     scaled_RN = rows_RN * 10.0 ** torch.tensor(exponents[:num_rows])[:, None]
     shards = scaled_RN.tensor_split(num_shards, dim=1)
     weights_KR = linalg.orthonormal_weights(sum(linalg.gram(s) for s in shards)[None])[0]
-    basis = [linalg.combine(weights_KR, shard, torch.float32) for shard in shards]
+    basis = [linalg.combine_(weights_KR, shard.clone()) for shard in shards]
     inverse_KK = linalg.inverse_gram(sum(linalg.gram(b) for b in basis)[None])[0].float()
     pieces = [piece.clone() for piece in vector_N.tensor_split(num_shards)]
-    weights_K = inverse_KK @ sum(linalg.dot(b, p) for b, p in zip(basis, pieces, strict=True))
+    products = [products_of(b, p).with_rows for b, p in zip(basis, pieces, strict=True)]
+    weights_K = inverse_KK @ sum(products)
     for rows, piece in zip(basis, pieces, strict=True):
         linalg.subtract_(piece, rows, weights_K)
 

@@ -1,5 +1,6 @@
 """The trainers against TRL's, against the literal method, and with everything that TRL does."""
 
+import math
 import random
 import re
 
@@ -549,15 +550,65 @@ class TestErrors:
         )  # fmt: skip
 
 
-def test_explosion_in_a_capability_group_is_an_error_and_keeps_the_basis(base_model_path, tmp_path):
-    trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
-    before = trainer.subspace.state_dict()
-    original = trainer.capability_loss.sum
-    trainer.capability_loss.sum = lambda batch: original(batch) * float("inf")
-    with pytest.raises(FloatingPointError, match=r"group 'skills' .* is not finite"):
+class TestExplosion:
+    """A capability loss, or its gradient alone, that is not finite."""
+
+    def break_group(self, trainer, monkeypatch, groups, how):
+        original = trainer.capability_loss.sum
+
+        def broken(batch):
+            loss = original(batch)
+            if not any(sample.name.split("/")[0] in groups for sample in batch.samples):
+                return loss
+            # The second has a finite value, and a gradient that is not.
+            return loss * float("inf") if how == "loss" else loss + (loss - loss.detach()).sqrt()
+
+        monkeypatch.setattr(trainer.capability_loss, "sum", broken)
+
+    @pytest.mark.parametrize("how", ["loss", "gradient"])
+    @pytest.mark.parametrize("ema", [0.0, 0.5])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_group_keeps_its_last_gradient(
+        self, how, ema, dtype, base_model_path, tmp_path, monkeypatch, caplog
+    ):
+        trainer, _, _ = trained(
+            "sft", base_model_path, tmp_path, capability=capability_groups(),
+            config=paper(scope="model", capability_ema=ema, basis_dtype=dtype),
+        )  # fmt: skip
+        before = self.gradients(trainer)
+        self.break_group(trainer, monkeypatch, ["skills"], how)
         trainer.refresh_subspace()
-    after = trainer.subspace.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+        skills, language = self.gradients(trainer)
+        # Rows are multiplied out of the basis and in again: their rounding, twice.
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        assert (skills - before[0]).norm() < tolerance * before[0].norm()
+        assert (language - before[1]).norm() > 0.1 * before[1].norm()
+        assert "gradient of capability group 'skills' is not finite" in caplog.text
+        logs = trainer.diagnostics.take_means()
+        assert logs["ogpsa/kept_gradients"] == 1
+        assert logs["ogpsa/drift/skills"] == 0
+        assert ("ogpsa/capability_loss/skills" in logs) == (how == "gradient")
+        assert all(math.isfinite(value) for value in logs.values())
+
+    def gradients(self, trainer):
+        coordinates = trainer.subspace.coordinates[0]
+        rows = torch.cat(trainer.subspace.basis, dim=1).float()
+        return (coordinates @ rows).unbind()
+
+    def test_of_all_groups_is_an_error(self, base_model_path, tmp_path, monkeypatch):
+        trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
+        self.break_group(trainer, monkeypatch, capability_groups(), "loss")
+        with pytest.raises(FloatingPointError, match=r"'skills' .* nor is that of any other group"):
+            trainer.refresh_subspace()
+        assert trainer.subspace.is_due
+        assert all(rows is None for rows in trainer.subspace.basis)
+
+    def test_in_the_first_refresh_is_an_error(self, base_model_path, tmp_path, monkeypatch):
+        trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
+        self.break_group(trainer, monkeypatch, ["language"], "loss")
+        message = r"group 'language' \(loss inf\) is not finite, and there is no older one"
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.train()
 
 
 def test_the_toy_groups_are_what_these_tests_assume():

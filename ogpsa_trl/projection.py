@@ -1,0 +1,297 @@
+"""
+Projection: what a step loses, so that it keeps the constraint on the capability losses.
+
+    p = B v                      summed over shards: all that a step sends
+    v <- v - D B^T w             w from p, C and H = B D B^T (`constraints`)
+
+v is the gradient or the optimizer's update, B the basis of the capability subspace, D the identity
+or the optimizer's metric, C the coordinates of the capability gradients. With D the identity and
+the constraint an equality, w = H^-1 p, and H is the identity up to the rounding of B.
+
+Shapes: P parameters, R capability gradients, K basis rows, N entries of a parameter on this
+process, B blocks (P of them in scope "parameter", 1 in scope "model").
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ogpsa_trl import constraints, linalg
+from ogpsa_trl.subspace import CapabilitySubspace
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Projection:
+    """What a projection did, as tensors on the device, so that a step need not wait for them."""
+
+    # Share of the squared length, in the metric, that was removed, in [0, 1].
+    removed_fraction: Tensor
+    # Share of the squared length that was in the subspace before, in [0, 1].
+    share_inside: Tensor
+    # With the mean capability gradient, before the projection, in [-1, 1] (where `rank` drops
+    # directions: with the part of the mean that is kept).
+    cosine: Tensor
+    # Names of the parameters held in this step.
+    held: list[str]
+    # Of an update: what is left of it should change each capability loss by, in nats, shape [R].
+    changes: Tensor | None = None
+    restoration: "Restoration | None" = None
+
+
+@dataclass
+class Restoration:
+    """How long a correction is relative to the rest of the update, and whether the cap binds."""
+
+    ratio: Tensor
+    is_capped: Tensor
+
+
+@dataclass
+class _Products:
+    """Products of a vector v with the basis B and with itself, in a metric D, over all shards."""
+
+    with_rows_BK: Tensor  # B v
+    squares_P: Tensor  # v v^T of every parameter
+    square: Tensor  # and of all
+    gram_BKK: Tensor  # B D B^T
+    metric_square: Tensor  # v D^-1 v^T of all
+
+
+@torch.no_grad()
+def project(subspace: CapabilitySubspace) -> Projection:
+    """
+    Make the gradient keep the constraint, in place. A collective call.
+
+    Raises:
+        RuntimeError: this process has no gradient of any parameter.
+    """
+    backend = subspace.backend
+    gradients = [backend.gradient(parameter) for _, parameter in backend.parameters]
+    if all(g is None for g in gradients) and any(shard.size for shard in backend.shards):
+        raise RuntimeError(
+            f"No parameter has a gradient on process {backend.process_index}, so this "
+            "step would not be projected. Check that the loss depends on trained parameters; "
+            "if it does, please report the engine and its version."
+        )
+    # A step goes along minus the gradient, so what the constraint is about has the other sign.
+    return _project(subspace, gradients, gradients, is_descent=True)
+
+
+@torch.no_grad()
+def copy_weights(subspace: CapabilitySubspace) -> list[Tensor]:
+    """This process's shards of the weights, copied: what `project_update` compares with."""
+    backend = subspace.backend
+    return [backend.weights(parameter).clone() for _, parameter in backend.parameters]
+
+
+@torch.no_grad()
+def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -> Projection:
+    """
+    Make what the optimizer did since `copy_weights` keep the constraint. A collective call.
+
+    Args:
+        subspace: The subspace.
+        weights_before: The copied weights. They are used up.
+    """
+    backend = subspace.backend
+    weights = [backend.weights(parameter) for _, parameter in backend.parameters]
+    updates = _differences(weights, weights_before)
+    projection = _project(subspace, updates, weights, is_descent=False)
+    backend.publish_weights()
+    return projection
+
+
+@torch.no_grad()
+def measure_update(
+    subspace: CapabilitySubspace, weights_before: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """
+    Look at the update since `copy_weights`. A collective call; the copied weights are used up.
+
+    Returns:
+        The share of its squared length that lies in the subspace, in [0, 1]; and what it should
+        change each capability loss by, to first order, in nats, shape [R].
+    """
+    backend = subspace.backend
+    weights = (backend.weights(parameter) for _, parameter in backend.parameters)
+    products = _products(subspace, _differences(weights, weights_before), None)
+    inside = linalg.square(products.with_rows_BK, subspace.inverse_gram)
+    return inside / products.square, _changes(subspace, products.with_rows_BK)
+
+
+def _project(
+    subspace: CapabilitySubspace,
+    vectors: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+    *,
+    is_descent: bool,
+) -> Projection:
+    """Find what the vectors of all parameters have to lose, and take it from the targets."""
+    config, backend = subspace.config, subspace.backend
+    means_P = _second_moment_means(subspace) if config.metric == "optimizer" else None
+    products = _products(subspace, vectors, means_P)
+    weights_BK = _weights(subspace, products, is_descent=is_descent)
+    removed = linalg.square(weights_BK, products.gram_BKK)
+    restoration = None
+    if config.restoration:
+        restoring_BK, restoration = _restoring(subspace, products, weights_BK)
+        weights_BK = weights_BK + restoring_BK
+    changes = None
+    if not is_descent:
+        left_BK = products.with_rows_BK - linalg.times(products.gram_BKK, weights_BK)
+        changes = _changes(subspace, left_BK)
+        subspace.predicted_change = subspace.predicted_change + changes
+    for index, (rows_KN, target_N, weights_K) in enumerate(
+        zip(subspace.basis, targets, weights_BK.expand(len(targets), -1), strict=True)
+    ):
+        if rows_KN is None or target_N is None:
+            continue
+        metric = _metric(subspace, index, means_P)
+        if metric is not None or means_P is None:  # without a moment the metric is zero
+            linalg.subtract_(target_N, rows_KN, weights_K, metric)
+    held = _hold(subspace, vectors, targets, products.squares_P)
+
+    if held:
+        removed = removed + products.squares_P[held].sum()
+    inside_BK = linalg.times(subspace.inverse_gram, products.with_rows_BK)
+    inside = (inside_BK * products.with_rows_BK).sum()
+    in_mean = (inside_BK * subspace.mean_coordinates).sum()
+    return Projection(
+        removed_fraction=(removed / products.metric_square).clamp(0, 1),
+        share_inside=inside / products.square,
+        cosine=in_mean / (products.square * subspace.mean_square).sqrt().clamp_min(_TINY),
+        held=[backend.parameters[index][0] for index in held],
+        changes=changes,
+        restoration=restoration,
+    )
+
+
+def _products(
+    subspace: CapabilitySubspace, vectors: Sequence[Tensor | None], means_P: Tensor | None
+) -> _Products:
+    """
+    The products of the vectors of all parameters with the basis and with themselves, in the metric
+    that `means_P` (of the second moments) belong to, or the identity.
+    """
+    num_rows = subspace.inverse_gram.shape[-1]
+    # With the identity as metric the basis alone gives the rest.
+    num_products = num_rows + (1 if means_P is None else 2 + num_rows**2)
+    stacked_PX = torch.zeros(len(vectors), num_products, device=subspace.backend.device)
+    of_parameters = linalg.Products.views(stacked_PX, num_rows)
+    for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True)):
+        if vector_N is not None:
+            metric = _metric(subspace, index, means_P)
+            linalg.add_products_(of_parameters.of(index), rows_KN, vector_N, metric)
+    stacked_PX = subspace.backend.sum_over_shards(stacked_PX)  # all that a step sends
+    total = linalg.Products.views(stacked_PX, num_rows)
+    with_rows_BK = subspace.merge(total.with_rows)
+    square = total.square.sum().clamp_min(_TINY)
+    if means_P is None or total.inverse_square is None or total.gram is None:
+        return _Products(with_rows_BK, total.square, square, subspace.gram, square)
+    inverse_squares_P = torch.where(means_P > 0, total.inverse_square, 0.0)
+    metric_square = inverse_squares_P.sum().clamp_min(_TINY)
+    return _Products(with_rows_BK, total.square, square, subspace.merge(total.gram), metric_square)
+
+
+def _weights(subspace: CapabilitySubspace, products: _Products, *, is_descent: bool) -> Tensor:
+    """The weights of the basis rows that a step has to lose, shape [B, K]."""
+    config = subspace.config
+    if config.constraint == "equality" and config.metric == "euclidean":
+        # Nothing leaves the device.
+        return linalg.times(subspace.inverse_gram, products.with_rows_BK)
+    # Along minus a gradient, what would rise falls.
+    sign = -1 if is_descent else 1
+    products_BK = sign * products.with_rows_BK.cpu()
+    gram_BKK = products.gram_BKK.cpu()
+    if config.constraint == "equality":
+        weights_BK = constraints.equality_weights(products_BK, gram_BKK)
+    else:
+        coordinates_BRK = subspace.coordinates.cpu()
+        weights_BK = constraints.inequality_weights(products_BK, gram_BKK, coordinates_BRK)
+    return subspace.small(sign * weights_BK)
+
+
+def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:
+    """First-order changes A u of the losses, from the products B u, shape [R]."""
+    return linalg.times(subspace.coordinates, products_BK).sum(dim=0)
+
+
+def _restoring(
+    subspace: CapabilitySubspace, products: _Products, removal_BK: Tensor
+) -> tuple[Tensor, Restoration]:
+    """Weights that take back a part of the rise of each capability loss, shape [B, K]."""
+    config = subspace.config
+    per_step = config.restoration / config.refresh_interval
+    weights_BK, square = constraints.restoration_weights(
+        per_step * subspace.drift.clamp_min(0).cpu(),
+        products.gram_BKK.cpu(),
+        subspace.coordinates.cpu(),
+    )
+    weights_BK, length = subspace.small(weights_BK), subspace.small(square).clamp_min(0).sqrt()
+    rest = (
+        (
+            products.metric_square
+            - 2 * (removal_BK * products.with_rows_BK).sum()
+            + linalg.square(removal_BK, products.gram_BKK)
+        )
+        .clamp_min(0)
+        .sqrt()
+    )
+    scale = (config.restoration_cap * rest / length.clamp_min(_TINY)).clamp_max(1)
+    ratio = scale * length / rest.clamp_min(_TINY)
+    return scale * weights_BK, Restoration(ratio, (scale < 1).float())
+
+
+def _second_moment_means(subspace: CapabilitySubspace) -> Tensor | None:
+    """Mean of Adam's second moment over every parameter, shape [P]; None where it has none."""
+    backend = subspace.backend
+    parameters = list(zip(backend.parameters, backend.shards, strict=True))
+    means_P = torch.zeros(len(parameters), 2, device=backend.device)
+    for mean, ((_, parameter), shard) in zip(means_P, parameters, strict=True):
+        moment_N = backend.second_moment(parameter)
+        if moment_N is not None:
+            mean[0] = moment_N.sum() / max(shard.total, 1)
+            mean[1] = 1
+    means_P = backend.sum_over_shards(means_P)
+    return means_P[:, 0] if means_P[:, 1].any() else None
+
+
+def _metric(
+    subspace: CapabilitySubspace, index: int, means_P: Tensor | None
+) -> linalg.AdamMetric | None:
+    """The optimizer's metric for one parameter; None for the identity, or without a moment."""
+    if means_P is None:
+        return None
+    _, parameter = subspace.backend.parameters[index]
+    moment_N = subspace.backend.second_moment(parameter)
+    return None if moment_N is None else linalg.AdamMetric(moment_N, means_P[index])
+
+
+def _hold(
+    subspace: CapabilitySubspace,
+    vectors: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+    squares_P: Tensor,
+) -> list[int]:
+    """Take all from the targets of waiting parameters that would move; ask for a refresh."""
+    waiting = subspace.is_waiting.nonzero().flatten().tolist()
+    if not waiting:  # the common case: nothing is read back from the device
+        return []
+    is_moving = (squares_P[waiting] > 0).tolist()
+    held = [index for index, moves in zip(waiting, is_moving, strict=True) if moves]
+    for index in held:
+        vector_N, target_N = vectors[index], targets[index]
+        if vector_N is not None and target_N is not None:
+            target_N -= vector_N.clone() if vector_N is target_N else vector_N
+    subspace.was_held[held] = True
+    subspace.is_due = subspace.is_due or bool(held)
+    return held
+
+
+def _differences(after: Iterable[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """`after - before`, in the memory of `before`."""
+    return [torch.sub(new, old, out=old) for new, old in zip(after, before, strict=True)]
