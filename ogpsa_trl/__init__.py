@@ -3,14 +3,24 @@
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.config import GateConfig, OGPSAConfig
 from ogpsa_trl.gate import CapabilityGate
-from ogpsa_trl.trainers import OGPSADPOTrainer, OGPSAMixin, OGPSASFTTrainer
+from ogpsa_trl.trainers import (
+    OGPSADPOTrainer,
+    OGPSAGRPOTrainer,
+    OGPSAKTOTrainer,
+    OGPSAMixin,
+    OGPSARLOOTrainer,
+    OGPSASFTTrainer,
+)
 
 __all__ = [
     "CapabilityGate",
     "GateConfig",
     "OGPSAConfig",
     "OGPSADPOTrainer",
+    "OGPSAGRPOTrainer",
+    "OGPSAKTOTrainer",
     "OGPSAMixin",
+    "OGPSARLOOTrainer",
     "OGPSASFTTrainer",
     "SubspaceCallback",
     "__version__",

@@ -142,6 +142,13 @@ class OGPSAConfig:
             "are in flight in both official recipes."
         },
     )
+    capability_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens kept of each capability sample, at least 1. Unset: the `max_length` of "
+            "the trainer where it has one (SFT, DPO, KTO; official: 2048), otherwise all."
+        },
+    )
     restoration: float = field(
         default=1.0,
         metadata={
@@ -354,5 +361,5 @@ def _check(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"`{name}` must be a number of at least 0, but got {value!r}.")
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        unset = ", or leave it unset for all there are" if optional else ""
+        unset = ", or unset" if optional else ""
         raise ValueError(f"`{name}` must be an integer of at least 1{unset}, but got {value!r}.")

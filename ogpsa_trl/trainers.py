@@ -1,4 +1,4 @@
-"""OGPSAMixin, and the trainers that swap in for TRL's."""
+"""OGPSAMixin, for any `transformers.Trainer`, and the trainers that swap in for TRL's."""
 
 import contextlib
 import logging
@@ -8,14 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import ProcessorMixin, Trainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
+from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import selective_log_softmax
 
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
@@ -47,8 +53,12 @@ class OGPSAMixin(Trainer):
     """
     Removes from a trainer's gradient its component in the capability subspace.
 
-    It stands in front of the trainer: `class OGPSASFTTrainer(OGPSAMixin, SFTTrainer)`. Without a
-    `capability_dataset` every method is the parent's, so the run is TRL's, bit for bit.
+    It stands in front of the trainer, which may be any `transformers.Trainer` of a causal language
+    model: `class OGPSASFTTrainer(OGPSAMixin, SFTTrainer)`. Without a `capability_dataset` every
+    method is the parent's, so the run is the parent's, bit for bit.
+
+    Where the trainer differs from others in how it makes tokens, or gives log-probabilities without
+    logits, override `capability_preparation` or `capability_log_probs`, as those below do.
 
     Args:
         capability_dataset (`Dataset`, `IterableDataset` or `dict` of them by group name,
@@ -62,12 +72,11 @@ class OGPSAMixin(Trainer):
             precision or optimizer that is not supported.
     """
 
-    # Set by the parents; `Trainer` declares the first four as optional or by their base classes.
+    # Set by the parents; `Trainer` declares them as optional or by their base classes.
     args: Any
     model: Any
     model_wrapped: Any
     processing_class: Any
-    maybe_activation_offload_context: contextlib.AbstractContextManager[Any]
 
     def __init__(
         self,
@@ -77,6 +86,7 @@ class OGPSAMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         self.capability_groups: list[CapabilityGroup] = []
+        self.ogpsa_config = ogpsa_config or OGPSAConfig()
         if capability_dataset is None:
             if ogpsa_config is not None:
                 raise ValueError(
@@ -92,10 +102,11 @@ class OGPSAMixin(Trainer):
                 "`OGPSAConfig(num_samples=200, ...)`."
             )
         datasets = named_groups(capability_dataset)
-        self.ogpsa_config = ogpsa_config or OGPSAConfig()
-        self._name, self._paper = f"OGPSA ({self._name})", PAPER
-        self._tag_names = [*self._tag_names, "ogpsa"]
+        if isinstance(self, _BaseTrainer):  # what TRL writes into the model card
+            self._name, self._paper = f"OGPSA ({self._name})", PAPER
+            self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
+        self._check_model()
         check_supported(
             self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
         )
@@ -129,36 +140,57 @@ class OGPSAMixin(Trainer):
         logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
         self.add_callback(SubspaceCallback(self))
 
+    def _check_model(self) -> None:
+        """
+        Refuse models and processors that no text can be scored with.
+
+        Raises:
+            ValueError: there is no language-modeling head, or no tokenizer.
+        """
+        if self.model.get_output_embeddings() is None:
+            raise ValueError(
+                "The capability loss is that of a language model, but "
+                f"{type(self.model).__name__} has no language-modeling head. Train an "
+                "`AutoModelForCausalLM`; a reward model has no capability of this kind to protect."
+            )
+        if not isinstance(self.processing_class, ProcessorMixin | PreTrainedTokenizerBase):
+            raise ValueError(
+                "A `capability_dataset` needs a tokenizer, but `processing_class` is "
+                f"{type(self.processing_class).__name__}. Pass `processing_class=tokenizer`."
+            )
+
     def capability_preparation(self) -> Preparation:
         """How capability samples become tokens. The length limit is that of the training data."""
         processing_class = self.processing_class
         is_processor = isinstance(processing_class, ProcessorMixin)
-        return Preparation(
-            processing_class=processing_class,
-            tokenizer=processing_class.tokenizer if is_processor else processing_class,
-            max_length=self.args.max_length,
-            truncation_mode=self.args.truncation_mode,
-            dataset_num_proc=self.args.dataset_num_proc,
-        )
+        tokenizer = processing_class.tokenizer if is_processor else processing_class
+        return Preparation(processing_class, tokenizer, self.ogpsa_config.capability_max_length)
+
+    def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:
+        """What the trainer puts around its own forward and backward passes."""
+        return contextlib.nullcontext()
 
     def capability_log_probs(self, batch: Batch) -> Tensor:
         """
         Log-probabilities of the trainable tokens of a batch, zero elsewhere, with their graph.
 
-        TRL's fused head computes them without the logits of the whole vocabulary. `compute_loss` is
-        not used, because it counts tokens and metrics of training.
+        `compute_loss` is not used, because it counts tokens and metrics of training.
 
         Returns:
             Shape [rows, length - 1].
         """
-        inputs = self._prepare_inputs(batch.inputs)
-        with self.compute_loss_context_manager():
-            outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs
+        is_trained = trained_labels(batch.inputs["labels"])
+        logits_TV = self.capability_logits(batch)
+        is_trained = is_trained.to(logits_TV.device)
+        labels = batch.inputs["labels"][:, 1:].to(logits_TV.device)
+        log_probs = logits_TV.new_zeros(is_trained.shape, dtype=torch.float32)
+        log_probs[is_trained] = selective_log_softmax(logits_TV, labels[is_trained]).float()
+        return log_probs
 
     def capability_logits(self, batch: Batch) -> Tensor:
         """Logits at the trainable tokens of a batch, row by row, shape [tokens, vocabulary]."""
-        inputs = self._prepare_inputs(batch.inputs)
+        # Not `_prepare_inputs`: that of GRPO generates completions.
+        inputs: Any = self._prepare_input(batch.inputs)
         labels = inputs.pop("labels")
         with self.compute_loss_context_manager():
             logits = self.model_wrapped(**inputs, use_cache=False).logits
@@ -191,7 +223,7 @@ class OGPSAMixin(Trainer):
             progress.update()
             return loss.sum(batch)
 
-        with progress, self.maybe_activation_offload_context, loss.passes(backend):
+        with progress, self.capability_pass_context(), loss.passes(backend):
             loss.prepare(backend)
             old_rows, old_share = self.subspace.release_gradients(len(parts))
             gradients = capability_gradients(
@@ -311,7 +343,33 @@ class OGPSAMixin(Trainer):
             path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
 
 
-class OGPSASFTTrainer(OGPSAMixin, SFTTrainer):
+class _WithFusedHead(OGPSAMixin):
+    """
+    For trainers that give the model TRL's fused head, which computes log-probabilities without the
+    logits of the whole vocabulary, and that can offload activations.
+    """
+
+    maybe_activation_offload_context: contextlib.AbstractContextManager[Any]
+
+    def capability_preparation(self) -> Preparation:
+        preparation = super().capability_preparation()
+        return replace(
+            preparation,
+            max_length=preparation.max_length or self.args.max_length,
+            dataset_num_proc=self.args.dataset_num_proc,
+        )
+
+    def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:
+        return self.maybe_activation_offload_context
+
+    def capability_log_probs(self, batch: Batch) -> Tensor:
+        inputs: Any = self._prepare_input(batch.inputs)
+        with self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
+        return outputs.log_probs
+
+
+class OGPSASFTTrainer(_WithFusedHead, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
 
@@ -332,6 +390,7 @@ class OGPSASFTTrainer(OGPSAMixin, SFTTrainer):
     def capability_preparation(self) -> Preparation:
         return replace(
             super().capability_preparation(),
+            truncation_mode=self.args.truncation_mode,
             completion_only_loss=self.args.completion_only_loss,
             assistant_only_loss=self.args.assistant_only_loss,
             chat_template=self.chat_template,
@@ -339,9 +398,36 @@ class OGPSASFTTrainer(OGPSAMixin, SFTTrainer):
         )
 
 
-class OGPSADPOTrainer(OGPSAMixin, DPOTrainer):
+class OGPSADPOTrainer(_WithFusedHead, DPOTrainer):
     """
     [`~trl.DPOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
 
-    The capability loss is the negative log-likelihood of the capability completions, as in SFT.
+    The capability loss is that of the capability completions, as in SFT.
+    """
+
+    def capability_preparation(self) -> Preparation:
+        return replace(super().capability_preparation(), truncation_mode=self.args.truncation_mode)
+
+
+class OGPSAKTOTrainer(_WithFusedHead, KTOTrainer):
+    """
+    [`~trl.KTOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
+
+    The capability loss is that of the capability completions, as in SFT.
+    """
+
+
+class OGPSAGRPOTrainer(OGPSAMixin, GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
+
+    The capability loss is that of the capability text, as in SFT, at temperature 1 whatever the
+    temperature of the samples; nothing is generated for it. Texts are cut to
+    `capability_max_length`.
+    """
+
+
+class OGPSARLOOTrainer(OGPSAMixin, RLOOTrainer):
+    """
+    [`~trl.RLOOTrainer`] that keeps capabilities: see [`OGPSAGRPOTrainer`].
     """

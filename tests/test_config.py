@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    ModelConfig,
+    RLOOConfig,
+    ScriptArguments,
+    SFTConfig,
+)
 from trl.scripts.utils import DatasetMixtureConfig
 
 from ogpsa_trl import OGPSAConfig
@@ -26,7 +34,7 @@ NUMBERS = ("restoration", "restoration_cap", "capability_ema", "replay_weight")
 COUNTS = (
     "refresh_interval", "num_samples", "gradients_per_group", "kl_tokens", "capability_batch_size",
 )  # fmt: skip
-OPTIONAL_COUNTS = ("samples_per_refresh", "rank")
+OPTIONAL_COUNTS = ("samples_per_refresh", "rank", "capability_max_length")
 
 
 def assert_refused(message, **settings):
@@ -49,6 +57,7 @@ PAPER = {
     "gradients_per_group": 1,
     "rank": None,
     "capability_batch_size": 4,
+    "capability_max_length": None,
     "restoration": 0.0,
     "restoration_cap": 1.0,
     "capability_ema": 0.0,
@@ -128,8 +137,7 @@ def test_a_count_is_an_integer_of_at_least_one(name, value):
 @pytest.mark.parametrize("name", OPTIONAL_COUNTS)
 def test_some_are_a_count_or_unset(name, value):
     assert_refused(
-        f"`{name}` must be an integer of at least 1, or leave it unset for all there are, but "
-        f"got {value!r}.",
+        f"`{name}` must be an integer of at least 1, or unset, but got {value!r}.",
         **{name: value},
     )
 
@@ -240,7 +248,17 @@ def test_every_setting_has_a_default(setting):
 
 @pytest.mark.parametrize(
     "other",
-    [SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, TrainArguments],
+    [
+        SFTConfig,
+        DPOConfig,
+        KTOConfig,
+        GRPOConfig,
+        RLOOConfig,
+        ModelConfig,
+        ScriptArguments,
+        DatasetMixtureConfig,
+        TrainArguments,
+    ],
 )
 def test_no_name_is_taken_in_the_flat_file(other):
     assert {f.name for f in fields(OGPSAConfig)}.isdisjoint(f.name for f in fields(other))

@@ -1,0 +1,222 @@
+"""OGPSA in front of trainers other than those of SFT and DPO, TRL's and a plain one."""
+
+import pytest
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ogpsa_trl import (
+    OGPSAConfig,
+    OGPSAGRPOTrainer,
+    OGPSAKTOTrainer,
+    OGPSAMixin,
+    OGPSARLOOTrainer,
+)
+from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
+from runs import (
+    CosineCallback,
+    capability_groups,
+    literal_nll,
+    max_difference,
+    paper,
+    safety_data,
+    weights,
+)
+
+TOKENIZER = toy_tokenizer()
+
+
+class OGPSATrainer(OGPSAMixin, Trainer):
+    """What the documentation tells users to write for a trainer of their own."""
+
+
+def text_length(completions, **_):
+    """A reward that samples of an untrained model differ in."""
+    return [float(len(text)) for text in completions]
+
+
+def kto_data():
+    return Dataset.from_list(
+        [row | {"label": index % 2 == 0} for index, row in enumerate(safety_data("sft"))]
+    )
+
+
+def token_data():
+    ids = [TOKENIZER(row["prompt"] + row["completion"])["input_ids"] for row in safety_data("sft")]
+    return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+
+
+SAMPLING = {"num_generations": 2, "max_completion_length": 6, "beta": 0.05}
+# Arguments class, parent, trainer, more arguments, training data, more keywords.
+KINDS = {
+    "kto": (KTOConfig, KTOTrainer, OGPSAKTOTrainer, {}, kto_data, {}),
+    "grpo": (
+        GRPOConfig, GRPOTrainer, OGPSAGRPOTrainer, SAMPLING,
+        lambda: safety_data("sft").select_columns("prompt"), {"reward_funcs": text_length},
+    ),
+    "rloo": (
+        RLOOConfig, RLOOTrainer, OGPSARLOOTrainer, SAMPLING,
+        lambda: safety_data("sft").select_columns("prompt"), {"reward_funcs": text_length},
+    ),
+    "plain": (
+        TrainingArguments, Trainer, OGPSATrainer, {}, token_data,
+        {"data_collator": DataCollatorForLanguageModeling(pad_token_id=TOKENIZER.pad_token_id)},
+    ),
+}  # fmt: skip
+
+
+def make(kind, path, output, *, parent=False, config=None, capability=None, **overrides):
+    arguments_class, parent_class, our_class, more, data, keywords = KINDS[kind]
+    arguments = {
+        "output_dir": str(output), "max_steps": 2, "per_device_train_batch_size": 4,
+        "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 7,
+    }  # fmt: skip
+    keywords = dict(keywords)
+    if not parent:
+        keywords |= {"capability_dataset": capability, "ogpsa_config": config}
+    return (parent_class if parent else our_class)(
+        model=AutoModelForCausalLM.from_pretrained(path),
+        args=arguments_class(**arguments | more | overrides),
+        train_dataset=data(),
+        processing_class=TOKENIZER,
+        **keywords,
+    )
+
+
+def trained(*args, **kwargs):
+    trainer = make(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def parents(base_model_path, tmp_path_factory):
+    """The weights that the parents reach, two steps from the same model."""
+    folder = tmp_path_factory.mktemp("parents")
+    return {kind: weights(trained(kind, base_model_path, folder, parent=True)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestAnyTrainer:
+    def test_without_capability_data_it_is_its_parent(
+        self, kind, parents, base_model_path, tmp_path
+    ):
+        trainer = trained(kind, base_model_path, tmp_path)
+        assert max_difference(weights(trainer), parents[kind]) == 0
+        start = weights(make(kind, base_model_path, tmp_path))
+        assert max_difference(start, parents[kind]) > 0
+
+    def test_refreshes_leave_no_trace(self, kind, parents, base_model_path, tmp_path):
+        """Neither in the gradients nor in the random numbers that completions are drawn with."""
+        trainer = trained(
+            kind, base_model_path, tmp_path, capability=capability_groups(),
+            config=paper(target="none", refresh_interval=1),
+        )  # fmt: skip
+        assert "ogpsa/refresh_seconds" in trainer.state.log_history[0]
+        assert max_difference(weights(trainer), parents[kind]) == 0
+
+    @pytest.mark.parametrize("scope", ["parameter", "model"])
+    def test_nothing_of_the_gradient_is_left_in_the_subspace(
+        self, kind, scope, base_model_path, tmp_path
+    ):
+        trainer = make(
+            kind, base_model_path, tmp_path, capability=capability_groups(),
+            config=paper(scope=scope, refresh_interval=1),
+        )  # fmt: skip
+        probe = CosineCallback()
+        probe.trainer = trainer
+        trainer.add_callback(probe)
+        trainer.train()
+        assert probe.cosines
+        # In scope `model` a single tensor may well point along its part of a row.
+        if scope == "parameter":
+            assert max(probe.cosines) < 1e-5
+        assert all(0 < e["ogpsa/removed_fraction"] <= 1 for e in trainer.state.log_history[:-1])
+
+    def test_the_default_keeps_the_update_out_of_it(self, kind, base_model_path, tmp_path):
+        trainer = trained(
+            kind, base_model_path, tmp_path, capability=capability_groups(),
+            config=OGPSAConfig(samples_per_refresh=4), optim="adamw_torch", learning_rate=1e-3,
+        )  # fmt: skip
+        last = trainer.state.log_history[-2]
+        assert last["ogpsa/proposal_in_subspace"] > 0
+        assert last["ogpsa/capability_loss/skills"] > 0  # the divergence, after a step
+
+    def test_the_capability_loss_is_that_of_the_text(self, kind, base_model_path, tmp_path):
+        groups = capability_groups()
+        trainer = trained(
+            kind, base_model_path, tmp_path, capability=groups, config=paper(), max_steps=1,
+            **({"temperature": 0.7} if kind in ("grpo", "rloo") else {}),
+        )  # fmt: skip
+        base = AutoModelForCausalLM.from_pretrained(base_model_path)
+        for name, rows in groups.items():
+            logged = trainer.state.log_history[0][f"ogpsa/capability_loss/{name}"]
+            expected = literal_nll(base, TOKENIZER, rows).item()
+            assert logged == pytest.approx(expected, rel=1e-5)
+
+    def test_capability_texts_are_cut(self, kind, base_model_path, tmp_path):
+        trainer = make(
+            kind, base_model_path, tmp_path, capability=capability_groups(),
+            config=paper(capability_max_length=7),
+        )  # fmt: skip
+        samples = [s for group in trainer.capability_groups for s in group.samples]
+        assert max(len(sample.features["input_ids"]) for sample in samples) == 7
+
+
+def test_kto_resumes_bit_for_bit(base_model_path, tmp_path):
+    def make_kto():
+        return make(
+            "kto", base_model_path, tmp_path, capability=capability_groups(), max_steps=3,
+            config=OGPSAConfig(samples_per_refresh=4), optim="adamw_torch", learning_rate=1e-3,
+            save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+
+    straight = make_kto()
+    straight.train()
+    resumed = make_kto()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert max_difference(weights(resumed), weights(straight)) == 0
+
+
+class TestRefused:
+    def test_reward_models_have_no_language_to_protect(self, tmp_path):
+        class OGPSARewardTrainer(OGPSAMixin, RewardTrainer):
+            pass
+
+        config = tiny_llama_config(32, 1, 2, 32)
+        config.num_labels = 1
+        message = "LlamaForSequenceClassification has no language-modeling head"
+        with pytest.raises(ValueError, match=message):
+            OGPSARewardTrainer(
+                LlamaForSequenceClassification(config),
+                args=RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+                train_dataset=safety_data("dpo"),
+                processing_class=TOKENIZER,
+                capability_dataset=capability_groups(),
+            )
+
+    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
+        with pytest.raises(ValueError, match="`processing_class` is NoneType"):
+            OGPSATrainer(
+                model=AutoModelForCausalLM.from_pretrained(base_model_path),
+                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+                train_dataset=token_data(),
+                capability_dataset=capability_groups(),
+            )
