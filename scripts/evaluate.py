@@ -174,7 +174,7 @@ def write(
         "settings": asdict(arguments),
         "versions": versions,
         "notes": list(notes),
-        "measures": {result.name: _result_json(result) for result in results},
+        "measures": {result.name: result.to_json() for result in results},
         "samples": {
             name: {
                 "form": measured.values.form,
@@ -227,18 +227,6 @@ def write(
         )
         written.append("evaluation.png")
     console.print(f"In {output}: {', '.join(written)}")
-
-
-def _result_json(result: Result) -> dict[str, Any]:
-    estimates = {
-        when: None if estimate is None else estimate._asdict()
-        for when, estimate in (
-            ("before", result.before),
-            ("after", result.after),
-            ("delta", result.delta),
-        )
-    }
-    return asdict(result) | estimates | {"verdict": result.verdict}
 
 
 def _values_json(values: SampleValues) -> dict[str, Any]:

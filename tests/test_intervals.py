@@ -1,5 +1,6 @@
 """Intervals: against closed forms, a literal bootstrap and their coverage."""
 
+import json
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from ogpsa_trl.evaluation.intervals import (
     ratio_of,
     statistic_of,
 )
-from ogpsa_trl.evaluation.results import Measured, compare
+from ogpsa_trl.evaluation.results import Measured, Result, compare
 
 
 def names(number):
@@ -142,6 +143,16 @@ class TestComparison:
         assert alone.after.interval.low < alone.after.value < alone.after.interval.high
         [new] = compare({}, {"m": Measured("x", None, after)})
         assert (new.before, new.verdict) == (None, None)
+
+    def test_results_come_back_from_json(self):
+        before, after = (mean_of(names(20), normal(20, seed)) for seed in (0, 1))
+        measures = {
+            "changed": Measured("x", True, after),
+            "alone": Measured("x", None, after),
+            "one": Measured("x", False, mean_of(["a"], [1.0])),
+        }
+        for result in compare({"changed": Measured("x", True, before)}, measures):
+            assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
 
     def test_without_a_sample_in_common_is_refused(self):
         sides = ({"m": Measured("x", True, mean_of([key], [0]))} for key in "ab")

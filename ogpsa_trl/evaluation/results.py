@@ -1,7 +1,7 @@
 """What was measured before and after training, and what has changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from ogpsa_trl.evaluation.intervals import Interval, SampleValues, interval, paired_interval
@@ -65,6 +65,22 @@ class Result:
             return "unclear"
         return "better" if (low > 0) == self.higher_is_better else "worse"
 
+    def to_json(self) -> dict[str, Any]:
+        """What `evaluation.json` holds of it, the verdict included."""
+        estimates = {"before": self.before, "after": self.after, "delta": self.delta}
+        return (
+            asdict(self)
+            | {when: value and value._asdict() for when, value in estimates.items()}
+            | {"verdict": self.verdict}
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Result":
+        """The result that `to_json` has written."""
+        estimates = {when: _estimate(content[when]) for when in ("before", "after", "delta")}
+        values: Any = {name: content[name] for name in cls.__dataclass_fields__} | estimates
+        return cls(**values)
+
 
 def compare(
     before: Mapping[str, Measured] | None,
@@ -119,3 +135,10 @@ def compare(
             )
         )
     return results
+
+
+def _estimate(content: Mapping[str, Any] | None) -> Estimate | None:
+    if content is None:
+        return None
+    ends = content["interval"]
+    return Estimate(content["value"], None if ends is None else Interval(*ends))
