@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -29,6 +30,15 @@ class Diagnostics:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.values: dict[str, list[float | Tensor]] = defaultdict(list)
+        # When the values begin, and how much of the time since then went into refreshes.
+        self.start = time.perf_counter()
+        self.refresh_seconds = 0.0
+
+    def begin(self) -> None:
+        """Forget what was recorded: values and time count from now on."""
+        self.values.clear()
+        self.start = time.perf_counter()
+        self.refresh_seconds = 0.0
 
     def record(self, **metrics: float | Tensor) -> None:
         """Keep values as they are: a tensor is read from its device when it is logged."""
@@ -59,6 +69,7 @@ class Diagnostics:
             refresh_seconds=seconds,
             basis_megabytes=subspace.basis_bytes / 1e6,
         )
+        self.refresh_seconds += seconds
         kept = {name for name, kept in zip(self.names, gradients.is_kept, strict=True) if kept}
         for name in sorted(kept):
             logger.warning(
@@ -103,10 +114,13 @@ class Diagnostics:
             )  # fmt: skip
 
     def take_means(self) -> dict[str, float]:
-        """The means of what was recorded since the last call."""
+        """The means of what was recorded since the last call; nothing if there was no step."""
+        if not self.values:
+            return {}
         means = {
             name: sum(float(value) for value in values) / len(values)
             for name, values in self.values.items()
         }
-        self.values.clear()
+        means["ogpsa/refresh_share"] = self.refresh_seconds / (time.perf_counter() - self.start)
+        self.begin()
         return means

@@ -314,6 +314,7 @@ class OGPSAMixin(Trainer):
             backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
             self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
             self.capability_loss.start = None
+            self.diagnostics.begin()
             if resume_from_checkpoint is not None:
                 load_subspace(self.subspace, resume_from_checkpoint)
                 self.capability_loss.start = load_start(

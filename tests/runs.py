@@ -96,7 +96,7 @@ def max_difference(left, right):
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
-def logged(trainer, without=("runtime", "per_second", "seconds")):
+def logged(trainer, without=("runtime", "per_second", "seconds", "refresh_share")):
     """The log without the entries that measure time."""
     return [
         {key: value for key, value in entry.items() if not any(word in key for word in without)}

@@ -1,8 +1,10 @@
 """The trainers against TRL's, against the literal method, and with everything that TRL does."""
 
+import itertools
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from trl import DPOConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import SubspaceCallback, trainers
+from ogpsa_trl import SubspaceCallback, diagnostics, trainers
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
@@ -503,6 +505,22 @@ def test_metrics_are_means_since_the_last_log(base_model_path, tmp_path):
     values = [e["ogpsa/cosine"] for e in every.state.log_history if "loss" in e]
     means = [e["ogpsa/cosine"] for e in second.state.log_history if "loss" in e]
     assert means == pytest.approx([(values[0] + values[1]) / 2, (values[2] + values[3]) / 2])
+
+
+def test_the_refresh_share_is_that_of_the_time_between_two_logs(
+    base_model_path, tmp_path, monkeypatch
+):
+    """By a clock that goes on by a second whenever it is read: twice a refresh, once a log."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(trainers, "time", clock)
+    monkeypatch.setattr(diagnostics, "time", clock)
+    trainer, _, _ = trained(
+        "sft", base_model_path, tmp_path, capability=capability_groups(),
+        config=paper(refresh_interval=2), max_steps=4,
+    )  # fmt: skip
+    # Of the start or the log before, reads lie 1 (refresh begins), 2 (ends) and 3 later (log).
+    shares = [entry.get("ogpsa/refresh_share") for entry in trainer.state.log_history]
+    assert shares == [1 / 3, 0, 1 / 3, 0, None]
 
 
 def test_a_callback_of_ones_own_takes_the_place_of_the_default(base_model_path, tmp_path):
