@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.callbacks import RichProgressCallback
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
@@ -215,7 +216,9 @@ class OGPSAMixin(Trainer):
             total=sum(part.num_batches_of(backend.num_processes) for part in parts),
             desc="Refreshing the capability subspace",
             delay=_SECONDS_WITHOUT_BAR,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+            disable=self.args.disable_tqdm
+            or not self.is_world_process_zero()
+            or self._shows_rich_progress(),
             leave=False,
         )
 
@@ -243,6 +246,10 @@ class OGPSAMixin(Trainer):
             seconds=time.perf_counter() - start,
             step=self.state.global_step,
         )
+
+    def _shows_rich_progress(self) -> bool:
+        """A bar of tqdm would put a line above the panel of rich at each of its updates."""
+        return any(isinstance(c, RichProgressCallback) for c in self.callback_handler.callbacks)
 
     def _draw(self) -> str:
         """Names the samples of a refresh: others in every step and for every seed."""

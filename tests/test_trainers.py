@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
@@ -485,6 +485,21 @@ def test_a_long_refresh_shows_its_progress(base_model_path, tmp_path, monkeypatc
     trained("sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False)
     # Two groups of six samples, four at a time.
     assert re.search(r"Refreshing the capability subspace.*/4 ", capsys.readouterr().err)
+
+
+def test_the_panel_of_rich_stands_without_a_bar_of_tqdm(
+    base_model_path, tmp_path, monkeypatch, capsys
+):
+    """In it the bar would put a line above the panel at each of its updates."""
+    monkeypatch.setattr(trainers, "_SECONDS_WITHOUT_BAR", 0)
+    more = {"callbacks": [RichProgressCallback()]}
+    trained(
+        "sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False,
+        more=more,
+    )  # fmt: skip
+    shown = "".join(capsys.readouterr())
+    assert "removed_fraction" in shown
+    assert "Refreshing the capability subspace" not in shown
 
 
 def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_path, tmp_path):
