@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data import Part, Sample, named_groups, prepare_group
 from ogpsa_trl.engines import check_supported, make_backend
 from ogpsa_trl.gradients import deterministic
+from ogpsa_trl.trackers import record_settings
 from ogpsa_trl.trainers import OGPSAMixin
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ class CapabilityGate(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         trainer = self.trainer
+        record_settings(self, trainer, "gate_config", asdict(self.config))
         self.backend = make_backend(
             trainer.accelerator, trainer.model, trainer.model_wrapped, trainer.optimizer
         )

@@ -43,6 +43,7 @@ from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import all_samples
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.trackers import SettingsCallback
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class OGPSAMixin(Trainer):
             [group.name for group in self.capability_groups for _ in range(group.num_parts)]
         )
         logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
+        self.add_callback(SettingsCallback(self, self.ogpsa_config, self.capability_groups))
         self.add_callback(SubspaceCallback(self))
 
     def _check_model(self) -> None:

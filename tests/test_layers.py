@@ -33,13 +33,14 @@ LAYERS = {
     "checkpoint": ("backends config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
+    "trackers": ("config data", "transformers wandb trackio"),
     "trainers": (
         "config engines data gradients start capability_loss subspace projection checkpoint "
-        "diagnostics callback model_card",
+        "diagnostics callback model_card trackers",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
-        "backends checkpoint config data engines gradients trainers",
+        "backends checkpoint config data engines gradients trackers trainers",
         "torch datasets transformers",
     ),
     "__init__": ("config callback trainers gate", ""),
@@ -164,7 +165,7 @@ def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation."))}
     assert elsewhere <= {
-        "data", "callback", "trainers", "gate", "mixture", "parsing", "arguments",
+        "data", "callback", "trackers", "trainers", "gate", "mixture", "parsing", "arguments",
     }  # fmt: skip
 
 

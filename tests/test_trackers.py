@@ -1,0 +1,142 @@
+"""The settings and metrics of a run, read back from the files of the trackers."""
+
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations.integration_utils import TensorBoardCallback
+from wandb.proto.wandb_internal_pb2 import Record
+
+from runs import capability_groups, make_trainer
+from tracked_run import GATE, SETTINGS
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(base_model_path, tmp_path_factory):
+    """The run, in a process of its own: trackers read the environment when they are imported."""
+    folder = tmp_path_factory.mktemp("tracked")
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": "",
+        "HOME": str(folder), "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+        "TRACKIO_DIR": str(folder / "trackio"), "WANDB_DIR": str(folder), "WANDB_MODE": "offline",
+        "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false",
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "tests" / "tracked_run.py", base_model_path, folder / "run"]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(params=TRACKERS)
+def tracked(request, folder):
+    """Configuration of the run, and its metrics by step, as one tracker has them."""
+    return {"tensorboard": in_tensorboard, "wandb": in_wandb, "trackio": in_trackio}[request.param](
+        folder
+    )
+
+
+def in_tensorboard(folder):
+    [file] = (folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    config = {}
+    for name in ("ogpsa_config", "gate_config"):
+        [text] = events.Tensors(f"{name}/text_summary")
+        lines = text.tensor_proto.string_val[0].decode()
+        config |= json.loads(lines.removeprefix("```").removesuffix("```"))
+    metrics = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            metrics.setdefault(event.step, {})[name] = event.value
+    return config, metrics
+
+
+def in_wandb(folder):
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    config, metrics = {}, {}
+    for record in wandb_records(file.read_bytes()):
+        for item in record.config.update:
+            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        row = {
+            i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+        }
+        if row:
+            metrics.setdefault(row["train/global_step"], {}).update(row)
+    return config, metrics
+
+
+def wandb_records(data):
+    """The format is that of LevelDB's logs: blocks of 32 KiB, records in one or several pieces."""
+    place, pieces = 7, []  # after the name of the format
+    while place + 7 <= len(data):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        pieces.append(data[place + 7 : place + 7 + size])
+        place += 7 + size
+        if kind in (1, 4):  # whole, last
+            yield Record.FromString(b"".join(pieces))
+            pieces = []
+
+
+def in_trackio(folder):
+    [file] = (folder / "trackio").glob("*.db")
+    database = sqlite3.connect(file)
+    [[config]] = database.execute("SELECT config FROM configs")
+    metrics = {}
+    for [text] in database.execute("SELECT metrics FROM metrics"):
+        row = json.loads(text)
+        metrics.setdefault(row["train/global_step"], {}).update(row)
+    return json.loads(config), metrics
+
+
+def test_the_configuration_of_a_run_holds_settings_groups_and_gate(tracked):
+    config, _ = tracked
+    expected = asdict(SETTINGS) | asdict(GATE)
+    for name in capability_groups():
+        expected[f"capability_samples/{name}"] = 6
+    tokens = [config.pop(f"ogpsa/capability_tokens/{name}") for name in capability_groups()]
+    assert all(number >= 12 for number in tokens)  # an answer and its end
+    ours = {name: value for name, value in config.items() if name.startswith("ogpsa/")}
+    assert ours == {f"ogpsa/{name}": value for name, value in expected.items()}
+
+
+def test_every_metric_of_the_log_is_tracked_at_its_step(tracked, folder):
+    _, metrics = tracked
+    log = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    names = set()
+    for entry in log:
+        ours = {name: value for name, value in entry.items() if name.startswith("ogpsa/")}
+        names |= ours.keys()
+        tracked_here = metrics[entry["step"]]
+        found = {name: tracked_here[f"train/{name}"] for name in ours}
+        assert found == pytest.approx(ours, rel=1e-6, abs=1e-12)  # TensorBoard stores float32
+    assert {
+        "ogpsa/removed_fraction",
+        "ogpsa/drift/skills",
+        "ogpsa/gate_increase/capability",
+    } <= names
+
+
+def test_a_tracker_that_comes_too_late_is_named(base_model_path, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
+    trainer.add_callback(TensorBoardCallback)
+    trainer.train()
+    assert "settings in 'ogpsa_config' are missing in the configuration" in caplog.text
+    assert "in TensorBoardCallback, which is set up later. Name trackers in `report_to`" in (
+        caplog.text
+    )

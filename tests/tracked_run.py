@@ -1,0 +1,22 @@
+"""A short gated run with every local tracker. Arguments: model, output folder."""
+
+import sys
+
+import wandb
+
+from ogpsa_trl import GateConfig, OGPSAConfig
+from runs import capability_groups, contradicted, gated, make_trainer
+
+SETTINGS = OGPSAConfig(num_samples=6, samples_per_refresh=None, refresh_interval=2)
+GATE = GateConfig(gate_num_samples=4, max_capability_loss_increase=10.0)
+
+if __name__ == "__main__":
+    model, output = sys.argv[1:]
+    trainer = make_trainer(
+        "sft", model, output, capability=capability_groups(), config=SETTINGS, max_steps=3,
+        report_to=["tensorboard", "wandb", "trackio"], run_name="tracked",
+    )  # fmt: skip
+    gated(trainer, contradicted(), GATE)
+    trainer.train()
+    trainer.save_state()
+    wandb.finish()
