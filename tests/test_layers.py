@@ -76,6 +76,15 @@ LAYERS = {
         "numpy transformers",
     ),
     "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
+    "run_report.log": ("", ""),
+    "run_report.settings": ("gate trainers run_report.log", "transformers"),
+    "run_report.charts": ("run_report.log", "matplotlib"),
+    "run_report.contents": ("run_report.charts run_report.log", ""),
+    "run_report.page": (
+        "evaluation.report evaluation.results run_report.charts run_report.contents run_report.log",
+        "jinja2",
+    ),
+    "run_report.__init__": ("run_report.page run_report.settings", ""),
 }
 
 ENGINES = {"accelerate", "deepspeed", "torch.distributed"}
@@ -166,6 +175,7 @@ def test_training_libraries_stay_where_training_is():
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation."))}
     assert elsewhere <= {
         "data", "callback", "trackers", "trainers", "gate", "mixture", "parsing", "arguments",
+        "run_report.settings",
     }  # fmt: skip
 
 
