@@ -67,6 +67,14 @@ class TrainArguments:
         },
     )
 
+    run_report: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to write `report.html` into `output_dir` at the end: the run on one "
+            "page (docs/reports.md). `scripts/report.py` makes it again later."
+        },
+    )
+
     def __post_init__(self) -> None:
         self.capability_datasets = _entries(self.capability_datasets)
         self.gate_datasets = _entries(self.gate_datasets)
@@ -100,6 +108,14 @@ class RunArguments:
     datasets: ConvertibleMixtureConfig
     ogpsa: OGPSAConfig
     gate: GateConfig
+
+    def keys(self) -> dict[str, Any]:
+        """The keys that are neither training arguments nor settings of OGPSA or of the gate."""
+        return {
+            name: value
+            for part in (self.train, self.script, self.model, self.datasets)
+            for name, value in asdict(part).items()
+        }
 
     def safety_datasets(self) -> Mapping[Any, Dataset | IterableDataset]:
         """Load the training data by split."""

@@ -19,13 +19,16 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.arguments import RunArguments, parse_run
+from ogpsa_trl.run_report import save_run_settings, write_report
+
+logger = logging.getLogger("ogpsa_trl.train")
 
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
 
 
 def main(run: RunArguments) -> int:
     """
-    Load, train, save: model, tokenizer and model card end up in `output_dir`.
+    Load, train, save: model, tokenizer, model card and report end up in `output_dir`.
 
     Returns:
         The exit status, the same on every process: 0, or 1 if the capability gate is not passed.
@@ -61,7 +64,9 @@ def main(run: RunArguments) -> int:
 
     # The command line says True as "true": resume from the last checkpoint in `output_dir`.
     resume = args.resume_from_checkpoint
+    save_run_settings(trainer, gate, run.keys())
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_state()
     trainer.save_model(args.output_dir)
     trainer.create_model_card(
         model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
@@ -69,6 +74,8 @@ def main(run: RunArguments) -> int:
     trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    if run.train.run_report and args.process_index == 0:
+        report(args.output_dir)
     is_exceeded = gate is not None and gate.is_exceeded
     if gate is not None and gate.is_exceeded and args.process_index == 0:
         # Before any process ends: a launcher that sees one fail ends the others.
@@ -77,6 +84,18 @@ def main(run: RunArguments) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return int(is_exceeded)
+
+
+def report(folder: str) -> None:
+    """Write the report of the run; a package that is missing for it is no reason to fail."""
+    try:
+        logger.info("The report of the run is in %s.", write_report(folder))
+    except ModuleNotFoundError as error:
+        logger.warning(
+            "No report of the run: %r is not installed. Run `pip install 'ogpsa_trl[scripts]'`, "
+            "then `python scripts/report.py %s`.",
+            error.name, folder,
+        )  # fmt: skip
 
 
 def model_init_kwargs(model: ModelConfig, args: Any) -> dict[str, Any]:

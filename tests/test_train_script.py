@@ -120,6 +120,52 @@ def test_plain_trl_from_the_same_file(config, tmp_path):
     assert "OGPSA" not in (tmp_path / "plain" / "README.md").read_text()
 
 
+class TestReport:
+    """Written where it is wanted and can be drawn; settings and log are there in any case."""
+
+    def run(self, config, tmp_path, **overrides):
+        line = ["--config", config("sft", **overrides), "--output_dir", str(tmp_path / "run")]
+        assert train.main(parse_run(line)) == 0
+        settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
+        assert [entry["group"] for entry in settings["arguments"]["capability_datasets"]] == (
+            list(capability_groups())
+        )
+        assert (tmp_path / "run" / "trainer_state.json").exists()
+        return tmp_path / "run" / "report.html"
+
+    def test_it_is_written_at_the_end(self, config, tmp_path, caplog):
+        caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
+        report = self.run(config, tmp_path)
+        assert f"The report of the run is in {report}." in caplog.text
+        assert "Optimizer steps</dt><dd>4 of 4<" in report.read_text()
+
+    def test_it_is_left_out_if_unwanted(self, config, tmp_path, caplog):
+        caplog.set_level(logging.INFO, "ogpsa_trl")
+        assert not self.run(config, tmp_path, run_report=False).exists()
+
+    @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+    def test_a_package_that_is_missing_is_said(
+        self, package, config, tmp_path, caplog, monkeypatch
+    ):
+        caplog.set_level(logging.INFO, "ogpsa_trl")
+        monkeypatch.setattr(train, "write_report", without(package, train.write_report))
+        assert not self.run(config, tmp_path).exists()
+        assert f"No report of the run: '{package}' is not installed. Run `pip install" in (
+            caplog.text
+        )
+
+
+def without(package, function):
+    """A function called where a package is not installed."""
+
+    def call(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            return function(*args)
+
+    return call
+
+
 class TestGate:
     """The exit status is the verdict; whatever it is, the model is saved and complete."""
 
