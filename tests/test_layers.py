@@ -30,12 +30,13 @@ LAYERS = {
     "capability_loss": ("backends config data divergence start", "torch"),
     "projection": ("linalg constraints subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
-    "checkpoint": ("backends config data start subspace", "torch safetensors"),
+    "completeness": ("", "transformers"),
+    "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
     "trainers": (
-        "config engines data gradients start capability_loss subspace projection checkpoint "
-        "diagnostics callback model_card",
+        "config engines data gradients start capability_loss subspace projection completeness "
+        "checkpoint diagnostics callback model_card",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
@@ -164,7 +165,7 @@ def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation."))}
     assert elsewhere <= {
-        "data", "callback", "trainers", "gate", "mixture", "parsing", "arguments",
+        "data", "callback", "completeness", "trainers", "gate", "mixture", "parsing", "arguments",
     }  # fmt: skip
 
 
