@@ -59,7 +59,8 @@ LAYERS = {
     "evaluation.intervals": ("", "numpy scipy"),
     "evaluation.results": ("evaluation.intervals", ""),
     "evaluation.report": ("", "matplotlib"),
-    "evaluation.refusal": ("evaluation.measures", "torch transformers"),
+    "evaluation.generation": ("evaluation.measures", "torch transformers"),
+    "evaluation.refusal": ("", ""),
     "evaluation.capability": (
         "data evaluation.intervals evaluation.measures",
         "torch datasets transformers",
@@ -74,8 +75,9 @@ LAYERS = {
         "torch datasets transformers trl",
     ),
     "evaluation.suite": (
-        "evaluation.intervals evaluation.results evaluation.measures evaluation.refusal "
-        "evaluation.capability evaluation.harness evaluation.arguments evaluation.sets",
+        "evaluation.intervals evaluation.results evaluation.measures evaluation.generation "
+        "evaluation.refusal evaluation.capability evaluation.harness evaluation.arguments "
+        "evaluation.sets",
         "numpy transformers",
     ),
     "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
