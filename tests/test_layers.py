@@ -59,7 +59,8 @@ LAYERS = {
     "evaluation.intervals": ("", "numpy scipy"),
     "evaluation.results": ("evaluation.intervals", ""),
     "evaluation.report": ("", "matplotlib"),
-    "evaluation.refusal": ("evaluation.measures", "torch transformers"),
+    "evaluation.generation": ("evaluation.measures", "torch transformers"),
+    "evaluation.refusal": ("", ""),
     "evaluation.capability": (
         "data evaluation.intervals evaluation.measures",
         "torch datasets transformers",
@@ -74,11 +75,32 @@ LAYERS = {
         "torch datasets transformers trl",
     ),
     "evaluation.suite": (
-        "evaluation.intervals evaluation.results evaluation.measures evaluation.refusal "
-        "evaluation.capability evaluation.harness evaluation.arguments evaluation.sets",
+        "evaluation.intervals evaluation.results evaluation.measures evaluation.generation "
+        "evaluation.refusal evaluation.capability evaluation.harness evaluation.arguments "
+        "evaluation.sets",
         "numpy transformers",
     ),
     "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
+    "capability_set.__init__": ("", ""),
+    "capability_set.arguments": ("mixture parsing evaluation.arguments", "trl"),
+    "capability_set.rows": (
+        "mixture evaluation.generation evaluation.measures evaluation.refusal "
+        "capability_set.arguments",
+        "torch datasets transformers trl",
+    ),
+    "capability_set.measures": (
+        "linalg engines data gradients evaluation.capability capability_set.arguments "
+        "capability_set.rows",
+        "torch datasets transformers",
+    ),
+    "capability_set.checks": (
+        "capability_set.arguments capability_set.rows capability_set.measures",
+        "",
+    ),
+    "capability_set.report": (
+        "evaluation.report capability_set.rows capability_set.measures",
+        "",
+    ),
 }
 
 ENGINES = {"accelerate", "deepspeed", "torch.distributed"}
@@ -166,7 +188,7 @@ def test_engines_are_known_to_the_backends_and_the_launcher_only():
 
 def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
-    elsewhere = {m for m in users if not m.startswith(("toy", "evaluation."))}
+    elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
         "data", "callback", "completeness", "trainers", "gate", "mixture", "parsing", "arguments",
     }  # fmt: skip
