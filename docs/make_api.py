@@ -85,10 +85,8 @@ def _text(value: Any) -> str:
 
 
 def _settings(config: Any) -> str:
-    rows = ["| setting | default | |", "|---|---|---|"]
-    for field in fields(config):
-        rows.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
-    return "\n".join(rows)
+    rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help']} |" for f in fields(config)]
+    return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from ogpsa_trl.shipped import shipped_root
 
 COMMANDS = {
     "train": "SFT or DPO from a YAML file, with or without OGPSA, launched by accelerate",
+    "capability": "capability data for training, built and measured before it",
     "evaluate": "what training has done to a model: capabilities, refusals, preferences",
     "benchmark": "methods at equal safety; `benchmark overhead`: time and memory",
     "report": "a page about a finished run: `ogpsa report RUN_FOLDER`",
 }
 
+SCRIPTS = {"capability": "build_capability_set.py"}
 BENCHMARKS = {"tradeoff": "benchmark_tradeoff.py", "overhead": "benchmark_overhead.py"}
 
 # What brings the packages for tables and pictures, of which some are needed at the very end only.
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch_training(args, program="ogpsa train")
         except ValueError as error:
             sys.exit(f"error: {error}")
-    script = f"{command}.py"
+    script = SCRIPTS.get(command, f"{command}.py")
     if command == "benchmark":
         script = BENCHMARKS[args.pop(0) if args and args[0] in BENCHMARKS else "tradeoff"]
     run_script(shipped_root() / "scripts" / script, args)

@@ -116,6 +116,7 @@ class TestCommands:
         [
             (["evaluate", "--config", "x"], "evaluate.py", ["--config", "x"]),
             (["report", "runs/sft"], "report.py", ["runs/sft"]),
+            (["capability", "--config", "x"], "build_capability_set.py", ["--config", "x"]),
             (["benchmark", "--steps", "2"], "benchmark_tradeoff.py", ["--steps", "2"]),
             (["benchmark", "tradeoff"], "benchmark_tradeoff.py", []),
             (["benchmark", "overhead", "--grid"], "benchmark_overhead.py", ["--grid"]),
@@ -145,7 +146,7 @@ class TestCommands:
         assert stop.value.code == 2
         assert capsys.readouterr().err == (
             "error: Unknown command 'trian'. The nearest known command is 'train'; there are train,"
-            " evaluate, benchmark, report.\n"
+            " capability, evaluate, benchmark, report.\n"
         )
 
     @pytest.mark.parametrize(("command", "extra"), [("evaluate", "eval"), ("benchmark", "scripts")])
