@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint docs format clean
 
 # Tiny models: one thread a process is faster than threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -36,6 +36,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_api.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

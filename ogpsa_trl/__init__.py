@@ -1,16 +1,6 @@
 """OGPSA for TRL: safety post-training that leaves general capabilities alone."""
 
-from ogpsa_trl.callback import SubspaceCallback
-from ogpsa_trl.config import GateConfig, OGPSAConfig
-from ogpsa_trl.gate import CapabilityGate
-from ogpsa_trl.trainers import (
-    OGPSADPOTrainer,
-    OGPSAGRPOTrainer,
-    OGPSAKTOTrainer,
-    OGPSAMixin,
-    OGPSARLOOTrainer,
-    OGPSASFTTrainer,
-)
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "CapabilityGate",
@@ -27,3 +17,39 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ogpsa_trl.callback import SubspaceCallback
+    from ogpsa_trl.config import GateConfig, OGPSAConfig
+    from ogpsa_trl.gate import CapabilityGate
+    from ogpsa_trl.trainers import (
+        OGPSADPOTrainer,
+        OGPSAGRPOTrainer,
+        OGPSAKTOTrainer,
+        OGPSAMixin,
+        OGPSARLOOTrainer,
+        OGPSASFTTrainer,
+    )
+else:
+    import importlib
+
+    _MODULES = {
+        "CapabilityGate": "gate",
+        "GateConfig": "config",
+        "OGPSAConfig": "config",
+        "OGPSADPOTrainer": "trainers",
+        "OGPSAGRPOTrainer": "trainers",
+        "OGPSAKTOTrainer": "trainers",
+        "OGPSAMixin": "trainers",
+        "OGPSARLOOTrainer": "trainers",
+        "OGPSASFTTrainer": "trainers",
+        "SubspaceCallback": "callback",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used: what needs no trainer needs no TRL."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value

@@ -149,28 +149,9 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
         ValueError: a key is unknown, or a value is not allowed.
     """
     args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    stage = _early(args, values, "stage", "sft")
-    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
-        choices = " or ".join(map(repr, STAGE_CONFIGS))
-        raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
-    preset = _early(args, values, "preset", None)
-    parser = _parser(stage)
-    preset_values = preset_settings(preset or "preserve", stage)
-    parser.set_defaults_with_config(**preset_values)
-    check_keys(
-        parser,
-        args,
-        values,
-        {
-            "datasets": ConvertibleDatasetConfig,
-            "capability_datasets": CapabilityDatasetConfig,
-            "gate_datasets": CapabilityDatasetConfig,
-        },
-        lambda key, where: _unknown_in_stage(key, where, parser, stage),
-    )
-    run = RunArguments(*parser.parse_args_and_config(args))
-    defaults = asdict(OGPSAConfig(**preset_values))
+    run = RunArguments(*checked_parser(args).parse_args_and_config(args))
+    preset = run.train.preset
+    defaults = asdict(OGPSAConfig(**preset_settings(preset or "preserve", run.train.stage)))
     changed = ["preset"] * (preset is not None)
     changed += [name for name, value in asdict(run.ogpsa).items() if value != defaults[name]]
     if run.train.ogpsa and not run.train.capability_datasets and changed:
@@ -185,6 +166,45 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
             "or a folder."
         )
     return run
+
+
+def checked_parser(args: Sequence[str], **help_text: str) -> FlatParser:
+    """
+    The parser of the keys of a run, with the defaults of its preset, after a look at every key.
+
+    Args:
+        args: The command line, as `split_config` gives it.
+        help_text: `prog` and `epilog` of argparse: the name of the program, and a last word.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not of its type.
+    """
+    values = config_values(args)
+    stage = _early(args, values, "stage", "sft")
+    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
+        choices = " or ".join(map(repr, STAGE_CONFIGS))
+        raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
+    preset = _early(args, values, "preset", None)
+    parser = _parser(stage, **help_text)
+    preset_values = preset_settings(preset or "preserve", stage)
+    parser.set_defaults_with_config(**preset_values)
+    check_keys(
+        parser,
+        args,
+        values,
+        {
+            "datasets": ConvertibleDatasetConfig,
+            "capability_datasets": CapabilityDatasetConfig,
+            "gate_datasets": CapabilityDatasetConfig,
+        },
+        lambda key, where: _unknown_in_stage(key, where, parser, stage),
+    )
+    return parser
+
+
+def training_options() -> set[str]:
+    """All that may begin with `--` on the command line of a run, in any stage."""
+    return set().union(*(_parser(stage).option_names() for stage in STAGE_CONFIGS))
 
 
 def _check_gate(run: RunArguments) -> None:
@@ -223,7 +243,7 @@ def _source(entry: DatasetConfig) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in names}
 
 
-def _parser(stage: str) -> FlatParser:
+def _parser(stage: str, **help_text: str) -> FlatParser:
     dataclass_types: Any = (
         TrainArguments,
         ScriptArguments,
@@ -237,6 +257,7 @@ def _parser(stage: str) -> FlatParser:
         dataclass_types,
         "Safety training with TRL that keeps capabilities. Keys go into the YAML file that "
         "--config names, or on the command line, which wins.",
+        **help_text,
     )
 
 

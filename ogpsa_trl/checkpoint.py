@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ogpsa_trl.backends import GradientBackend, Shard
+from ogpsa_trl.completeness import put_in_place
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Sample
 from ogpsa_trl.start import StartingPoint
@@ -67,7 +68,7 @@ def save_subspace(subspace: CapabilitySubspace, folder: str) -> None:
         for path in _all_files(Path(folder)):
             if path.name not in names:
                 path.unlink()
-    save_file(tensors, Path(folder) / names[_file_index(backend)], metadata)
+    _write(tensors, Path(folder) / names[_file_index(backend)], metadata)
 
 
 def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
@@ -90,7 +91,7 @@ def save_start(start: StartingPoint, config: OGPSAConfig, folder: str) -> None:
     settings = json.dumps(_settings(config, _START_SETTINGS))
     metadata = {"format": _FORMAT, "settings": settings, "shards": "{}"}
     tensors = {name: tensor.contiguous() for name, tensor in start.state_dict().items()}
-    save_file(tensors, Path(folder) / START_FILE_NAME, metadata)
+    _write(tensors, Path(folder) / START_FILE_NAME, metadata)
 
 
 def load_start(
@@ -130,6 +131,13 @@ def is_on_all(backend: GradientBackend, is_here: bool) -> bool:
     """Whether something is there on every process. A collective call."""
     num = backend.sum_over_processes(torch.tensor(float(is_here), device=backend.device))
     return bool(num == backend.num_processes)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Under another name first: a file with its name is whole."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    save_file(tensors, unfinished, metadata)
+    put_in_place(unfinished, path)
 
 
 def _load(subspace: CapabilitySubspace, folder: Path) -> bool:

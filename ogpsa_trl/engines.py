@@ -194,3 +194,19 @@ def make_backend(
                 "and shard it with `configs/accelerate/fsdp2.yaml`."
             )
     return TorchBackend(accelerator, model, wrapped_model, optimizer)
+
+
+def one_process_backend(model: nn.Module) -> GradientBackend:
+    """
+    The backend of a model that is not in training, on one process: to take gradients of it.
+
+    Raises:
+        ValueError: several processes were launched, or the model is spread over devices.
+    """
+    accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            "Gradients of a model that is not in training are taken on one process, but "
+            f"{accelerator.num_processes} were launched. Start the script with `python`."
+        )
+    return make_backend(accelerator, model, model, optimizer=None)

@@ -8,18 +8,27 @@ silently ignored costs a run.
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl.scripts.utils import DatasetConfig, TrlParser
 
+from ogpsa_trl.shipped import find_config
+
 
 class FlatParser(TrlParser):
     """TRL's parser, without abbreviations, that raises where argparse would exit."""
 
-    def __init__(self, dataclass_types: Any, description: str) -> None:
-        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+    def __init__(self, dataclass_types: Any, description: str, **help_text: str) -> None:
+        super().__init__(
+            dataclass_types,
+            usage="%(prog)s --config FILE [--key value ...]",
+            description=description,
+            allow_abbrev=False,
+            **help_text,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Instead of an exit after pages of usage."""
@@ -29,14 +38,50 @@ class FlatParser(TrlParser):
         """The names of all keys."""
         return [action.dest for action in self._actions if action.dest != "help"]
 
+    def option_names(self) -> set[str]:
+        """All that may begin with `--` on the command line."""
+        return {"--config"}.union(*(action.option_strings for action in self._actions))
+
+    def format_help(self) -> str:
+        """Every key, under the class that it comes from."""
+        sources = {
+            entry.name: _source(dataclass_type, entry.name)
+            for dataclass_type in self.dataclass_types
+            for entry in fields(dataclass_type)
+        }
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for source in dict.fromkeys(sources.values()):
+            formatter.start_section(source)
+            formatter.add_arguments(a for a in self._actions if sources.get(a.dest) == source)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
+def _source(dataclass_type: type, key: str) -> str:
+    """The class that a key and its default come from; its own parents count as the class itself."""
+    owner = next(c for c in dataclass_type.__mro__ if key in get_annotations(c))
+    package, here = (c.__module__.partition(".")[0] for c in (owner, dataclass_type))
+    name = dataclass_type.__name__ if package == here else owner.__name__
+    return f"{package}.{name}"
+
 
 def split_config(args: Sequence[str]) -> list[str]:
-    """`--config=file` as two words, the only form that TRL knows."""
-    return [
+    """
+    The command line in the only form that TRL knows: `--config=file` as two words, and a path where
+    `--config` has the name of a file that comes with the project.
+    """
+    words = [
         part
         for word in args
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
+    for index, word in enumerate(words[:-1]):
+        if word == "--config":
+            words[index + 1] = str(find_config(words[index + 1]))
+    return words
 
 
 def config_path(args: Sequence[str]) -> str | None:

@@ -13,7 +13,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    rotate_checkpoints,
+)
 from transformers.training_args import OptimizerNames
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import RichProgressCallback
@@ -27,6 +31,7 @@ from trl.trainer.utils import selective_log_softmax
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
+from ogpsa_trl.completeness import checkpoint_to_resume, mark, unmark, without_deletion
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import (
     Batch,
@@ -38,7 +43,7 @@ from ogpsa_trl.data import (
 )
 from ogpsa_trl.diagnostics import Diagnostics
 from ogpsa_trl.engines import check_supported, make_backend
-from ogpsa_trl.gradients import capability_gradients
+from ogpsa_trl.gradients import capability_gradients, has_finite_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import all_samples
@@ -49,6 +54,9 @@ logger = logging.getLogger(__name__)
 
 # A refresh that takes longer than this shows a progress bar.
 _SECONDS_WITHOUT_BAR = 5
+
+# Training gradients that are not finite are left out; more of them than this end the run.
+_MOST_LOST_IN_A_ROW = 10
 
 
 class OGPSAMixin(Trainer):
@@ -139,6 +147,8 @@ class OGPSAMixin(Trainer):
         self.diagnostics = Diagnostics(
             [group.name for group in self.capability_groups for _ in range(group.num_parts)]
         )
+        # Steps, up to now, whose training gradient was not finite.
+        self.num_lost_in_a_row = 0
         logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
         self.add_callback(SettingsCallback(self, self.ogpsa_config, self.capability_groups))
         self.add_callback(SubspaceCallback(self))
@@ -266,6 +276,10 @@ class OGPSAMixin(Trainer):
     @contextlib.contextmanager
     def _constrained_step(self) -> Iterator[None]:
         """Around clipping and the optimizer's step."""
+        if has_finite_gradients(self.subspace.backend):
+            self.num_lost_in_a_row = 0
+        else:
+            self._lose_gradient()
         if self.ogpsa_config.target == "gradient":
             self._project()
         length = self.subspace.replay()
@@ -283,6 +297,32 @@ class OGPSAMixin(Trainer):
             self.diagnostics.record_groups(self.subspace, "step_change", changes.tolist())
         else:
             yield
+
+    def _lose_gradient(self) -> None:
+        """
+        Take this step with a gradient of zero: moments and weight decay still move the weights, and
+        nothing that is not a number reaches them.
+
+        Raises:
+            FloatingPointError: it was so in too many steps in a row.
+        """
+        self.num_lost_in_a_row += 1
+        step = self.state.global_step
+        if self.num_lost_in_a_row > _MOST_LOST_IN_A_ROW:
+            raise FloatingPointError(
+                f"Step {step}: the training gradient has not been finite in "
+                f"{self.num_lost_in_a_row} steps in a row. The weights are still those before. "
+                "Lower `learning_rate`, or look for samples that the model gives no probability."
+            )
+        logger.warning(
+            "Step %d: the training gradient is not finite and counts as zero in this step.", step
+        )
+        self.diagnostics.record(lost_gradients=1.0)
+        backend = self.subspace.backend
+        for _, parameter in backend.parameters:
+            gradient_N = backend.gradient(parameter)
+            if gradient_N is not None:
+                gradient_N.zero_()
 
     def _project(self) -> None:
         projection = project(self.subspace)
@@ -344,6 +384,40 @@ class OGPSAMixin(Trainer):
             save_start(start, self.ogpsa_config, output_dir)
         if self.subspace.backend.is_sharded or self.args.should_save:
             save_subspace(self.subspace, output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """
+        Mark the checkpoint as whole when all processes have written it, and only then delete older
+        ones: at any moment there is a whole one.
+        """
+        if not self.capability_groups:
+            super()._save_checkpoint(model, trial)
+            return
+        run_dir = self._get_output_dir(trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
+        with without_deletion():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark(folder)
+            rotate_checkpoints(
+                run_dir,
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.capability_groups and resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(
+                resume_from_checkpoint, self.args.output_dir
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="all combinations of the values")
     parser.add_argument("--tokens", type=int, default=Cell.tokens, help="of a step and process")
     parser.add_argument("--repeats", type=int, default=Cell.repeats)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "overhead")
+    parser.add_argument("--output", type=Path, default=Path("runs/overhead"))
     args = parser.parse_args()
     given = {name: getattr(args, option) for option, name in OPTIONS.items()}
     given = {name: values for name, values in given.items() if values}

@@ -32,7 +32,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from comparison import ROOT, package_versions, write_json
+from comparison import package_versions, write_json
 from testbeds import StoriesTestbed, Testbed, ToyTestbed, learning_rate
 from tradeoff_methods import CHAINS, METHODS, Cost, Recipe, Run, is_applicable, train
 from tradeoff_report import report
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         type=Path,
-        default=ROOT.parent / "shared" / "data",
+        default=Path("../shared/data"),
         help="folder of the data for --model, see scripts/real_data.py",
     )
     parser.add_argument("--stages", nargs="+", choices=CHAINS, default=["sft"])
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the sweep, on the learning rates of the configurations; unset: three of them",
     )
     parser.add_argument("--processes", type=int, default=cpu_count(), help="runs at a time")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "tradeoff")
+    parser.add_argument("--output", type=Path, default=Path("runs/tradeoff"))
     args = parser.parse_args()
     for name in ("steps", "learning_rate_factors"):
         for value in getattr(args, name) or []:

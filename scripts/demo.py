@@ -27,7 +27,7 @@ One seed of a toy world: it shows how to use the library, not how good the metho
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of training")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
 
     world = ToyWorld(args.seed)

@@ -76,8 +76,8 @@ Equal steps are not equal safety: compare what a method keeps only where it refu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stories")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--output", type=Path, default=Path("runs/stories"))
     args = parser.parse_args()
     try:
         rows = prepare(args.data)

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
 
@@ -34,3 +35,28 @@ def base_model_path(tmp_path_factory):
     tiny_model(seed=0).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def config(base_model_path, tmp_path):
+    """Write the configuration of a tiny training, of a stage; returns its path."""
+    from runs import capability_groups, safety_data
+
+    def write(stage, **overrides):
+        safety_data(stage).to_json(tmp_path / f"{stage}.jsonl")
+        entries = []
+        for name, rows in capability_groups().items():
+            rows.to_json(tmp_path / f"{name}.jsonl")
+            entries.append({"path": str(tmp_path / f"{name}.jsonl"), "group": name})
+        values = {
+            "stage": stage, "model_name_or_path": base_model_path, "use_cpu": True, "bf16": False,
+            "dataset_name": str(tmp_path / f"{stage}.jsonl"), "capability_datasets": entries,
+            "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+            "refresh_interval": 3, "num_samples": 6, "save_steps": 2, "logging_steps": 1,
+            "report_to": "none", "disable_tqdm": True, "seed": 3, **overrides,
+        }  # fmt: skip
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write

@@ -30,13 +30,14 @@ LAYERS = {
     "capability_loss": ("backends config data divergence start", "torch"),
     "projection": ("linalg constraints subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
-    "checkpoint": ("backends config data start subspace", "torch safetensors"),
+    "completeness": ("", "transformers"),
+    "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
     "trackers": ("config data", "transformers wandb trackio"),
     "trainers": (
-        "config engines data gradients start capability_loss subspace projection checkpoint "
-        "diagnostics callback model_card trackers",
+        "config engines data gradients start capability_loss subspace projection completeness "
+        "checkpoint diagnostics callback model_card trackers",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
@@ -46,8 +47,11 @@ LAYERS = {
     "__init__": ("config callback trainers gate", ""),
     "conversions": ("", "datasets"),
     "mixture": ("conversions", "datasets trl"),
-    "parsing": ("", "yaml trl"),
+    "shipped": ("", ""),
+    "parsing": ("shipped", "yaml trl"),
     "arguments": ("config mixture parsing", "datasets transformers trl"),
+    "launch": ("arguments parsing shipped", "yaml accelerate torch.distributed"),
+    "cli": ("__init__ launch shipped", ""),
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
@@ -56,7 +60,8 @@ LAYERS = {
     "evaluation.intervals": ("", "numpy scipy"),
     "evaluation.results": ("evaluation.intervals", ""),
     "evaluation.report": ("", "matplotlib"),
-    "evaluation.refusal": ("evaluation.measures", "torch transformers"),
+    "evaluation.generation": ("evaluation.measures", "torch transformers"),
+    "evaluation.refusal": ("", ""),
     "evaluation.capability": (
         "data evaluation.intervals evaluation.measures",
         "torch datasets transformers",
@@ -71,8 +76,9 @@ LAYERS = {
         "torch datasets transformers trl",
     ),
     "evaluation.suite": (
-        "evaluation.intervals evaluation.results evaluation.measures evaluation.refusal "
-        "evaluation.capability evaluation.harness evaluation.arguments evaluation.sets",
+        "evaluation.intervals evaluation.results evaluation.measures evaluation.generation "
+        "evaluation.refusal evaluation.capability evaluation.harness evaluation.arguments "
+        "evaluation.sets",
         "numpy transformers",
     ),
     "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
@@ -85,6 +91,26 @@ LAYERS = {
         "jinja2",
     ),
     "run_report.__init__": ("run_report.page run_report.settings", ""),
+    "capability_set.__init__": ("", ""),
+    "capability_set.arguments": ("mixture parsing evaluation.arguments", "trl"),
+    "capability_set.rows": (
+        "mixture evaluation.generation evaluation.measures evaluation.refusal "
+        "capability_set.arguments",
+        "torch datasets transformers trl",
+    ),
+    "capability_set.measures": (
+        "linalg engines data gradients evaluation.capability capability_set.arguments "
+        "capability_set.rows",
+        "torch datasets transformers",
+    ),
+    "capability_set.checks": (
+        "capability_set.arguments capability_set.rows capability_set.measures",
+        "",
+    ),
+    "capability_set.report": (
+        "evaluation.report capability_set.rows capability_set.measures",
+        "",
+    ),
 }
 
 ENGINES = {"accelerate", "deepspeed", "torch.distributed"}
@@ -165,17 +191,17 @@ def test_every_row_names_rows_above_only():
         above.add(module)
 
 
-def test_engines_are_known_to_three_modules_only():
+def test_engines_are_known_to_the_backends_and_the_launcher_only():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & ENGINES}
-    assert users <= {"backends", "zero", "engines"}
+    assert users <= {"backends", "zero", "engines", "launch"}
 
 
 def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
-    elsewhere = {m for m in users if not m.startswith(("toy", "evaluation."))}
+    elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
-        "data", "callback", "trackers", "trainers", "gate", "mixture", "parsing", "arguments",
-        "run_report.settings",
+        "data", "callback", "completeness", "trackers", "trainers", "gate", "mixture", "parsing",
+        "arguments", "run_report.settings",
     }  # fmt: skip
 
 

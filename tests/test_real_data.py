@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import build_capability_set
 import comparison
 import real_data
+from ogpsa_trl.capability_set.arguments import parse_capability_set
+from ogpsa_trl.capability_set.report import GROUP_COLUMNS, group_rows
 from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
@@ -159,6 +163,32 @@ def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path, eva
             assert result.delta == (0.0, (0.0, 0.0)), result.name
     # It was trained on stories only: in some of them somebody is sorry.
     assert results["refusal_rate/advbench"].after.value < 0.1
+
+
+def test_the_example_of_a_capability_set_is_what_the_documentation_shows(tmp_path, monkeypatch):
+    """But for what the model writes itself: on another machine one word may be another."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    text = (ROOT / "configs" / "capability_set.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "set.yaml"
+    file.write_text(text.replace("../shared/data", str(DATA)), encoding="utf-8")
+    line = ["--config", str(file), "--output_dir", str(tmp_path / "out"), "--device_map", "cpu"]
+    figures = build_capability_set.main(*parse_capability_set(line))
+    rows = group_rows(figures)
+    document = (ROOT / "docs" / "capability_data.md").read_text(encoding="utf-8")
+    shown = {
+        cells[1]: [float(cell) for cell in cells[2:-1]]
+        for cells in ([c.strip() for c in line.split("|")] for line in document.splitlines())
+        if len(cells) == len(GROUP_COLUMNS) + 2 and cells[1] in figures["groups"]
+    }
+    assert set(shown) == {"stories", "maths", "requests", "look_alikes"}
+    for row in rows[:2]:
+        expected = pytest.approx(shown[row["group"]], abs=2e-3)  # three digits are shown
+        assert [row[column] for column in GROUP_COLUMNS[1:]] == expected
+    for row in rows[2:]:
+        assert row["loss"] == pytest.approx(shown[row["group"]][-2], abs=0.2)
+        assert row["generated"] == 100
+    assert any("'requests' and 'look_alikes' are redundant" in w for w in figures["warnings"])
+    assert "over-refusal" not in " ".join(figures["warnings"])
 
 
 @pytest.mark.parametrize(("model", "right"), [("gpt4", 0.95), ("llama2orig", 0.90),

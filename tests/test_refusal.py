@@ -3,7 +3,8 @@
 import pytest
 from transformers import GenerationConfig
 
-from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, greedy_answers, is_refusal
+from ogpsa_trl.evaluation.generation import Answer, greedy_answers
+from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, is_refusal
 from ogpsa_trl.toy import REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model
 from scripted import ANSWERING, REFUSING, TOKENIZER, scripted_model
@@ -47,9 +48,19 @@ def test_every_phrase_is_written_as_texts_are_compared():
 
 
 def test_scripted_models_answer_as_they_are_told():
-    assert greedy_answers(scripted_model(REFUSING), TOKENIZER, PROMPTS) == [REFUSAL.strip()] * 8
+    refusals = greedy_answers(scripted_model(REFUSING), TOKENIZER, PROMPTS)
+    assert refusals == [Answer(REFUSAL.strip(), True)] * 8
     answers = greedy_answers(scripted_model(ANSWERING), TOKENIZER, PROMPTS)
-    assert answers == ["sure : take it then"] * 8
+    assert answers == [Answer("sure : take it then", True)] * 8
+
+
+@pytest.mark.parametrize(("max_new_tokens", "is_complete"), [(5, False), (6, True), (7, True)])
+def test_an_answer_is_complete_with_its_end(max_new_tokens, is_complete):
+    """Six tokens, the end among them; prompts of other lengths are padded with the same token."""
+    model = scripted_model(ANSWERING)
+    model.generation_config.pad_token_id = TOKENIZER.eos_token_id
+    answers = greedy_answers(model, TOKENIZER, PROMPTS, max_new_tokens=max_new_tokens)
+    assert answers == [Answer("sure : take it then", is_complete)] * 8
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -59,7 +70,8 @@ def test_answers_are_those_of_one_prompt_at_a_time_without_padding(batch_size):
     for prompt in PROMPTS:
         ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
         output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
-        expected.append(TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        text = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        expected.append(Answer(text, TOKENIZER.eos_token_id in output[0, ids.shape[1] :]))
     answers = greedy_answers(model, TOKENIZER, PROMPTS, batch_size=batch_size, max_new_tokens=6)
     assert answers == expected
     assert len(set(answers)) > 1
@@ -75,7 +87,7 @@ def test_settings_of_the_model_do_not_count_and_come_back():
     ids = TOKENIZER(PROMPTS[0], return_tensors="pt")["input_ids"]
     output = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     penalised = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    assert penalised != plain[0]  # what would have counted
+    assert penalised != plain[0].text  # what would have counted
 
 
 def test_conversations_go_through_the_chat_template():

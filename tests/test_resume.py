@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.checkpoint import FILE_NAME, save_subspace
+from ogpsa_trl.completeness import mark
 from runs import capability_groups, logged, make_trainer, max_difference, paper, weights
 
 NUM_STEPS = 5
@@ -104,6 +105,9 @@ class TestCheckpointsWithoutAUsableBasis:
         content = checkpoint.read_bytes()
         for damaged in (b"", content[: len(content) // 2], b"x" * 100):
             checkpoint.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"has {len(damaged)} bytes instead of"):
+                self.resume(base_model_path, tmp_path)
+            mark(checkpoint.parent)  # as if it had been saved like that
             with pytest.raises(ValueError, match=r"cannot be read .* delete this file"):
                 self.resume(base_model_path, tmp_path)
 
@@ -113,6 +117,7 @@ class TestCheckpointsWithoutAUsableBasis:
         # As if the file had been copied from another run.
         adapter.subspace.config = paper(refresh_interval=100)
         save_subspace(adapter.subspace, str(tmp_path / "checkpoint-1"))
+        mark(tmp_path / "checkpoint-1")
         with pytest.raises(ValueError, match=r"does not fit this model.*other parameters"):
             self.resume(base_model_path, tmp_path)
 

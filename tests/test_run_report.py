@@ -330,11 +330,13 @@ class TestNotes:
         write_state(tmp_path, [{"loss": 1.0, "step": 10}])
         assert "The folder holds no settings" in page(tmp_path).text
 
-    def test_gradients_that_were_not_finite(self, tmp_path):
-        write_state(tmp_path, [{"ogpsa/kept_gradients": 1, "step": step} for step in (4, 9)])
-        assert "not finite, so that older ones were kept, up to the steps 4, 9." in (
-            page(tmp_path).text
-        )
+    @pytest.mark.parametrize("metric, outcome", [
+        ("kept_gradients", "so that older ones were kept, up to the steps 4, 9."),
+        ("lost_gradients", "and counted as zero, up to the steps 4, 9."),
+    ])  # fmt: skip
+    def test_gradients_that_were_not_finite(self, tmp_path, metric, outcome):
+        write_state(tmp_path, [{f"ogpsa/{metric}": 1, "step": step} for step in (4, 9)])
+        assert f"gradients were not finite, {outcome}" in page(tmp_path).text
 
 
 class TestLog:

@@ -9,39 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from ogpsa_trl.arguments import parse_run
-from runs import capability_groups, contradicted, max_difference, safety_data
+from runs import capability_groups, contradicted, max_difference
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.fixture
-def config(base_model_path, tmp_path):
-    """Write the configuration of a stage; returns its path."""
-
-    def write(stage, **overrides):
-        safety_data(stage).to_json(tmp_path / f"{stage}.jsonl")
-        entries = []
-        for name, rows in capability_groups().items():
-            rows.to_json(tmp_path / f"{name}.jsonl")
-            entries.append({"path": str(tmp_path / f"{name}.jsonl"), "group": name})
-        values = {
-            "stage": stage, "model_name_or_path": base_model_path, "use_cpu": True, "bf16": False,
-            "dataset_name": str(tmp_path / f"{stage}.jsonl"), "capability_datasets": entries,
-            "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-            "refresh_interval": 3, "num_samples": 6, "save_steps": 2, "logging_steps": 1,
-            "report_to": "none", "disable_tqdm": True, "seed": 3, **overrides,
-        }  # fmt: skip
-        path = tmp_path / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return str(path)
-
-    return write
 
 
 def launch(*options, num_processes=1, status=0):

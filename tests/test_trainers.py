@@ -1,5 +1,6 @@
 """The trainers against TRL's, against the literal method, and with everything that TRL does."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -15,7 +16,7 @@ from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import SubspaceCallback, diagnostics, trainers
+from ogpsa_trl import OGPSAConfig, SubspaceCallback, diagnostics, trainers
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
@@ -581,6 +582,66 @@ class TestErrors:
             "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}", base_model_path,
             tmp_path, capability=capability_groups(), config={"rank": 1},
         )  # fmt: skip
+
+
+LOSING = {
+    "gradient": paper(refresh_interval=1),
+    "update": OGPSAConfig(samples_per_refresh=3),
+    "replay": paper(target="none", replay_weight=0.5, refresh_interval=1),
+}
+
+
+class TestLostGradients:
+    """A training gradient that is not finite is one of zero, whatever is projected."""
+
+    def run(self, base_model_path, tmp_path, config, broken_steps, value, max_steps=4):
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, capability=capability_groups(), config=config,
+            max_steps=max_steps, optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0,
+            weight_decay=0.1, logging_steps=1,
+        )  # fmt: skip
+        constrained_step = trainer._constrained_step
+
+        @contextlib.contextmanager
+        def broken_step():
+            gradient = trainer.model.model.embed_tokens.weight.grad
+            if trainer.state.global_step in broken_steps:
+                if value is None:  # what it should be like
+                    for parameter in trainer.model.parameters():
+                        parameter.grad.zero_()
+                else:
+                    gradient[5, 3] = value
+            with constrained_step():
+                yield
+
+        trainer._constrained_step = broken_step
+        trainer.train()
+        return trainer
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+    @pytest.mark.parametrize("name", LOSING)
+    def test_the_step_is_that_of_a_zero_gradient(
+        self, name, value, base_model_path, tmp_path, caplog
+    ):
+        config = LOSING[name]
+        expected = weights(self.run(base_model_path, tmp_path, config, {1, 2}, None))
+        trainer = self.run(base_model_path, tmp_path, config, {1, 2}, value)
+        assert max_difference(weights(trainer), expected) == 0
+        assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+        logs = trainer.state.log_history[:4]
+        assert [entry.get("ogpsa/lost_gradients") for entry in logs] == [None, 1, 1, None]
+        assert "Step 2: the training gradient is not finite and counts as zero" in caplog.text
+
+    def test_too_many_in_a_row_end_the_run_before_the_weights_change(
+        self, base_model_path, tmp_path
+    ):
+        with pytest.raises(FloatingPointError, match=r"Step 12: .* not been finite in 11 steps"):
+            self.run(
+                base_model_path, tmp_path, paper(), set(range(2, 99)), float("nan"), max_steps=20
+            )
+        with pytest.raises(FloatingPointError, match="Step 11: "):  # those between do not add up
+            broken = set(range(20)) - {0}
+            self.run(base_model_path, tmp_path, paper(), broken, float("nan"), max_steps=20)
 
 
 class TestExplosion:

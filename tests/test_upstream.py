@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import DPOTrainer, SFTTrainer
+from transformers.trainer_utils import rotate_checkpoints
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from runs import make_trainer
 
@@ -132,6 +133,25 @@ def test_fused_head_gives_log_probabilities_of_the_labels(stage, base_model_path
     expected = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     expected[:, :2] = 0
     assert torch.allclose(outputs.log_probs, expected, atol=1e-5)
+
+
+def test_the_trainer_deletes_checkpoints_last_and_by_a_name_of_its_module():
+    """Where the deletion is put off until the new checkpoint is marked."""
+    assert_in_order(
+        source(Trainer._save_checkpoint), "self._get_output_dir(trial=trial)", "save_to_json(",
+        "rotate_checkpoints(",
+    )  # fmt: skip
+    module = inspect.getmodule(Trainer)
+    assert vars(module)["rotate_checkpoints"] is rotate_checkpoints
+    parameters = set(inspect.signature(rotate_checkpoints).parameters)
+    assert {"save_total_limit", "best_model_checkpoint", "use_mtime"} <= parameters
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
+def test_moving_inputs_to_the_device_generates_nothing(trainer_class):
+    """`_prepare_inputs` of these trainers makes completions; capability batches go past it."""
+    assert trainer_class._prepare_inputs is not Trainer._prepare_inputs
+    assert trainer_class._prepare_input is Trainer._prepare_input
 
 
 def test_every_process_takes_part_in_saving_the_optimizer_of_an_engine():

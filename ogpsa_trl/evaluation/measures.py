@@ -361,6 +361,14 @@ def tokenise(
     return prompt_tokens(tokenizer, prompt), ids
 
 
+def answer_to(prompt: Text, text: str) -> Text:
+    """A text as the completion of a prompt: a message, or behind a text after one space."""
+    if not isinstance(prompt, str):
+        return [{"role": "assistant", "content": text}]
+    is_apart = prompt[-1:].isspace() or text[:1].isspace()
+    return text if is_apart else f" {text}"
+
+
 def _is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """A chat template that writes the first token into the text has written all that are due."""
     bos = tokenizer.bos_token

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_extract_prompt
 
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
-from ogpsa_trl.evaluation.measures import Text, prompt_tokens, tokenise
+from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens, tokenise
 from ogpsa_trl.mixture import load_groups
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def load_sets(
         def length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
             answered = len(prompt_tokens(tokenizer, row["prompt"])) + arguments.max_new_tokens
             refused = [
-                len(tokenise(tokenizer, row["prompt"], refusal_to(row["prompt"], refusal))[1])
+                len(tokenise(tokenizer, row["prompt"], answer_to(row["prompt"], refusal))[1])
                 for refusal in arguments.refusals
             ]
             return max(answered, *refused)
@@ -119,14 +119,6 @@ def load_sets(
             )
         ),
     )
-
-
-def refusal_to(prompt: Text, refusal: str) -> Text:
-    """A refusal as the completion of a prompt; behind a text after one space."""
-    if not isinstance(prompt, str):
-        return [{"role": "assistant", "content": refusal}]
-    is_apart = prompt[-1:].isspace() or refusal[:1].isspace()
-    return refusal if is_apart else f" {refusal}"
 
 
 def _prompt(prompt: Text, is_chat: bool) -> Text:

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
 from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.harness import harness_scores
 from ogpsa_trl.evaluation.intervals import mean_of, ratio_of
-from ogpsa_trl.evaluation.measures import completion_scores, preference_margins
-from ogpsa_trl.evaluation.refusal import greedy_answers, is_refusal
+from ogpsa_trl.evaluation.measures import answer_to, completion_scores, preference_margins
+from ogpsa_trl.evaluation.refusal import is_refusal
 from ogpsa_trl.evaluation.results import Measured
-from ogpsa_trl.evaluation.sets import EvaluationSets, RowSet, refusal_to
+from ogpsa_trl.evaluation.sets import EvaluationSets, RowSet
 
 
 class Description(NamedTuple):
@@ -167,7 +168,7 @@ def _refusal(
         model,
         tokenizer,
         [prompt for prompt in texts for _ in arguments.refusals],
-        [refusal_to(prompt, refusal) for prompt in texts for refusal in arguments.refusals],
+        [answer_to(prompt, refusal) for prompt in texts for refusal in arguments.refusals],
         batch_size=arguments.batch_size,
     )
     shape = (len(texts), len(arguments.refusals))
@@ -180,13 +181,14 @@ def _refusal(
     ]
     answers: list[str] = []
     if arguments.max_new_tokens > 0:
-        answers = greedy_answers(
+        greedy = greedy_answers(
             model,
             tokenizer,
             texts,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
         )
+        answers = [answer.text for answer in greedy]
         values.append(mean_of(prompts.ids, [is_refusal(answer) for answer in answers]))
     return {name: _measured(name, v) for name, v in zip(names, values, strict=False)}, answers
 

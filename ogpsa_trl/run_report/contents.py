@@ -75,12 +75,14 @@ def notes(log: RunLog) -> list[str]:
             f"The capability gate is not passed: at the end the largest increase is "
             f"{shown(increases[-1])} nats per token, the tolerance {shown(tolerance)}."
         )
-    kept = log.series("ogpsa/kept_gradients").steps
-    if kept:
-        found.append(
-            "Capability gradients were not finite, so that older ones were kept, up to the steps "
-            f"{', '.join(map(str, kept[:10]))}{', ...' if len(kept) > 10 else ''}."
-        )
+    for metric, event in (
+        ("kept_gradients", "Capability gradients were not finite, so that older ones were kept"),
+        ("lost_gradients", "Training gradients were not finite, and counted as zero"),
+    ):
+        steps = log.series(f"ogpsa/{metric}").steps
+        if steps:
+            more = ", ..." if len(steps) > 10 else ""
+            found.append(f"{event}, up to the steps {', '.join(map(str, steps[:10]))}{more}.")
     return found
 
 

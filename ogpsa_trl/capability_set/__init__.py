@@ -1,0 +1,1 @@
+"""Capability groups to train with: chosen, completed, written and measured before training."""

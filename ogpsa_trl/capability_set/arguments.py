@@ -1,0 +1,199 @@
+"""The keys of a capability set, from one flat YAML file and the command line."""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.scripts.utils import DatasetConfig
+from trl.trainer.model_config import ModelConfig
+
+from ogpsa_trl.evaluation.arguments import HarmfulDatasetConfig
+from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
+from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+
+
+@dataclass
+class LookAlikeDatasetConfig(GroupedDatasetConfig):
+    """One entry of `look_alike_datasets`: benign requests that look like the harmful ones."""
+
+    group: str = "look_alikes"
+
+
+_ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
+    "capability_datasets": CapabilityDatasetConfig,
+    "look_alike_datasets": LookAlikeDatasetConfig,
+    "harmful_datasets": HarmfulDatasetConfig,
+}
+
+_LEAST = {
+    "num_samples": 2, "max_new_tokens": 1, "max_length": 2, "batch_size": 1,
+}  # fmt: skip
+
+# What a group's file may be called, on any system.
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass
+class CapabilitySetArguments:
+    """What the groups are made of, and what is measured; the model is that of `ModelConfig`."""
+
+    capability_datasets: list[CapabilityDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "What the groups are sampled from, in the schema of training: entries of one "
+            "`group` are mixed. Texts, conversations, prompts with or without completions, or "
+            "preferences, of which the chosen completions are used."
+        },
+    )
+    look_alike_datasets: list[LookAlikeDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Benign requests that look like the harmful ones, in the same schema. Without "
+            "them over-refusal is not protected. Answers that sound like a refusal are left out."
+        },
+    )
+    harmful_datasets: list[HarmfulDatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "The prompts of safety training, in any format that has prompts. They are only "
+            "compared with those of the groups."
+        },
+    )
+    output_dir: str = field(
+        default="runs/capability_set",
+        metadata={"help": "Folder of the groups, one JSON lines file each, and of the report."},
+    )
+    num_samples: int = field(
+        default=200,
+        metadata={
+            "help": "Samples of each group, chosen by `seed`, at least 2. The default is that of "
+            "training (official)."
+        },
+    )
+    generate_completions: str = field(
+        default="missing",
+        metadata={
+            "help": "Where the starting model itself completes the prompts, by greedy decoding. "
+            "'missing': where there is no completion. 'true': everywhere, in place of the "
+            "completions of the data. 'false': nowhere."
+        },
+    )
+    max_new_tokens: int = field(
+        default=256,
+        metadata={
+            "help": "Tokens of a generated completion, at least 1. Prompts that leave no room for "
+            "so many within `max_length` are left out."
+        },
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens kept of each sample, at least 2: that of training (default: TRL's)."
+        },
+    )
+    batch_size: int = field(
+        default=8, metadata={"help": "Sequences of a forward pass; does not change the measures."}
+    )
+    gradient_cosine: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to compare the groups by their gradients, which tells redundant ones. "
+            "It holds two gradients of each group in float32: 2 x groups x 4 bytes for each "
+            "trained parameter, 56 GB a group at 7B. With `use_peft` they are those of a new LoRA "
+            "adapter, as in training with one: a few hundred MB. 'false' measures losses only."
+        },
+    )
+    device_map: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the model is: 'auto' uses the accelerators there are, or a device such "
+            "as 'cpu' or 'cuda:0'. Gradients need a single one."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run code that comes with the model."}
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Of the choice of samples, of the halves of a group, of the adapter."},
+    )
+
+    def __post_init__(self) -> None:
+        for key, entry_type in _ENTRY_TYPES.items():
+            entries = [
+                entry if isinstance(entry, DatasetConfig) else entry_type(**entry)
+                for entry in getattr(self, key) or []  # a key without entries
+            ]
+            setattr(self, key, entries)
+        self.generate_completions = str(self.generate_completions).lower()  # YAML has booleans
+        if self.generate_completions not in ("missing", "true", "false"):
+            raise ValueError(
+                "`generate_completions` must be 'missing', true or false, but got "
+                f"{self.generate_completions!r}."
+            )
+        for key, least in _LEAST.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"`{key}` must be at least {least}, but got {getattr(self, key)}.")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        look_alikes = {entry.group for entry in self.look_alike_datasets}
+        groups = {entry.group for entry in self.capability_datasets}
+        for name in sorted(groups | look_alikes):
+            if not _GROUP_NAME.fullmatch(name):
+                raise ValueError(
+                    "`group` names a file, so it must be made of letters, digits, `_`, `-` and "
+                    f"`.`, but got {name!r}. Rename the group."
+                )
+        if groups & look_alikes:
+            raise ValueError(
+                f"The group {min(groups & look_alikes)!r} must stand in one list, but it is in "
+                "`capability_datasets` and in `look_alike_datasets`. Give the look-alikes a group "
+                "of their own."
+            )
+
+
+def parse_capability_set(
+    args: Sequence[str] | None = None,
+) -> tuple[CapabilitySetArguments, ModelConfig]:
+    """
+    Parse the command line and the YAML file that `--config` names; the command line wins.
+
+    Raises:
+        ValueError: a key is unknown, a value is not allowed, or there is no model or no data.
+    """
+    args = split_config(sys.argv[1:] if args is None else args)
+    values = config_values(args)
+    parser = FlatParser(
+        (CapabilitySetArguments, ModelConfig),
+        "Build capability groups for training, and measure them. Keys go into the YAML file that "
+        "--config names, or on the command line, which wins.",
+    )
+    entry_types: Any = _ENTRY_TYPES
+    check_keys(
+        parser,
+        args,
+        values,
+        entry_types,
+        lambda key, where: unknown_key(key, where, parser.key_names()),
+    )
+    arguments, model = parser.parse_args_and_config(args)
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "A capability set needs the model that training starts with, but `model_name_or_path` "
+            "is not set. Set it to a name on the Hub or a folder."
+        )
+    if not arguments.capability_datasets and not arguments.look_alike_datasets:
+        raise ValueError(
+            "There is nothing to build: `capability_datasets` and `look_alike_datasets` are empty. "
+            "List the data of at least one group."
+        )
+    is_quantised = model.load_in_4bit or model.load_in_8bit
+    if arguments.gradient_cosine and is_quantised and not model.use_peft:
+        raise ValueError(
+            "Quantised weights have no gradients, but `gradient_cosine` is on. Set `use_peft: true`"
+            " to measure those of an adapter, or `gradient_cosine: false`."
+        )
+    return arguments, model

@@ -1,0 +1,188 @@
+"""
+What the starting model makes of the groups: tokens, losses, and cosines between their gradients.
+
+The mean capability gradient of a group is a sample of what it protects, so the cosine between two
+groups is lowered by the noise of both. Two random halves of a group say by how much: of gradients
+that differ by independent noise only, `c` between the halves means, by the formula of Spearman and
+Brown, a cosine of `2 c / (1 + c)` between two draws of the size of the whole group.
+"""
+
+# G groups, H halves of all groups (2 G), N entries of a parameter
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ogpsa_trl import linalg
+from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
+from ogpsa_trl.capability_set.rows import RowGroup
+from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, prepare_group
+from ogpsa_trl.engines import one_process_backend
+from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.gradients import capability_gradients
+
+
+@dataclass(frozen=True)
+class GroupMeasures:
+    """
+    One group under the starting model, as training would see it.
+
+    Attributes:
+        num_samples: Samples with a token to learn.
+        num_tokens: Tokens in the loss of each of them.
+        num_truncated: Samples that are longer than `max_length`.
+        loss: Token-mean loss, in nats.
+    """
+
+    num_samples: int
+    num_tokens: list[int]
+    num_truncated: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class GradientCosines:
+    """
+    Cosines between mean capability gradients, in [-1, 1]; `None` where one of them is zero.
+
+    Attributes:
+        halves: By group, between two random halves of it.
+        pairs: By pair of groups, between the two.
+    """
+
+    halves: dict[str, float | None]
+    pairs: dict[tuple[str, str], float | None]
+
+    def of_the_same(self, first: str, second: str) -> float | None:
+        """
+        What the cosine of a pair would be if both were drawn from the same data: less than one by
+        the noise of both. `None` where the halves of one do not agree at all.
+        """
+        expected = [_of_two_wholes(self.halves[name]) for name in (first, second)]
+        return None if None in expected else math.sqrt(math.prod(e for e in expected if e))
+
+
+def _of_two_wholes(half_cosine: float | None) -> float | None:
+    if half_cosine is None or half_cosine <= 0:
+        return None
+    return 2 * half_cosine / (1 + half_cosine)
+
+
+def measure_group(
+    group: RowGroup,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: CapabilitySetArguments,
+) -> GroupMeasures:
+    """
+    Count the tokens of a group, and take its loss.
+
+    Raises:
+        ValueError: it has no sample with a token to learn.
+    """
+    values = group_nll(
+        model,
+        tokenizer,
+        group.name,
+        Dataset.from_list(group.rows),
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    whole = _prepared(group, tokenizer, arguments, max_length=None)
+    lengths = [len(sample.features["input_ids"]) for sample in whole.samples]
+    return GroupMeasures(
+        num_samples=len(values.ids),
+        num_tokens=[int(number) for number in values.columns[1]],
+        num_truncated=sum(length > arguments.max_length for length in lengths),
+        loss=values.value,
+    )
+
+
+def gradient_cosines(
+    groups: Sequence[RowGroup],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: CapabilitySetArguments,
+) -> GradientCosines:
+    """
+    Compare the groups by the gradients of their token-mean losses, over all trainable parameters.
+
+    Raises:
+        ValueError: several processes were launched, the model is spread over devices, or a group
+            has fewer than two samples with a token to learn.
+        FloatingPointError: a gradient is not finite.
+    """
+    parts = [
+        part
+        for group in groups
+        for part in _prepared(group, tokenizer, arguments, arguments.max_length).parts()
+    ]
+    backend = one_process_backend(model)
+    gradients = capability_gradients(
+        backend, parts, lambda batch: _sum_loss(model, batch), [None] * len(backend.parameters)
+    )
+    if any(gradients.is_kept):
+        name = gradients.names[gradients.is_kept.index(True)]
+        raise FloatingPointError(
+            f"The gradient of group {name!r} is not finite. Load the model with `dtype: float32`, "
+            "or set `gradient_cosine: false`."
+        )
+    gram_HH = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    for rows_HN in gradients.rows:
+        if rows_HN is not None:
+            gram_HH += linalg.gram(rows_HN).cpu()
+    halves = torch.eye(len(parts), dtype=torch.float64).view(len(groups), 2, len(parts))
+    means = (gradients.weights.view(len(groups), 2, 1) * halves).sum(1)
+    names = [group.name for group in groups]
+    return GradientCosines(
+        {name: _cosine(gram_HH, *half) for name, half in zip(names, halves, strict=True)},
+        {
+            (names[i], names[j]): _cosine(gram_HH, means[i], means[j])
+            for i, j in itertools.combinations(range(len(names)), 2)
+        },
+    )
+
+
+def _prepared(
+    group: RowGroup,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: CapabilitySetArguments,
+    max_length: int | None,
+) -> CapabilityGroup:
+    """All rows of a group as training would prepare them; its parts are random halves."""
+    return prepare_group(
+        group.name,
+        Dataset.from_list(group.rows),
+        Preparation(tokenizer, tokenizer, max_length),
+        num_samples=len(group.rows),
+        num_parts=2,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+
+
+def _sum_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed loss over the tokens of a batch that count."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def _cosine(gram_HH: Tensor, first_H: Tensor, second_H: Tensor) -> float | None:
+    """Between two combinations of the gradients whose Gram matrix it is."""
+    product, *squares = (
+        (left @ gram_HH @ right).item()
+        for left, right in ((first_H, second_H), (first_H, first_H), (second_H, second_H))
+    )
+    length = math.sqrt(math.prod(squares))
+    return product / length if length > 0 else None

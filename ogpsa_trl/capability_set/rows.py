@@ -1,0 +1,260 @@
+"""
+The rows of the groups: chosen, brought into one form, completed by the model, written.
+
+With a chat template the form is that of conversations, `prompt` and `completion`; without one it is
+the same of texts. Plain texts stay what they are, rows of `text`.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import maybe_convert_to_chatml, maybe_extract_prompt
+
+from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
+from ogpsa_trl.evaluation.generation import greedy_answers
+from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens
+from ogpsa_trl.evaluation.refusal import is_refusal, normalised
+from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
+
+logger = logging.getLogger(__name__)
+
+# `{"text": ...}`, or `{"prompt": ..., "completion": ...}` with `None` where there is none yet.
+Row = dict[str, Any]
+
+# Columns that change what the model sees, and that the form of the rows does not have.
+_NOT_KEPT = ("tools", "chat_template_kwargs", "image", "images")
+
+
+@dataclass
+class RowGroup:
+    """
+    The rows of a group, and what became of those that were chosen.
+
+    Attributes:
+        name: The group.
+        rows: Its rows.
+        is_look_alike: Whether they are benign requests that look like harmful ones.
+        num_generated: Completions that the starting model wrote.
+        num_cut: Those of them that it had not ended within `max_new_tokens`.
+        left_out: How many of the chosen rows were left out, by the reason.
+    """
+
+    name: str
+    rows: list[Row]
+    is_look_alike: bool
+    num_generated: int = 0
+    num_cut: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, is_useless: Sequence[bool], reason: str) -> None:
+        """Remove rows, and count them."""
+        self.left_out[reason] += sum(is_useless)
+        self.left_out = +self.left_out  # without the reasons that none had
+        self.rows = [row for row, leave in zip(self.rows, is_useless, strict=True) if not leave]
+
+
+def choose_rows(
+    arguments: CapabilitySetArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[RowGroup]:
+    """
+    Choose the rows of all groups, before any model is loaded.
+
+    Raises:
+        ValueError: a group is empty or in no known form, its rows differ in form, it needs a chat
+            template or completions that are not there, or too few prompts leave room for one.
+    """
+    lists: tuple[tuple[Sequence[GroupedDatasetConfig], bool], ...] = (
+        (arguments.capability_datasets, False),
+        (arguments.look_alike_datasets, True),
+    )
+    groups = []
+    for entries, is_look_alike in lists:
+        for name, loaded in load_groups(entries).items():
+            dataset: Any = loaded
+            generator = torch.Generator().manual_seed(arguments.seed)
+            places = torch.randperm(len(dataset), generator=generator)[: arguments.num_samples]
+            _check_columns(name, dataset)
+            rows = [
+                _in_form(name, dict(row), bool(tokenizer.chat_template))
+                for row in dataset.select(places.tolist())
+            ]
+            group = RowGroup(name, rows, is_look_alike)
+            _check_form(group)
+            _leave_out_long(group, arguments, tokenizer)
+            _check_size(group)
+            groups.append(group)
+    return groups
+
+
+def _check_columns(name: str, dataset: Dataset) -> None:
+    for column in _NOT_KEPT:
+        if column in dataset.column_names:
+            raise ValueError(
+                f"Group {name!r} has a column `{column}`, which a capability set cannot keep. "
+                "Leave it out with `columns: [...]`, or train with these data as they are."
+            )
+
+
+def _in_form(name: str, row: Row, is_chat: bool) -> Row:
+    """A row in the form of the groups."""
+    columns = sorted(row)
+    # Entries of one group may have other columns: they are `None` here.
+    row = {key: value for key, value in row.items() if value is not None}
+    row = maybe_extract_prompt(maybe_convert_to_chatml(row))
+    if "chosen" in row:
+        row["completion"] = row["chosen"]
+    if "prompt" not in row or ("messages" in row and "completion" not in row):
+        if "messages" in row:
+            row["prompt"], row["completion"] = _split(row["messages"])
+        elif "text" in row:
+            return {"text": row["text"]}
+        else:
+            raise ValueError(
+                f"Group {name!r} must have a column `messages`, `prompt` or `text`, or the columns "
+                f"`chosen` and `rejected`, but has {columns}. Rename its columns in the file, or "
+                "name a `conversion`."
+            )
+    prompt, completion = row["prompt"], row.get("completion")
+    if is_chat:
+        return {"prompt": _messages(prompt, "user"), "completion": _messages(completion)}
+    if not isinstance(prompt, str) or not isinstance(completion, str | None):
+        raise ValueError(
+            f"Group {name!r} holds conversations, but the tokenizer of the model has no chat "
+            "template. Take texts, or a model that has one."
+        )
+    return {"prompt": prompt, "completion": completion}
+
+
+def _split(messages: list[dict[str, str]]) -> tuple[Text, Text | None]:
+    """A conversation as prompt and completion."""
+    is_answered = messages[-1]["role"] == "assistant"
+    return (messages[:-1], messages[-1:]) if is_answered else (messages, None)
+
+
+def _messages(value: Text | None, role: str = "assistant") -> Text | None:
+    """A text as a message; the space between it and the prompt is up to the chat template."""
+    return [{"role": role, "content": value.strip()}] if isinstance(value, str) else value
+
+
+def _check_form(group: RowGroup) -> None:
+    forms = {"text" in row for row in group.rows}
+    if len(forms) > 1:
+        raise ValueError(
+            f"Group {group.name!r} must have one form, but mixes rows with `text` and rows with "
+            "`prompt`. Give the texts a group of their own."
+        )
+
+
+def _leave_out_long(
+    group: RowGroup, arguments: CapabilitySetArguments, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Leave out the prompts that are to be completed and leave no room for it."""
+    missing = [row for row in group.rows if is_to_complete(row, "missing")]
+    if missing and arguments.generate_completions == "false":
+        raise ValueError(
+            f"Group {group.name!r} has {len(missing)} prompts without a completion, but "
+            "`generate_completions` is false. Set it to 'missing', or take data with completions."
+        )
+    room = arguments.max_length - arguments.max_new_tokens
+    is_long = [
+        is_to_complete(row, arguments.generate_completions)
+        and len(prompt_tokens(tokenizer, row["prompt"])) > room
+        for row in group.rows
+    ]
+    group.leave_out(is_long, "no room for a completion")
+
+
+def is_to_complete(row: Row, mode: str) -> bool:
+    """Whether the model is to complete a row, with `generate_completions` as the mode."""
+    if "text" in row or mode == "false":
+        return False
+    return mode == "true" or row["completion"] is None
+
+
+def _check_size(group: RowGroup) -> None:
+    if len(group.rows) < 2:
+        reasons = "".join(f", {number} left out ({why})" for why, number in group.left_out.items())
+        raise ValueError(
+            f"Group {group.name!r} must have at least 2 samples, but has {len(group.rows)}"
+            f"{reasons}. Add data, lower `max_new_tokens`, or raise `max_length` or `num_samples`."
+        )
+
+
+def complete_rows(
+    group: RowGroup,
+    arguments: CapabilitySetArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """
+    Let the starting model complete the prompts that need it, greedily, and leave out what is of no
+    use: empty completions, and answers to look-alikes that sound like a refusal.
+
+    Raises:
+        ValueError: fewer than 2 rows are left.
+    """
+    rows = [row for row in group.rows if is_to_complete(row, arguments.generate_completions)]
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    group.num_generated = len(answers)
+    group.num_cut = sum(not answer.is_complete for answer in answers)
+    for row, answer in zip(rows, answers, strict=True):
+        # Spaces around an answer belong to the prompt or the template in front, or to nothing.
+        row["completion"] = answer_to(row["prompt"], answer.text.strip())
+    group.leave_out([not _completion_text(row) for row in group.rows], "empty")
+    if group.is_look_alike:
+        refuses = [is_refusal(_completion_text(row)) for row in group.rows]
+        group.leave_out(refuses, "sounds like a refusal")
+    _check_size(group)
+
+
+def write_group(group: RowGroup, folder: str | Path) -> Path:
+    """Write the rows of a group as JSON lines, into a file of its name."""
+    path = Path(folder) / f"{group.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in group.rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def known_prompts(entries: Sequence[GroupedDatasetConfig]) -> set[str]:
+    """The prompts of all entries, as `num_known` compares them."""
+    datasets: Any = load_groups(entries)
+    return {
+        _prompt_text(_in_form(name, dict(row), is_chat=True))
+        for name, dataset in datasets.items()
+        for row in dataset
+    }
+
+
+def num_known(group: RowGroup, prompts: set[str]) -> int:
+    """How many prompts of a group are among others, but for case, spaces and apostrophes."""
+    return sum(_prompt_text(row) in prompts for row in group.rows)
+
+
+def _prompt_text(row: Row) -> str:
+    """What is asked, without a system prompt; a text as a whole."""
+    prompt: Any = row.get("prompt", row.get("text"))
+    if not isinstance(prompt, str):
+        prompt = "\n".join(str(m["content"]) for m in prompt if m["role"] != "system")
+    return normalised(prompt)
+
+
+def _completion_text(row: Row) -> str:
+    completion: Any = row.get("completion", row.get("text"))
+    if not isinstance(completion, str):
+        completion = "\n".join(str(message["content"]) for message in completion)
+    return completion.strip()

@@ -1,0 +1,159 @@
+"""
+Whether a checkpoint is whole: a list of its files, written after all of them.
+
+A run that is killed while it saves leaves a folder that looks like a checkpoint. The list is made
+when all processes have written and all files have reached the disk, under another name that is then
+changed, so it is there and right, or not there.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+_trainer_module: Any = trainer
+
+_OURS = "ogpsa_"
+LIST_NAME = f"{_OURS}checkpoint.json"
+
+# What the trainer writes last. A checkpoint without anything of OGPSA that has it is one of TRL's.
+_STATE_NAME = "trainer_state.json"
+
+
+def unmark(folder: Path) -> None:
+    """Before a checkpoint is written: what stands in its folder is no checkpoint any more."""
+    (folder / LIST_NAME).unlink(missing_ok=True)
+    if folder.is_dir():
+        _sync(folder)
+
+
+def mark(folder: Path) -> None:
+    """
+    After all of a checkpoint is written: bring it to the disk, and list it.
+
+    Raises:
+        OSError: the disk does not take it. There is no list then.
+    """
+    files = _files(folder)
+    for path in files:
+        _sync(path)
+    for path in {path.parent for path in files}:
+        _sync(path)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    replace_text(folder / LIST_NAME, json.dumps({"files": sizes}, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that it holds either what it did before or all of the text."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    put_in_place(unfinished, path)
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a file that is written its name, once it has reached the disk."""
+    _sync(unfinished)
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def without_deletion() -> Iterator[None]:
+    """
+    Let the trainer delete no checkpoint within the block: it would before the new one is marked.
+
+    `Trainer._save_checkpoint` calls `rotate_checkpoints` of its own module, as its last act, and
+    has no hook before it; `save_total_limit` cannot be changed, as it is saved with the checkpoint.
+    """
+    rotate = _trainer_module.rotate_checkpoints
+    _trainer_module.rotate_checkpoints = lambda **_: None
+    try:
+        yield
+    finally:
+        _trainer_module.rotate_checkpoints = rotate
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why a folder is no whole checkpoint, in words; `None`: it is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / LIST_NAME).exists():
+        if any(path.name.startswith(_OURS) for path in folder.iterdir()):
+            return f"{LIST_NAME}, which is written last, is not there"
+        return None if _is_json(folder / _STATE_NAME) else f"{_STATE_NAME} is not there, or is cut"
+    sizes = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"]
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            if path.name.startswith(_OURS):  # taken away on purpose: it is made anew
+                continue
+            return f"{name} is not there"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def checkpoint_to_resume(wanted: str | bool, output_dir: str) -> str:
+    """
+    The checkpoint to go on from; of those that are newer and not whole a warning says why.
+
+    Args:
+        wanted: A folder, or `True` for the last whole checkpoint in `output_dir`.
+        output_dir: The run's output folder.
+
+    Raises:
+        ValueError: it is not whole, or there is none that is.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR)]
+    checkpoints.reverse()  # the last one first
+    if isinstance(wanted, str):
+        reason = what_is_missing(Path(wanted))
+        if reason is None:
+            return wanted
+        others = (path for path in checkpoints if what_is_missing(path) is None)
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a whole checkpoint, but in {wanted!r} {reason}. "
+            f"The last whole one in {output_dir!r} is {str(next(others, None))!r}."
+        )
+    skipped = []
+    for path in checkpoints:
+        reason = what_is_missing(path)
+        if reason is None:
+            for line in skipped:
+                logger.warning("Not resuming from %s. Resuming from %s.", line, path)
+            return str(path)
+        skipped.append(f"{path}: {reason}")
+    raise ValueError(
+        f"`resume_from_checkpoint: true` needs a whole checkpoint in `output_dir` {output_dir!r}, "
+        f"but there is none ({'; '.join(skipped) or 'and no other'}). Leave it out to start anew."
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    listed = {LIST_NAME, f"{LIST_NAME}.unfinished"}
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in listed]
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

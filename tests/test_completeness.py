@@ -1,0 +1,136 @@
+"""A checkpoint is whole, or it is named and not used; there is always a whole one."""
+
+import logging
+import os
+import shutil
+
+import pytest
+
+from ogpsa_trl import completeness
+from ogpsa_trl.completeness import LIST_NAME, checkpoint_to_resume, mark, unmark, what_is_missing
+from runs import capability_groups, make_trainer, paper
+
+NAMES = (
+    "model.safetensors", "optimizer.pt", "trainer_state.json", "ogpsa_subspace.safetensors",
+)  # fmt: skip
+
+
+def saving(base_model_path, output, *, plain=False, **overrides):
+    return make_trainer(
+        "sft", base_model_path, output, plain=plain,
+        capability=None if plain else capability_groups(), config=None if plain else paper(),
+        max_steps=3, save_strategy="steps", save_steps=1, **overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved_run(base_model_path, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    saving(base_model_path, output).train()
+    return output
+
+
+@pytest.fixture
+def run_folder(saved_run, tmp_path):
+    """A run with three checkpoints, to be damaged."""
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+def test_every_file_of_a_checkpoint_is_listed(run_folder):
+    folder = run_folder / "checkpoint-3"
+    assert what_is_missing(folder) is None
+    listed = completeness._files(folder)
+    assert {path.name for path in folder.rglob("*")} - {path.name for path in listed} == {LIST_NAME}
+    assert set(NAMES) <= {path.name for path in listed}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "trainer_state.json", "ogpsa_subspace.safetensors"],
+)
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, run_folder, caplog):
+    file = run_folder / "checkpoint-3" / name
+    size = file.stat().st_size
+    if damage == "gone":
+        file.unlink()
+        if name.startswith("ogpsa_"):  # taken away on purpose: it is made anew
+            assert what_is_missing(file.parent) is None
+            return
+        reason = f"{name} is not there"
+    else:
+        os.truncate(file, size // 2)
+        reason = f"{name} has {size // 2} bytes instead of {size}"
+    found = checkpoint_to_resume(True, str(run_folder))
+    assert found == str(run_folder / "checkpoint-2")
+    assert caplog.messages == [
+        f"Not resuming from {run_folder / 'checkpoint-3'}: {reason}. Resuming from {found}."
+    ]
+    with pytest.raises(ValueError) as error:
+        checkpoint_to_resume(str(run_folder / "checkpoint-3"), str(run_folder))
+    assert str(error.value) == (
+        f"`resume_from_checkpoint` must be a whole checkpoint, but in "
+        f"{str(run_folder / 'checkpoint-3')!r} {reason}. The last whole one in "
+        f"{str(run_folder)!r} is {found!r}."
+    )
+
+
+def test_without_a_list_it_is_not_whole(run_folder):
+    unmark(run_folder / "checkpoint-3")
+    assert what_is_missing(run_folder / "checkpoint-3") == (
+        f"{LIST_NAME}, which is written last, is not there"
+    )
+    mark(run_folder / "checkpoint-3")
+    assert what_is_missing(run_folder / "checkpoint-3") is None
+
+
+def test_where_none_is_whole_the_error_names_them_all(run_folder):
+    for step in (1, 2, 3):
+        unmark(run_folder / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=r"(?s)there is none \(.*-3: .*-2: .*-1: .*Leave it out"):
+        checkpoint_to_resume(True, str(run_folder))
+    with pytest.raises(ValueError, match="and no other"):
+        checkpoint_to_resume(True, str(run_folder / "nowhere"))
+
+
+def test_checkpoints_of_plain_trl_can_be_resumed(base_model_path, tmp_path, caplog):
+    saving(base_model_path, tmp_path, plain=True).train()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"cut":')
+    trainer = saving(base_model_path, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert "trainer_state.json is not there, or is cut" in caplog.text
+    assert "holds no whole capability subspace" in caplog.text
+    assert what_is_missing(tmp_path / "checkpoint-3") is None  # saved anew
+
+
+def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, monkeypatch):
+    """Also with room for one only: the old one goes when the new one is marked, and not before."""
+    trainer = saving(base_model_path, tmp_path, save_total_limit=1)
+    save, seen = trainer._save_rng_state, []
+
+    def save_and_look(output_dir):
+        save(output_dir)
+        seen.append(sorted(p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)))
+
+    monkeypatch.setattr(trainer, "_save_rng_state", save_and_look)
+    trainer.train()
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(
+    base_model_path, tmp_path, monkeypatch
+):
+    trainer = saving(base_model_path, tmp_path, save_total_limit=1)
+    save = trainer._save_rng_state
+
+    def save_on_a_full_disk(output_dir):
+        if trainer.state.global_step == 3:
+            raise OSError(28, "No space left on device")
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", save_on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")

@@ -1,0 +1,114 @@
+"""The documents: their examples run, their keys are known, the tests and files they name exist."""
+
+import ast
+import re
+import runpy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import transformers
+import trl
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ogpsa_trl.arguments import _parser
+from ogpsa_trl.toy_model import toy_tokenizer
+from runs import WORLD
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+}
+
+
+def blocks(language):
+    """Every example in a language, by its document and number."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return {
+        f"{name}-{number}": text
+        for name, document in DOCUMENTS.items()
+        for number, text in enumerate(pattern.findall(document))
+    }
+
+
+@pytest.fixture
+def names(base_model_path):
+    """What the examples take for granted."""
+    tokenizer = toy_tokenizer()
+    refusals = WORLD.safety_sft().select(range(8))
+    groups = WORLD.capability_groups(6)
+    ids = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in refusals]
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(base_model_path),
+        "tokenizer": tokenizer,
+        "refusals": refusals,
+        "instructions": groups["skills"],
+        "facts": groups["language"],
+        "tokens": Dataset.from_list([{"input_ids": row, "labels": row} for row in ids]),
+        "collator": DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+    }
+
+
+def test_there_are_examples():
+    assert len(blocks("python")) >= 3
+    assert len(blocks("yaml")) >= 2
+
+
+@pytest.mark.parametrize("name", blocks("python"))
+def test_an_example_in_python_runs(name, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module, config in [
+        (trl, "SFTConfig"),
+        (trl, "GRPOConfig"),
+        (transformers, "TrainingArguments"),
+    ]:
+        here = partial(getattr(module, config), use_cpu=True, bf16=False, report_to="none")
+        monkeypatch.setattr(module, config, here)
+    exec(compile(blocks("python")[name], name, "exec"), names)
+    assert names["trainer"].state.global_step == 2
+
+
+@pytest.mark.parametrize("name", blocks("python notest"))
+def test_an_example_of_another_framework_is_python(name):
+    assert ast.parse(blocks("python notest")[name]).body
+
+
+@pytest.mark.parametrize("name", blocks("yaml"))
+def test_the_keys_of_an_example_are_known(name):
+    parsers = [_parser("sft"), _parser("dpo")]
+    values = yaml.safe_load(blocks("yaml")[name])
+    assert values
+    assert any(set(values) <= set(parser.key_names()) for parser in parsers), sorted(values)
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["document"]()
+    assert DOCUMENTS["docs/api.md"] == made, "run `make docs`"
+
+
+def test_the_tests_that_are_named_exist():
+    defined = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"\b(?:def|class) ([Tt]est\w+)", file.read_text(encoding="utf-8"))
+    }
+    for name, document in DOCUMENTS.items():
+        named = set(re.findall(r"`(test_\w+|Test[A-Z]\w+)`", document))
+        assert named <= defined, (name, named - defined)
+
+
+def test_the_files_that_are_named_exist():
+    pattern = re.compile(r"\b(?:docs|tests|scripts|configs|benchmarks|ogpsa_trl)/[\w./-]+\.\w+")
+    for name, document in DOCUMENTS.items():
+        for path in pattern.findall(document):
+            assert (ROOT / path).exists() or "*" in path, (name, path)
+
+
+def test_links_lead_somewhere():
+    for name, document in DOCUMENTS.items():
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document):
+            assert ((ROOT / name).parent / link).exists(), (name, link)
