@@ -43,8 +43,8 @@ class OGPSAConfig:
     Every field stands under its own name in YAML and on the command line. The help text of a field
     gives its meaning, its range and where values come from: "paper" is arXiv 2602.07892, "official"
     is the authors' published code and command line. The defaults are those of the preset
-    `preserve`, because under AdamW the published form kept less than plain tuning at equal safety
-    (docs/results.md).
+    `preserve`, because under AdamW and at equal safety it kept more than the published form, which
+    in part kept less than plain tuning (docs/benchmark.md).
 
     Raises:
         ValueError: a setting has the wrong type or lies outside its range; the message names rule,
