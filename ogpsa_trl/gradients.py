@@ -155,13 +155,18 @@ def deterministic(model: nn.Module) -> Iterator[None]:
     Where a graph is made, modules under gradient checkpointing stay in it: they checkpoint in
     training mode only. What they drop out in their own `forward`, not in a submodule (as OPT's
     layers do), is then random.
+
+    Layers of bitsandbytes stay in it too. Nothing in them is random, and outside of it, on a CPU
+    with AVX512-BF16, those of 4 bits pack their weights into a form for inference, through which
+    no gradient passes (0.50).
     """
     modes = [(module, module.training) for module in model.modules()]
     has_graph = torch.is_grad_enabled()
     try:
         for module, _ in modes:
             is_checkpointed = getattr(module, "gradient_checkpointing", False)
-            module.training = has_graph and bool(is_checkpointed)
+            is_quantised = type(module).__module__.startswith("bitsandbytes.")
+            module.training = is_quantised or (has_graph and bool(is_checkpointed))
         yield
     finally:
         for module, mode in modes:

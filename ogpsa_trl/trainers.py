@@ -120,6 +120,8 @@ class OGPSAMixin(Trainer):
         check_supported(
             self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
         )
+        if getattr(self.model, "is_quantized", False):  # other models do not have it
+            self._keep_adapters_in_float32()
         if self.ogpsa_config.target == "none" and not self.ogpsa_config.replay_weight:
             logger.warning(
                 "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes "
@@ -171,6 +173,15 @@ class OGPSAMixin(Trainer):
                 "A `capability_dataset` needs a tokenizer, but `processing_class` is "
                 f"{type(self.processing_class).__name__}. Pass `processing_class=tokenizer`."
             )
+
+    def _keep_adapters_in_float32(self) -> None:
+        """
+        On a quantised base TRL rounds adapters to bfloat16: a step of 1e-5 is lost in a weight of
+        1e-2, and with it what the projection takes out. The optimizer is not made yet.
+        """
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def capability_preparation(self) -> Preparation:
         """How capability samples become tokens. The length limit is that of the training data."""

@@ -100,13 +100,15 @@ def config_of(cell):
     return dataclasses.replace(config, refresh_interval=2)
 
 
-def launch(num_processes, *arguments, on_gpu=False):
-    """Run this file. A process that fails leaves its peers waiting: torchrun ends them all."""
+def launch(num_processes, *arguments, on_gpu=False, file=__file__):
+    """
+    Run this file, or another. A process that fails leaves its peers waiting: torchrun ends all.
+    """
     hide_gpus = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-            str(num_processes), __file__, *map(str, arguments),
+            str(num_processes), file, *map(str, arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hide_gpus},
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1000, check=False,
