@@ -39,6 +39,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_recipes.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
