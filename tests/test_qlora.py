@@ -17,6 +17,7 @@ from runs import (
     CosineCallback,
     assert_resume_is_bitwise,
     capability_groups,
+    gated,
     literal_nll,
     logged,
     max_difference,
@@ -141,12 +142,13 @@ def test_without_capability_data_it_is_trl(make):
     assert logged(ours) == logged(plain)
 
 
-def test_a_refresh_leaves_the_weights_unpacked(make):
+def test_a_refresh_and_a_gate_leave_the_weights_unpacked(make):
     """
     A CPU with AVX512-BF16 packs them outside training mode, and then no gradient passes: on others
     there is nothing to see.
     """
     trainer = make(config=CONFIGS["update"], max_steps=1)
+    gated(trainer, capability_groups())
     trainer.train()
     layers = [m for m in trainer.model.modules() if type(m).__name__ == "Linear4bit"]
     states = [m.weight.quant_state for m in layers if hasattr(m.weight, "quant_state")]
