@@ -27,7 +27,7 @@ from ogpsa_trl.backends import GradientBackend, Shard
 from ogpsa_trl.completeness import put_in_place
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Sample
-from ogpsa_trl.start import StartingPoint
+from ogpsa_trl.start import StartingPoint, is_sound
 from ogpsa_trl.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ _FORMAT = "3"
 # Settings that decide the shape or the meaning of what is saved.
 _SETTINGS = ("scope", "target", "capability_loss", "basis_dtype")
 _START_SETTINGS = ("capability_loss", "kl_tokens")
+_ADVICE = "Resume from another checkpoint, or delete this file: it is then made anew."
 
 
 def file_names(num_files: int) -> list[str]:
@@ -83,6 +84,12 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     """
     if not is_on_all(subspace.backend, _load(subspace, Path(folder))):
         subspace.is_due = True  # all refresh together, or none
+    elif not is_on_all(subspace.backend, subspace.is_sound()):
+        path = Path(folder) / FILE_NAME.replace(".", "*.")
+        raise ValueError(
+            f"The capability subspace in {path} is damaged: it is not finite, or the basis is not "
+            f"the one that was saved. {_ADVICE}"
+        )
 
 
 def save_start(start: StartingPoint, config: OGPSAConfig, folder: str) -> None:
@@ -117,6 +124,8 @@ def load_start(
                     start = StartingPoint.from_state(samples, state)
                 except ValueError as error:
                     reason = str(error)
+                if not is_sound(state):
+                    raise ValueError(f"The OGPSA state in {path} is not finite. {_ADVICE}")
     if is_on_all(backend, start is not None):
         return start
     logger.warning(
@@ -188,17 +197,18 @@ class _File:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[_File]:
-    advice = "Resume from another checkpoint, or delete this file: it is then made anew."
     try:
         tensors = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"The OGPSA state in {path} cannot be read ({error}). {advice}") from error
+        raise ValueError(
+            f"The OGPSA state in {path} cannot be read ({error}). {_ADVICE}"
+        ) from error
     with tensors:
         metadata = tensors.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"The OGPSA state in {path} has format {metadata.get('format')!r}, but this "
-                f"version reads {_FORMAT!r}. {advice}"
+                f"version reads {_FORMAT!r}. {_ADVICE}"
             )
         shards = {name: Shard(*range_) for name, range_ in json.loads(metadata["shards"]).items()}
         yield _File(json.loads(metadata["settings"]), shards, tensors, set(tensors.keys()))

@@ -92,7 +92,7 @@ def capability_gradients(
 
 
 def has_finite_gradients(backend: GradientBackend) -> bool:
-    """Whether the whole gradient has a finite length. A collective call."""
+    """Whether the square of its length is finite in float32: up to 1.8e19. A collective call."""
     squares_P = torch.zeros(len(backend.parameters), 1, device=backend.device)
     for square, (_, parameter) in zip(squares_P, backend.parameters, strict=True):
         gradient_N = backend.gradient(parameter)

@@ -147,6 +147,25 @@ def gram(rows_KN: Tensor) -> Tensor:
     return gram_KK
 
 
+def without_short_rows(gram_BRR: Tensor, num_entries_B: Tensor) -> Tensor:
+    """
+    Gram matrices in which gradients too short for the squares of float32 count as zero.
+
+    Squares of single entries below 1e-38 are lost, or lose digits. What all entries can lose by
+    that is rounding if their root mean square is 3e-16 at least; below, the Gram matrix says
+    nothing of the directions, and a basis made with it would not be orthonormal.
+
+    Args:
+        gram_BRR: From `gram`, summed over the shards, float64.
+        num_entries_B: Over how many entries, float64.
+    """
+    limits = torch.finfo(torch.float32)
+    is_long_BR = gram_BRR.diagonal(dim1=-2, dim2=-1) > (
+        num_entries_B[:, None] * limits.tiny / limits.eps
+    )
+    return gram_BRR * is_long_BR[..., None] * is_long_BR[:, None]
+
+
 def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
     """
     Replace rows by linear combinations of them, computed in float32 and rounded to their dtype.

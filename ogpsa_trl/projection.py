@@ -163,7 +163,8 @@ def _project(
     return Projection(
         removed_fraction=(removed / products.metric_square).clamp(0, 1),
         share_inside=inside / products.square,
-        cosine=in_mean / (products.square * subspace.mean_square).sqrt().clamp_min(_TINY),
+        # Of two squares the product might not fit into float32.
+        cosine=in_mean / (products.square.sqrt() * subspace.mean_square.sqrt()).clamp_min(_TINY),
         held=[backend.parameters[index][0] for index in held],
         changes=changes,
         restoration=restoration,

@@ -108,6 +108,9 @@ def measure_start(
         groups: The capability groups.
         measure: What is measured of every sample of a batch: its `losses`, a scalar; with `kl` its
             `tokens` and `log_probs` too.
+
+    Raises:
+        FloatingPointError: what is measured of a sample is not finite. On every process.
     """
     measured: list[tuple[str, Measured]] = []
     with deterministic(backend.wrapped_model):
@@ -123,6 +126,13 @@ def measure_start(
     by_name = dict(backend.from_all_processes(measured))
     samples = all_samples(groups)
     entries = [by_name[sample.name] for sample in samples]
+    for sample, entry in zip(samples, entries, strict=True):
+        if not is_sound(entry):
+            raise FloatingPointError(
+                f"What the starting model makes of capability sample {sample.name!r} is not finite"
+                ", so no rise can be counted from it. Take this sample out; if it is one of many, "
+                "check the model."
+            )
     state = {name: [entry[name] for entry in entries] for name in entries[0]}
     losses = torch.stack(state.pop("losses")).double()
     return StartingPoint(samples, losses, **{name: torch.cat(v) for name, v in state.items()})
@@ -131,6 +141,14 @@ def measure_start(
 def all_samples(groups: Sequence[CapabilityGroup]) -> list[Sample]:
     """The samples of all groups, in the order that a starting point has."""
     return [sample for group in groups for sample in group.samples]
+
+
+def is_sound(state: Mapping[str, Tensor]) -> bool:
+    """Whether a starting point is finite, but for logarithms of a probability of zero."""
+    return not any(
+        values.isnan().any() or (name == "losses" and values.isinf().any())
+        for name, values in state.items()
+    )
 
 
 def _fingerprints(samples: Sequence[Sample]) -> Tensor:

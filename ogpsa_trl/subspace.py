@@ -168,7 +168,8 @@ class CapabilitySubspace:
         is_first = len(self.rises) != len(gradients.names)
         _check_finite(gradients, is_first=is_first)
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
-        gram_BRR = self.merge(gram_PRR)
+        num_entries_P = torch.tensor([shard.total for shard in self.backend.shards]).double()
+        gram_BRR = linalg.without_short_rows(self.merge(gram_PRR), self.merge(num_entries_P))
         weights_BKR = self.backend.from_first_process(
             lambda: linalg.orthonormal_weights(gram_BRR, self.config.rank, self.dtype)
         )
@@ -252,11 +253,12 @@ class CapabilitySubspace:
             ValueError: an entry is missing, unknown, or has the wrong shape. Nothing is changed.
         """
         parameters = zip(self.backend.parameters, self.backend.shards, strict=True)
-        sizes = {f"basis.{name}": (shard.size,) for (name, _), shard in parameters}
+        num_rows = state["gram"].shape[-1] if "gram" in state else 0
+        sizes = {f"basis.{name}": (num_rows, shard.size) for (name, _), shard in parameters}
         missing = sorted({*_SMALL_STATE, "is_due"} - state.keys())
         unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, "is_due"})
         misfits = sorted(
-            name for name in sizes.keys() & state.keys() if state[name].shape[1:] != sizes[name]
+            name for name in sizes.keys() & state.keys() if state[name].shape != sizes[name]
         )
         if missing or unknown or misfits:
             raise ValueError(
@@ -270,6 +272,26 @@ class CapabilitySubspace:
         names = [f"basis.{name}" for name, _ in self.backend.parameters]
         self.basis = [state[name].to(device) if name in state else None for name in names]
         self.is_due = bool(state["is_due"])
+
+    @torch.no_grad()
+    def is_sound(self) -> bool:
+        """
+        Whether what was loaded is finite, and the rows are those whose Gram matrix was saved beside
+        them. A collective call; the processes may differ in the answer.
+        """
+        num_rows = self.gram.shape[-1]
+        gram_BKK = self.gram
+        if num_rows:
+            gram_BKK = self.merge(self._sum_grams(self.basis, num_rows))
+        is_finite = all(bool(getattr(self, name).isfinite().all()) for name in _SMALL_STATE)
+        return (
+            is_finite
+            # Other shards add up in another order, and other processors invert with other digits.
+            and torch.allclose(gram_BKK, self.gram, rtol=1e-4, atol=1e-4)
+            and torch.allclose(
+                linalg.inverse_gram(gram_BKK).float(), self.inverse_gram.cpu(), rtol=1e-3, atol=1e-3
+            )
+        )
 
     def _store(self, rows_PRN: list[Tensor | None], weights_BKR: Tensor) -> None:
         """Make rows a basis, in their memory, or one parameter at a time in less."""

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ogpsa_trl import linalg
 from ogpsa_trl.backends import Shard
 from ogpsa_trl.checkpoint import FILE_NAME, file_names, load_subspace, save_subspace
 from ogpsa_trl.subspace import CapabilitySubspace
@@ -25,6 +26,13 @@ def rows_of(name):
     return torch.arange(first, first + RANK * SIZES[name]).float().view(RANK, -1)
 
 
+def whole_gram():
+    """The Gram matrix of every parameter's basis, as all processes together have it."""
+    zeros = torch.zeros(RANK, RANK)
+    rows = [rows_of(name) for name in SIZES]
+    return torch.stack([zeros if whole is None else whole @ whole.T for whole in rows])
+
+
 def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
     """A subspace of one process of several, as if all of them did what this one does."""
     backend = SimpleNamespace(
@@ -35,6 +43,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
         num_processes=num_processes,
         device=torch.device("cpu"),
         sum_over_processes=lambda value: value * num_processes if others_agree else value,
+        sum_over_shards=lambda values: whole_gram().view_as(values),
     )
     return CapabilitySubspace(backend, paper())
 
@@ -45,6 +54,8 @@ def filled(shards, **process):
         rows = rows_of(name)
         if rows is not None and size:
             subspace.basis[index] = rows[:, start : start + size].contiguous()
+    subspace.gram = whole_gram()
+    subspace.inverse_gram = linalg.inverse_gram(subspace.gram).float()
     subspace.mean_coordinates = torch.ones(len(SIZES), RANK)
     subspace.is_due = False
     return subspace

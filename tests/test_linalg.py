@@ -72,6 +72,17 @@ def test_basis_is_the_singular_value_decomposition_of_the_stacked_gradients(name
         assert difference.abs().max() <= 1e-4 if len(kept_KN) else True
 
 
+@pytest.mark.parametrize("exponent", range(-30, 1))
+def test_a_direction_is_right_or_not_there_however_short_the_gradient(exponent):
+    """Squares that float32 loses, whole or in part, are not taken for a length."""
+    rows_RN = random_rows(2) * torch.tensor([1.0, 10.0**exponent])[:, None]
+    gram_BRR = linalg.gram(rows_RN)[None].double()
+    gram_BRR = linalg.without_short_rows(gram_BRR, torch.tensor([NUM_ENTRIES]).double())
+    basis_KN = linalg.combine_(linalg.orthonormal_weights(gram_BRR)[0], rows_RN.clone())
+    assert len(basis_KN) == (2 if exponent >= -15 else 1)
+    assert_orthonormal(basis_KN, atol=1e-5)
+
+
 def test_rank_beyond_what_is_there_keeps_all_that_is_there():
     rows_RN = random_rows(3)
     few, _ = basis_of(rows_RN)
