@@ -1,11 +1,12 @@
 """Which training engines are supported, what serves each, and what is refused by name."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,31 @@ _ZERO_OPTIONS = {
     "zero_quantized_nontrainable_weights": False,
     "zenflow": None,
 }
+
+
+def check_same_on_all(values: Mapping[str, Any]) -> None:
+    """
+    Make sure that all processes train on the same. A collective call.
+
+    Collective calls answer each other by their order alone: a process with other samples would
+    estimate another subspace without a word, or leave the others waiting for an answer.
+
+    Args:
+        values: What must be the same, by its name in words.
+
+    Raises:
+        ValueError: some process has another value than the first. On every process.
+    """
+    by_process = gather_object([dict(values)])
+    for process_index, others in enumerate(by_process):
+        for name in by_process[0] | others:
+            first, other = by_process[0].get(name), others.get(name)
+            if other != first:
+                raise ValueError(
+                    f"All processes must have the same {name}, but process 0 has {first} and "
+                    f"process {process_index} has {other}. Start them with the same "
+                    "configuration, and let them read the same files."
+                )
 
 
 def check_supported(

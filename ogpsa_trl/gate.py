@@ -14,8 +14,9 @@ from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.checkpoint import is_on_all
 from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data import Part, Sample, named_groups, prepare_group
-from ogpsa_trl.engines import check_supported, make_backend
+from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
 from ogpsa_trl.gradients import deterministic
+from ogpsa_trl.start import content
 from ogpsa_trl.trackers import record_settings
 from ogpsa_trl.trainers import OGPSAMixin
 
@@ -117,6 +118,8 @@ class CapabilityGate(TrainerCallback):
                 "Under DeepSpeed and FSDP `gate_action` 'best' loads whole checkpoints, but "
                 "`save_only_model` is true. Set it to false, or `gate_action: stop`."
             )
+        datasets = named_groups(gate_dataset, "gate_dataset")
+        check_same_on_all({"names of gate groups": list(datasets)})
         preparation = trainer.capability_preparation()
         self.parts: dict[str, Part] = {
             name: prepare_group(
@@ -128,8 +131,11 @@ class CapabilityGate(TrainerCallback):
                 batch_size=self.config.gate_batch_size,
                 seed=trainer.args.seed,
             ).whole()
-            for name, dataset in named_groups(gate_dataset, "gate_dataset").items()
+            for name, dataset in datasets.items()
         }
+        check_same_on_all(
+            {f"gate group {name!r}": content(part.samples) for name, part in self.parts.items()}
+        )
         self._warn_of_samples_in_training()
         # Set when training begins: the engine wraps the model only then.
         self.backend: GradientBackend | None = None

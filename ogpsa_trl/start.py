@@ -151,6 +151,12 @@ def is_sound(state: Mapping[str, Tensor]) -> bool:
     )
 
 
+def content(samples: Sequence[Sample]) -> str:
+    """Says how many samples there are, and a number that other texts or tokens would change."""
+    checksum = crc32(str(_fingerprints(samples).tolist()).encode())
+    return f"{len(samples)} samples with the checksum {checksum:08x}"
+
+
 def _fingerprints(samples: Sequence[Sample]) -> Tensor:
     """A number for every sample that another text, or other trained tokens, would change."""
     texts = [f"{sample.num_tokens} {list(sample.features['input_ids'])}" for sample in samples]

@@ -42,11 +42,11 @@ from ogpsa_trl.data import (
     trained_labels,
 )
 from ogpsa_trl.diagnostics import Diagnostics
-from ogpsa_trl.engines import check_supported, make_backend
+from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients, has_finite_gradients
 from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
-from ogpsa_trl.start import all_samples
+from ogpsa_trl.start import all_samples, content
 from ogpsa_trl.subspace import CapabilitySubspace
 from ogpsa_trl.trackers import SettingsCallback
 
@@ -127,6 +127,12 @@ class OGPSAMixin(Trainer):
                 "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes "
                 "nothing. Set `replay_weight: 1` for replay or a KL penalty."
             )
+        settings = {"seed": self.args.seed, **asdict(self.ogpsa_config)}
+        # Before the processes wait for each other to prepare them.
+        check_same_on_all(
+            {"names of capability groups": list(datasets)}
+            | {f"`{name}`": value for name, value in settings.items()}
+        )
         preparation = self.capability_preparation()
         self.capability_groups = [
             prepare_group(
@@ -140,6 +146,9 @@ class OGPSAMixin(Trainer):
             )
             for name, dataset in datasets.items()
         ]
+        check_same_on_all(
+            {f"capability group {g.name!r}": content(g.samples) for g in self.capability_groups}
+        )
         self.capability_loss = CapabilityLoss(
             self.ogpsa_config,
             self.capability_groups,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
@@ -26,6 +27,7 @@ logger = logging.getLogger("ogpsa_trl.train")
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
 
 
+@record  # a launcher of several processes shows the error of the one that fails first
 def main(run: RunArguments) -> int:
     """
     Load, train, save: model, tokenizer, model card and report end up in `output_dir`.

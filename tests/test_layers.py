@@ -41,7 +41,7 @@ LAYERS = {
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
-        "backends checkpoint config data engines gradients trackers trainers",
+        "backends checkpoint config data engines gradients start trackers trainers",
         "torch datasets transformers",
     ),
     "__init__": ("config callback trainers gate", ""),
