@@ -10,10 +10,12 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -26,6 +28,38 @@ LIST_NAME = f"{_OURS}checkpoint.json"
 
 # What the trainer writes last. A checkpoint without anything of OGPSA that has it is one of TRL's.
 _STATE_NAME = "trainer_state.json"
+
+
+class SaveError(OSError):
+    """Files could not be written. The message says which, and what is left."""
+
+
+@contextlib.contextmanager
+def saving(folder: Path, output_dir: str) -> Iterator[None]:
+    """
+    Say what a save that fails means for the run.
+
+    Args:
+        folder: What is written: a checkpoint, or a model.
+        output_dir: Folder of the run, with its checkpoints.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch's
+        try:
+            last = f"The last whole one is {checkpoint_to_resume(True, output_dir)!r}."
+        except ValueError:
+            last = "There is no whole one yet."
+        parents = [Path(output_dir).absolute(), *Path(output_dir).absolute().parents]
+        free = shutil.disk_usage(next(path for path in parents if path.is_dir())).free
+        raise SaveError(
+            f"{str(folder)!r} could not be saved ({error}); {free // 2**20} MiB are free. Make "
+            "room, or see to the permissions, and go on from a checkpoint with "
+            f"`resume_from_checkpoint: true`. {last}"
+        ) from error
 
 
 def unmark(folder: Path) -> None:
@@ -88,6 +122,8 @@ def what_is_missing(folder: Path) -> str | None:
     if not (folder / LIST_NAME).exists():
         if any(path.name.startswith(_OURS) for path in folder.iterdir()):
             return f"{LIST_NAME}, which is written last, is not there"
+        if sort_checkpoints(str(folder), PREFIX_CHECKPOINT_DIR):  # it has the state of the run too
+            return "there are checkpoints, and it is none itself"
         return None if _is_json(folder / _STATE_NAME) else f"{_STATE_NAME} is not there, or is cut"
     sizes = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["files"]
     for name, size in sizes.items():

@@ -31,7 +31,7 @@ from trl.trainer.utils import selective_log_softmax
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
-from ogpsa_trl.completeness import checkpoint_to_resume, mark, unmark, without_deletion
+from ogpsa_trl.completeness import checkpoint_to_resume, mark, saving, unmark, without_deletion
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import (
     Batch,
@@ -409,26 +409,30 @@ class OGPSAMixin(Trainer):
         """
         Mark the checkpoint as whole when all processes have written it, and only then delete older
         ones: at any moment there is a whole one.
+
+        Raises:
+            SaveError: it cannot be written.
         """
         if not self.capability_groups:
             super()._save_checkpoint(model, trial)
             return
         run_dir = self._get_output_dir(trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)
-        self.accelerator.wait_for_everyone()
-        with without_deletion():
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark(folder)
-            rotate_checkpoints(
-                run_dir,
-                self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        with saving(folder, run_dir):
+            if self.args.should_save:
+                unmark(folder)
+            self.accelerator.wait_for_everyone()
+            with without_deletion():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark(folder)
+                rotate_checkpoints(
+                    run_dir,
+                    self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -30,7 +30,7 @@ LAYERS = {
     "capability_loss": ("backends config data divergence start", "torch"),
     "projection": ("linalg constraints subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
-    "completeness": ("", "transformers"),
+    "completeness": ("", "transformers safetensors"),
     "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
