@@ -6,15 +6,18 @@ Every key is known by name; see `ogpsa_trl.parsing`.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, load_dataset
-from trl.scripts.utils import DatasetConfig, ScriptArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl.scripts.utils import ScriptArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 
+from ogpsa_trl.checks import check_run
 from ogpsa_trl.config import GateConfig, OGPSAConfig, Preset, preset_settings
 from ogpsa_trl.mixture import (
     CapabilityDatasetConfig,
@@ -22,12 +25,21 @@ from ogpsa_trl.mixture import (
     ConvertibleMixtureConfig,
     load_groups,
     load_mixture,
+    loading,
 )
 from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.ranges import TRAINING_RANGES
+from ogpsa_trl.values import check_choice, shown
 
 Stage = Literal["sft", "dpo"]
 
 STAGE_CONFIGS: dict[str, type[SFTConfig] | type[DPOConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
+
+_ENTRY_TYPES: dict[str, type[ConvertibleDatasetConfig]] = {
+    "datasets": ConvertibleDatasetConfig,
+    "capability_datasets": CapabilityDatasetConfig,
+    "gate_datasets": CapabilityDatasetConfig,
+}
 
 
 @dataclass
@@ -83,11 +95,11 @@ class TrainArguments:
         """Load the capability data by group; `None` where the run is to be plain TRL."""
         if not self.ogpsa or not self.capability_datasets:
             return None
-        return load_groups(self.capability_datasets)
+        return load_groups(self.capability_datasets, "`capability_datasets`")
 
     def gate_groups(self) -> dict[str, Dataset | IterableDataset] | None:
         """Load the gate's data by group; `None` where the run has no gate."""
-        return load_groups(self.gate_datasets) if self.gate_datasets else None
+        return load_groups(self.gate_datasets, "`gate_datasets`") if self.gate_datasets else None
 
 
 def _entries(values: Sequence[Any] | None) -> list[CapabilityDatasetConfig]:
@@ -133,12 +145,13 @@ class RunArguments:
             )
         entry = ConvertibleDatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
         entry.check_file()
-        return load_dataset(
-            entry.path,
-            name=entry.name,
-            data_files=entry.data_files,
-            streaming=self.script.dataset_streaming,
-        )
+        with loading(f"`dataset_name` {self.script.dataset_name!r}"):
+            return load_dataset(
+                entry.path,
+                name=entry.name,
+                data_files=entry.data_files,
+                streaming=self.script.dataset_streaming,
+            )
 
 
 def parse_run(args: Sequence[str] | None = None) -> RunArguments:
@@ -149,7 +162,7 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
         ValueError: a key is unknown, or a value is not allowed.
     """
     args = split_config(sys.argv[1:] if args is None else args)
-    run = RunArguments(*checked_parser(args).parse_args_and_config(args))
+    run = RunArguments(*checked_parser(args).parse(args))
     preset = run.train.preset
     defaults = asdict(OGPSAConfig(**preset_settings(preset or "preserve", run.train.stage)))
     changed = ["preset"] * (preset is not None)
@@ -159,31 +172,27 @@ def parse_run(args: Sequence[str] | None = None) -> RunArguments:
             f"`{changed[0]}` is a setting of OGPSA, but there is no capability data to use it on. "
             "Add `capability_datasets`, or set `ogpsa: false` to train plain TRL."
         )
-    _check_gate(run)
-    if run.model.model_name_or_path is None:
-        raise ValueError(
-            "A run needs a model, but `model_name_or_path` is not set. Set it to a name on the Hub "
-            "or a folder."
-        )
+    check_run(run)
     return run
 
 
 def checked_parser(args: Sequence[str], **help_text: str) -> FlatParser:
     """
-    The parser of the keys of a run, with the defaults of its preset, after a look at every key.
+    The parser of the keys of a run, with the defaults of its preset, after a look at every key
+    and its value.
 
     Args:
         args: The command line, as `split_config` gives it.
         help_text: `prog` and `epilog` of argparse: the name of the program, and a last word.
 
     Raises:
-        ValueError: a key is unknown, or a value is not of its type.
+        ValueError: a key is unknown, or a value is not of its type, or out of range.
     """
     values = config_values(args)
     stage = _early(args, values, "stage", "sft")
     if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
         choices = " or ".join(map(repr, STAGE_CONFIGS))
-        raise ValueError(f"`stage` must be {choices}, but got {stage!r}.")
+        raise ValueError(f"`stage` must be {choices}, but got {shown(stage)}.")
     preset = _early(args, values, "preset", None)
     parser = _parser(stage, **help_text)
     preset_values = preset_settings(preset or "preserve", stage)
@@ -192,13 +201,10 @@ def checked_parser(args: Sequence[str], **help_text: str) -> FlatParser:
         parser,
         args,
         values,
-        {
-            "datasets": ConvertibleDatasetConfig,
-            "capability_datasets": CapabilityDatasetConfig,
-            "gate_datasets": CapabilityDatasetConfig,
-        },
+        _ENTRY_TYPES,
         lambda key, where: _unknown_in_stage(key, where, parser, stage),
     )
+    _check_values(parser, args, values)
     return parser
 
 
@@ -207,40 +213,27 @@ def training_options() -> set[str]:
     return set().union(*(_parser(stage).option_names() for stage in STAGE_CONFIGS))
 
 
-def _check_gate(run: RunArguments) -> None:
-    """
-    Refuse a gate that cannot do what is asked of it, before a model is loaded.
-
-    Raises:
-        ValueError: it has settings but no data, or data that is trained on or protected.
-    """
-    if not run.train.gate_datasets:
-        defaults = asdict(GateConfig())
-        for name, value in asdict(run.gate).items():
-            if value != defaults[name]:
-                raise ValueError(
-                    f"`{name}` ({value!r}) is a setting of the capability gate, but there is no "
-                    "data to measure. Add `gate_datasets`, in the schema of `capability_datasets`,"
-                    f" or leave `{name}` out."
-                )
-        return
-    run.gate.check_saving(run.training)
-    used = {"capability_datasets": run.train.capability_datasets, "datasets": run.datasets.datasets}
-    for number, entry in enumerate(run.train.gate_datasets, start=1):
-        for key, others in used.items():
-            if any(_source(entry) == _source(other) for other in others):
-                raise ValueError(
-                    f"entry {number} of `gate_datasets` must be held out, but the same data "
-                    f"({entry.data_files or entry.path!r}, split {entry.split!r}) is an entry of "
-                    f"`{key}`. Name another split or file, such as `split: train[90%:]` here and "
-                    "`split: train[:90%]` there."
-                )
+# Types of keys that TRL annotates in another way than it reads them.
+_TYPES = {"fsdp": str | bool | None, "resume_from_checkpoint": str | bool | None}
 
 
-def _source(entry: DatasetConfig) -> dict[str, Any]:
-    """What says which rows an entry reads."""
-    names = ("path", "name", "data_dir", "data_files", "split")
-    return {name: getattr(entry, name) for name in names}
+def _check_values(parser: FlatParser, args: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Look at the keys of TRL: ours are checked in their own classes, entries with their keys."""
+    if values.get("parallelism_config") is not None:
+        raise ValueError(
+            "`parallelism_config` cannot be set in a file of keys. Set it in the file that "
+            "`accelerate launch --config_file` names, as configs/accelerate/hsdp.yaml does."
+        )
+    own = [*(f.name for kind in (OGPSAConfig, GateConfig) for f in fields(kind)), *_ENTRY_TYPES]
+    parser.check_values(args, values, TRAINING_RANGES, types=_TYPES, left_out=own)
+    known = [setting.name for setting in fields(AcceleratorConfig)]
+    accelerator_config = values.get("accelerator_config")
+    for name in accelerator_config if isinstance(accelerator_config, dict) else ():
+        if name not in known:
+            raise ValueError(unknown_key(name, "`accelerator_config`", known))
+    report_to = values.get("report_to")
+    for name in report_to if isinstance(report_to, list) else [report_to or "none"]:
+        check_choice("`report_to`", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
 
 
 def _parser(stage: str, **help_text: str) -> FlatParser:

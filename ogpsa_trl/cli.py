@@ -58,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_installed(command)
     if command == "train":
         from ogpsa_trl.launch import launch_training
+        from ogpsa_trl.user_errors import user_errors
 
-        try:
+        with user_errors():
             return launch_training(args, program="ogpsa train")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
     script = SCRIPTS.get(command, f"{command}.py")
     if command == "benchmark":
         script = BENCHMARKS[args.pop(0) if args and args[0] in BENCHMARKS else "tradeoff"]

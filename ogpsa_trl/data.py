@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from trl.data_utils import is_conversational_from_value, maybe_extract_prompt
+from trl.data_utils import is_conversational, is_conversational_from_value, maybe_extract_prompt
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -205,14 +205,48 @@ def named_groups(
             "group, or leave it out."
         )
     for name, dataset in data.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"A capability group's name must be a non-empty text, got {name!r}.")
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise ValueError(
+                f"A capability group's name must be a text on one line, but got {name!r}. It stands"
+                " in logs and tables: choose another."
+            )
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise ValueError(
                 f"Capability group {name!r} must be a `Dataset` or an `IterableDataset`, but got "
                 f"{type(dataset).__name__}. Make one with `Dataset.from_list(rows)`."
             )
     return dict(data)
+
+
+def check_group_format(name: str, row: Mapping[str, Any], text_field: str) -> None:
+    """
+    Refuse capability data that TRL cannot make tokens of.
+
+    Args:
+        name: The group.
+        row: Its first row, not tokenised.
+        text_field: Column of plain text.
+
+    Raises:
+        ValueError: the columns are those of no known format.
+    """
+    columns = set(row)
+    known = [{"input_ids"}, {"messages"}, {text_field}, {"prompt", "completion"}]
+    known.append({"chosen", "rejected"})
+    if not any(needed <= columns for needed in known) and not is_conversational_from_value(
+        dict(row)
+    ):
+        raise ValueError(
+            f"Capability group {name!r} must have a column `messages`, `{text_field}` or "
+            "`input_ids`, or the columns `prompt` and `completion` (or `chosen` and `rejected`), "
+            f"but has {sorted(columns)}. Rename its columns with `Dataset.rename_column` (in YAML: "
+            "add a `conversion`)."
+        )
+    if "prompt" in columns and not columns & {"completion", "chosen", "input_ids"}:
+        raise ValueError(
+            f"Capability group {name!r} has a column `prompt` but no `completion`. Add one, or "
+            "leave `prompt` out with `Dataset.remove_columns` (in YAML: `columns: [messages]`)."
+        )
 
 
 def prepare_group(
@@ -295,6 +329,14 @@ def _choose(name: str, dataset: Dataset | IterableDataset, num_samples: int, see
 
 def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
     """Tokens and labels, exactly as `SFTTrainer` makes them."""
+    check_group_format(name, dataset[0], preparation.dataset_text_field)
+    is_conversation = is_conversational(dataset[0]) or is_conversational_from_value(dataset[0])
+    if is_conversation and not (preparation.chat_template or preparation.tokenizer.chat_template):
+        raise ValueError(
+            f"Capability group {name!r} holds conversations, but the tokenizer has no chat "
+            "template to make text of them. Set one (`tokenizer.chat_template`), or use the columns"
+            " `prompt` and `completion` with text."
+        )
     if {"chosen", "rejected"} <= set(dataset.column_names):
         # Also where a text prompt stands beside conversations that contain it.
         dataset = dataset.map(maybe_extract_prompt)
@@ -302,22 +344,6 @@ def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
         others = [c for c in dataset.column_names if c not in used]
         dataset = dataset.remove_columns(others).rename_column("chosen", "completion")
     columns = set(dataset.column_names)
-    known = [{"input_ids"}, {"messages"}, {preparation.dataset_text_field}]
-    if not (
-        any(needed <= columns for needed in [*known, {"prompt", "completion"}])
-        or is_conversational_from_value(dataset[0])
-    ):
-        raise ValueError(
-            f"Capability group {name!r} must have a column `messages`, "
-            f"`{preparation.dataset_text_field}` or `input_ids`, or the columns `prompt` and "
-            f"`completion` (or `chosen` and `rejected`), but has {sorted(columns)}. Rename its "
-            "columns with `Dataset.rename_column`."
-        )
-    if "prompt" in columns and not columns & {"completion", "input_ids"}:
-        raise ValueError(
-            f"Capability group {name!r} has a column `prompt` but no `completion`. Add one, or "
-            "leave `prompt` out with `Dataset.remove_columns` (in YAML: `columns: [messages]`)."
-        )
     # `SFTTrainer._prepare_dataset` needs a few attributes of its trainer and its arguments, not a
     # trainer; DPO has none. `tests/test_data.py` holds the result against a real `SFTTrainer`.
     completion_only_loss = preparation.completion_only_loss

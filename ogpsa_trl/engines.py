@@ -1,12 +1,19 @@
 """Which training engines are supported, what serves each, and what is refused by name."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+    str_to_bool,
+)
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -82,29 +89,59 @@ def check_supported(
         plugin = state.deepspeed_plugin
         assert plugin is not None
         _check_deepspeed(plugin.deepspeed_config, target)
+        _warn_of_bfloat16_gradients(plugin.deepspeed_config)
     elif state.distributed_type not in _REPLICATED:
         raise ValueError(
             f"OGPSA supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this "
             f"run is {state.distributed_type.value}. Launch with one of `configs/accelerate/`."
         )
     _check_parallelism(accelerator)
-    if state.mixed_precision not in ("no", "bf16"):
+    dynamo = state.dynamo_plugin
+    backend = DynamoBackend.NO if dynamo is None else dynamo.backend
+    _check_arithmetic(state.mixed_precision, None if backend == DynamoBackend.NO else backend)
+    _check_optimizer(optimizer_name)
+
+
+def check_arguments(args: Any, target: Target) -> None:
+    """
+    Refuse what `TrainingArguments` already tell, before a model is loaded.
+
+    Args:
+        args: The arguments.
+        target: `OGPSAConfig.target`.
+
+    Raises:
+        ValueError: see `check_supported`, which looks at what they were made into.
+    """
+    if args.deepspeed_plugin is not None:
+        _check_deepspeed(args.deepspeed_plugin.deepspeed_config, target)
+    fsdp = args.fsdp_plugin_args  # of the key `fsdp`; the launcher's are in the environment
+    if fsdp is not None or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        _check_fsdp(FullyShardedDataParallelPlugin(**(fsdp or {})))
+    _check_arithmetic(
+        args.mixed_precision, args.torch_compile_backend if args.torch_compile else None
+    )
+    _check_optimizer(str(args.optim.value))
+
+
+def _check_arithmetic(precision: str, compile_backend: str | None) -> None:
+    if precision not in ("no", "bf16"):
         raise ValueError(
             "OGPSA supports `bf16: true` and full precision, but mixed precision is "
-            f"{state.mixed_precision!r}. Set `fp16: false`, and `bf16: true` where the device has"
-            " it."
+            f"{precision!r}. Set `fp16: false`, and `bf16: true` where the device has it."
         )
-    dynamo = state.dynamo_plugin
-    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+    if compile_backend is not None:
         raise ValueError(
-            f"OGPSA does not support `torch_compile`, but it is on (backend "
-            f"{dynamo.backend}). Set `torch_compile: false`."
+            f"OGPSA does not support `torch_compile`, but it is on (backend {compile_backend}). "
+            "Set `torch_compile: false`."
         )
-    if optimizer_name and any(word in optimizer_name for word in _UPDATES_DURING_BACKWARD):
+
+
+def _check_optimizer(name: str | None) -> None:
+    if name and any(word in name for word in _UPDATES_DURING_BACKWARD):
         raise ValueError(
-            f"OGPSA projects the accumulated gradient, but the optimizer {optimizer_name!r} "
-            "updates the parameters during the backward pass and never holds it. Set `optim: "
-            "adamw_torch`."
+            f"OGPSA projects the accumulated gradient, but the optimizer {name!r} updates the "
+            "parameters during the backward pass and never holds it. Set `optim: adamw_torch`."
         )
 
 
@@ -175,6 +212,11 @@ def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
             "with `zero_optimization.stage` 1, bf16 and `grad_accum_dtype` 'fp32' DeepSpeed keeps "
             "them whole. Set the stage to 2, as in `configs/accelerate/zero2.yaml`."
         )
+
+
+def _warn_of_bfloat16_gradients(config: dict[str, Any]) -> None:
+    is_bf16 = config.get("bf16", {}).get("enabled") in (True, "true")
+    is_fp32_accumulated = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     if is_bf16 and not is_fp32_accumulated:
         logger.warning(
             "DeepSpeed keeps gradients in bfloat16, so that the projection leaves their rounding: "

@@ -5,18 +5,24 @@ TRL's data set schema and loader, with two additions: an entry may name a local 
 and a `conversion` from the columns of a well-known data set.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import concatenate_datasets
+from datasets.exceptions import DatasetsError
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
 from ogpsa_trl.conversions import CONVERSIONS, AnyDataset
 
 # Builders of `datasets` for local files, by suffix.
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+# Beginnings of a `path` that is no name on the Hub.
+_LOCAL = ("/", "./", "../", "~")
 
 
 @dataclass
@@ -39,16 +45,32 @@ class ConvertibleDatasetConfig(DatasetConfig):
                 f"`conversion` must be one of {', '.join(CONVERSIONS)}, but got "
                 f"{self.conversion!r}. Leave it out for data in a format of TRL."
             )
-        path = Path(self.path)
-        if path.is_file() and path.suffix in _FILE_BUILDERS:
-            self.data_files, self.path = str(path), _FILE_BUILDERS[path.suffix]
+        if self.fraction is not None and not self.fraction > 0:
+            raise ValueError(
+                f"`fraction` must be a number above 0, but got {self.fraction!r}. Leave the entry "
+                "out if none of it is to be used."
+            )
+        suffix = Path(self.path).suffix
+        if suffix in _FILE_BUILDERS and os.path.isfile(self.path):
+            self.data_files, self.path = self.path, _FILE_BUILDERS[suffix]
 
     def check_file(self) -> None:
-        """Raise where `path` names a file that is not there; on the Hub it would not be found."""
-        if Path(self.path).suffix in _FILE_BUILDERS:
+        """
+        Raise where `path` names a file or folder that is not there; the Hub would not know it.
+
+        Raises:
+            ValueError: it does, or it is a builder that has no files to build from.
+        """
+        is_local = Path(self.path).suffix in _FILE_BUILDERS or self.path.startswith(_LOCAL)
+        if is_local and not os.path.exists(self.path):
             raise ValueError(
                 f"There is no file {self.path!r} in {Path.cwd()}. Correct the path, or make the "
                 "file first."
+            )
+        if self.path in _FILE_BUILDERS.values() and not (self.data_files or self.data_dir):
+            raise ValueError(
+                f"`path: {self.path}` needs `data_files`, but there are none, and the files of the "
+                "working directory are not meant. Name the file as `path`, or add `data_files`."
             )
 
 
@@ -83,49 +105,122 @@ class ConvertibleMixtureConfig(DatasetMixtureConfig):
     """TRL's data set mixture, of entries that may need a conversion."""
 
     def __post_init__(self) -> None:
-        self.datasets = [
-            entry if isinstance(entry, DatasetConfig) else ConvertibleDatasetConfig(**entry)
-            for entry in self.datasets or []  # a key without entries
-        ]
+        self.datasets = [_convertible(entry) for entry in self.datasets or []]  # or no entries
 
 
-def load_mixture(mixture: ConvertibleMixtureConfig) -> Mapping[Any, AnyDataset]:
+def _convertible(entry: DatasetConfig | dict[str, Any]) -> ConvertibleDatasetConfig:
+    """An entry from the file, from Python, or from the command line, where TRL makes its own."""
+    if isinstance(entry, ConvertibleDatasetConfig):
+        return entry
+    return ConvertibleDatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry)))
+
+
+def load_mixture(
+    mixture: ConvertibleMixtureConfig, where: str = "`datasets`"
+) -> Mapping[Any, AnyDataset]:
     """
-    Load a mixture by TRL's `get_dataset`; entries with a conversion are loaded one by one.
+    Load a mixture, entry by entry, as TRL's `get_dataset` does.
+
+    Args:
+        mixture: The entries.
+        where: The list that they stand in, for messages.
 
     Raises:
-        ValueError: `fraction` stands beside a conversion, which leaves rows out.
+        ValueError: an entry cannot be loaded, entries do not go together, or `fraction` stands
+            beside a conversion, which leaves rows out.
     """
-    for entry in _entries(mixture):
+    entries = cast(list[ConvertibleDatasetConfig], mixture.datasets)
+    for entry in entries:
         entry.check_file()
-    if not any(entry.conversion for entry in _entries(mixture)):
-        return get_dataset(mixture)
-    parts = []
-    for entry in _entries(mixture):
-        if entry.fraction is not None:
+        if entry.fraction is not None and any(other.conversion for other in entries):
             raise ValueError(
                 "`fraction` cannot be used in a mixture with a `conversion`, but it is "
                 f"{entry.fraction} for {entry.path!r}. Convert the data beforehand, or remove it."
             )
-        single = DatasetMixtureConfig(datasets=[entry], streaming=mixture.streaming)
+    parts = [load_entry(entry, where, streaming=mixture.streaming) for entry in entries]
+    with loading(f"The mixture in {where}"):
+        if any(entry.fraction is not None for entry in entries):
+            return get_dataset(mixture)  # its arithmetic; what it loads is in the cache
+        mixed: Any = concatenate_datasets(cast(Any, parts))
+        if mixture.test_split_size is None:
+            return {"train": mixed}
+        return mixed.train_test_split(test_size=mixture.test_split_size)
+
+
+def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) -> AnyDataset:
+    """
+    Load one entry, converted if it has a conversion.
+
+    Raises:
+        ValueError: it cannot be loaded, or has not the columns that its conversion reads.
+    """
+    whole: Any = {"fraction": None}
+    single = DatasetMixtureConfig(
+        datasets=[DatasetConfig(**_of_trl(entry) | whole)], streaming=streaming
+    )
+    with loading(f"{describe(entry)} in {where}"):
         loaded = get_dataset(single)["train"]
-        parts.append(CONVERSIONS[entry.conversion](loaded) if entry.conversion else loaded)
-    mixed = concatenate_datasets(parts)
-    if mixture.test_split_size is None:
-        return {"train": mixed}
-    return mixed.train_test_split(test_size=mixture.test_split_size)
+    if entry.conversion is None:
+        return loaded
+    try:
+        return CONVERSIONS[entry.conversion](loaded)
+    except KeyError as error:
+        raise ValueError(
+            f"`conversion: {entry.conversion}` needs a column {error}, but {describe(entry)} in "
+            f"{where} has {loaded.column_names}. Name the conversion of this data set, or leave it "
+            "out."
+        ) from error
 
 
-def load_groups(entries: Sequence[GroupedDatasetConfig]) -> dict[str, AnyDataset]:
-    """Load the entries group by group, each group as one mixture."""
+def load_groups(entries: Sequence[GroupedDatasetConfig], where: str) -> dict[str, AnyDataset]:
+    """
+    Load the entries group by group, each group as one mixture.
+
+    Args:
+        entries: The entries.
+        where: The list that they stand in, for messages.
+
+    Raises:
+        ValueError: see `load_mixture`.
+    """
     groups: dict[str, list[DatasetConfig]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     return {
-        name: load_mixture(ConvertibleMixtureConfig(datasets=members))["train"]
+        name: load_mixture(ConvertibleMixtureConfig(datasets=members), where)["train"]
         for name, members in groups.items()
     }
 
 
-def _entries(mixture: ConvertibleMixtureConfig) -> list[ConvertibleDatasetConfig]:
-    return cast(list[ConvertibleDatasetConfig], mixture.datasets)
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """
+    Name the data where `datasets` refuses it.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        yield
+    except StopIteration as error:  # an empty file of JSON lines
+        raise ValueError(f"{what} cannot be loaded: it is empty. Check the file.") from error
+    except (ValueError, OSError, DatasetsError) as error:
+        # Its own text says only that there was an error, and the text of that can be long.
+        reason = str(error.__cause__ or error)
+        reason = reason if len(reason) < _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        raise ValueError(
+            f"{what} cannot be loaded: {reason.rstrip('.!')}. Check its path, name, split and "
+            "columns."
+        ) from error
+
+
+_LONGEST_REASON = 500
+
+
+def describe(entry: DatasetConfig) -> str:
+    """What a user knows an entry by."""
+    return f"{entry.data_files or entry.path!r} (split {entry.split!r})"
+
+
+def _of_trl(entry: ConvertibleDatasetConfig) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in fields(DatasetConfig)}

@@ -6,16 +6,17 @@ silently ignored costs a run.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from inspect import get_annotations
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
-import yaml
 from trl.scripts.utils import DatasetConfig, TrlParser
 
 from ogpsa_trl.shipped import find_config
+from ogpsa_trl.values import Range, check_choice, check_ranges, check_type, shown, type_hints
+from ogpsa_trl.yaml_file import load_mapping
 
 
 class FlatParser(TrlParser):
@@ -59,6 +60,57 @@ class FlatParser(TrlParser):
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
+    def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
+        """
+        The dataclasses, from a file and a command line, which wins.
+
+        `parse_args_and_config` of TRL would read the file in another way, and words from a file
+        `<script>.args` that lies beside the script.
+
+        Args:
+            args: The command line, as `split_config` gives it.
+        """
+        values = config_values(args)
+        for name, value in (values.get("env") or {}).items():
+            os.environ[name] = str(value)
+        self.set_defaults_with_config(**{k: v for k, v in values.items() if k != "env"})
+        return self.parse_args_into_dataclasses(_keys_of(args), look_for_args_file=False)
+
+    def check_values(
+        self,
+        args: Sequence[str],
+        values: Mapping[str, Any],
+        ranges: Mapping[str, Range],
+        *,
+        types: Mapping[str, Any] | None = None,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """
+        Raise where a value has another type than its key, is none of its choices or out of range.
+
+        Args:
+            args: The command line, as `split_config` gives it.
+            values: The file, as `config_values` gives it.
+            ranges: Ranges of keys that are numbers.
+            types: Of keys whose annotation says another.
+            left_out: Keys that are checked elsewhere.
+
+        Raises:
+            ValueError: one has.
+        """
+        hints = type_hints(self.dataclass_types) | dict(types or {})
+        hints = {key: hint for key, hint in hints.items() if key not in left_out}
+        for action in self._actions:
+            if action.dest in values and action.dest in hints:
+                value = values[action.dest]
+                check_type(f"`{action.dest}`", value, hints[action.dest])
+                if action.choices is not None and value is not None:
+                    check_choice(f"`{action.dest}`", value, action.choices)
+        self.set_defaults_with_config(**values)
+        namespace, _ = self.parse_known_args(_keys_of(args))
+        given = {name: value for name, value in vars(namespace).items() if name in hints}
+        check_ranges(given, ranges)
+
 
 def _source(dataclass_type: type, key: str) -> str:
     """The class that a key and its default come from; its own parents count as the class itself."""
@@ -91,25 +143,24 @@ def config_path(args: Sequence[str]) -> str | None:
     index = list(args).index("--config") + 1
     if index == len(args):
         raise ValueError("`--config` needs a file, but none follows it.")
+    if "--config" in args[index:]:
+        raise ValueError(
+            "`--config` must be given once, but is given again. Put all keys into one file, or some"
+            " of them on the command line."
+        )
     return args[index]
 
 
 def config_values(args: Sequence[str]) -> dict[str, Any]:
     """The mapping in the YAML file, empty where none is named."""
     path = config_path(args)
-    if path is None:
-        return {}
-    if not Path(path).is_file():
-        raise ValueError(f"`--config` must name a YAML file, but there is none at {path!r}.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The file {path!r} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"The file {path!r} must hold keys with values (`key: value`), but holds {values!r}."
-        )
-    return values
+    return {} if path is None else load_mapping(path)
+
+
+def _keys_of(args: Sequence[str]) -> list[str]:
+    """The command line without `--config` and its file."""
+    index = list(args).index("--config") if "--config" in args else len(args)
+    return [*args[:index], *args[index + 2 :]]
 
 
 def check_keys(
@@ -134,15 +185,15 @@ def check_keys(
     """
     path = config_path(args)
     for key in values:
-        if key != "env" and key not in parser.key_names():  # TRL sets the variables in `env`
+        if key != "env" and key not in parser.key_names():
             raise ValueError(explain(str(key), path or ""))
+    _check_environment(values.get("env"))
     _check_entries(values, entry_types)
-    index = list(args).index("--config") if path else len(args)
-    _, unknown = parser.parse_known_args([*args[:index], *args[index + 2 :]])
+    _, unknown = parser.parse_known_args(_keys_of(args))
     for word in unknown:
         if not word.startswith("--"):
             raise ValueError(
-                f"{word!r} in the command line belongs to no key. Keys begin with `--`."
+                f"{shown(word)} in the command line belongs to no key. Keys begin with `--`."
             )
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         raise ValueError(explain(key, "the command line"))
@@ -150,27 +201,50 @@ def check_keys(
 
 def unknown_key(key: str, where: str, known: Sequence[str]) -> str:
     """What is wrong, and the nearest known key."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return f"Unknown key `{key}` in {where}. The nearest known key is `{nearest}`."
+    nearest = difflib.get_close_matches(key[:_LONGEST], known, n=1, cutoff=0.0)[0]
+    name = key if len(key) <= _LONGEST and key.isprintable() else shown(key)
+    return f"Unknown key `{name}` in {where}. The nearest known key is `{nearest}`."
+
+
+# Characters of a key that is shown as it is.
+_LONGEST = 100
+
+
+def _check_environment(variables: Any) -> None:
+    if not isinstance(variables, dict | None):
+        raise ValueError(
+            f"`env` must be a mapping of variables (`NAME: value`), but got {shown(variables)}."
+        )
+    for name, value in (variables or {}).items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name + str(value):
+            raise ValueError(
+                f"`env` must hold names of environment variables, but got {shown(name)}. Remove it."
+            )
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"`{name}` in `env` must be text or a number, but got {shown(value)}. Write what "
+                "the variable is to hold in quotes."
+            )
 
 
 def _check_entries(
     values: Mapping[str, Any], entry_types: Mapping[str, type[DatasetConfig]]
 ) -> None:
     for key, entry_type in entry_types.items():
-        known = [entry.name for entry in fields(entry_type)]
+        hints = get_type_hints(entry_type)
         entries = values.get(key) or []
         if not isinstance(entries, list):
             raise ValueError(
-                f"`{key}` must be a list (every entry begins with `-`), but got {entries!r}."
+                f"`{key}` must be a list (every entry begins with `-`), but got {shown(entries)}."
             )
         for number, entry in enumerate(entries, start=1):
             where = f"entry {number} of `{key}`"
             if not isinstance(entry, dict) or not entry.get("path"):
                 raise ValueError(
                     f"{where} must have a `path` (a name on the Hub, a file, or a builder such as "
-                    f"`json` with `data_files`), but is {entry!r}."
+                    f"`json` with `data_files`), but is {shown(entry)}."
                 )
-            for name in entry:
-                if name not in known:
-                    raise ValueError(unknown_key(name, where, known))
+            for name, value in entry.items():
+                if name not in hints:
+                    raise ValueError(unknown_key(str(name), where, list(hints)))
+                check_type(f"`{name}` in {where}", value, hints[name], is_converted=False)

@@ -44,6 +44,7 @@ from ogpsa_trl.data import (
 from ogpsa_trl.diagnostics import Diagnostics
 from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients, has_finite_gradients
+from ogpsa_trl.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
 from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import all_samples, content
@@ -85,6 +86,7 @@ class OGPSAMixin(Trainer):
     # Set by the parents; `Trainer` declares them as optional or by their base classes.
     args: Any
     model: Any
+    train_dataset: Any
     model_wrapped: Any
     processing_class: Any
 
@@ -149,6 +151,8 @@ class OGPSAMixin(Trainer):
         check_same_on_all(
             {f"capability group {g.name!r}": content(g.samples) for g in self.capability_groups}
         )
+        warn_of_uneven_groups(self.capability_groups)
+        warn_of_samples_in_training(self.capability_groups, self.train_dataset)
         self.capability_loss = CapabilityLoss(
             self.ogpsa_config,
             self.capability_groups,

@@ -42,6 +42,8 @@ from ogpsa_trl.capability_set.report import (
     training_entries,
 )
 from ogpsa_trl.capability_set.rows import choose_rows, complete_rows, known_prompts, write_group
+from ogpsa_trl.paths import check_model_path, check_output_folder
+from ogpsa_trl.user_errors import user_errors
 
 PACKAGES = ("ogpsa_trl", "trl", "transformers", "peft", "datasets", "torch")
 
@@ -50,16 +52,24 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 
 def main(arguments: CapabilitySetArguments, model_config: ModelConfig) -> dict[str, Any]:
-    """Build, measure, write and report; everything ends up in `output_dir`."""
+    """
+    Build, measure, write and report; everything ends up in `output_dir`.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong.
+    """
     logging.basicConfig(format="%(message)s")
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(model_config.model_name_or_path),
-        revision=model_config.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    groups = choose_rows(arguments, tokenizer)
-    safety_prompts = known_prompts(arguments.harmful_datasets)
-    model = load_model(arguments, model_config)
+    with user_errors():
+        check_output_folder(arguments.output_dir)
+        check_model_path(str(model_config.model_name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_config.model_name_or_path),
+            revision=model_config.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        groups = choose_rows(arguments, tokenizer)
+        safety_prompts = known_prompts(arguments.harmful_datasets)
+        model = load_model(arguments, model_config)
     paths = {}
     for group in groups:
         console.print(f"Group {group.name}: {len(group.rows)} samples chosen")
@@ -142,8 +152,6 @@ if __name__ == "__main__":
     # The bars of small files and small models hide what is going on.
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with user_errors():
         parsed = parse_capability_set()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     main(*parsed)

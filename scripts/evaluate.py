@@ -37,6 +37,8 @@ from ogpsa_trl.evaluation.suite import (
     score_model,
     with_preference_over_base,
 )
+from ogpsa_trl.paths import check_model_path, check_output_folder
+from ogpsa_trl.user_errors import user_errors
 
 PACKAGES = (
     "ogpsa_trl", "trl", "transformers", "peft", "datasets", "torch", "scipy", "lm_eval",
@@ -52,22 +54,32 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def main(arguments: EvaluationArguments) -> list[Result]:
-    """Measure and report; all results end up in `output_dir`."""
+    """
+    Measure and report; all results end up in `output_dir`.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong.
+    """
     logging.basicConfig(format="%(message)s")
     models = {
         "before": (arguments.base_model_name_or_path, arguments.base_model_revision),
         "after": (arguments.model_name_or_path, arguments.model_revision),
     }
     models = {when: (name, revision) for when, (name, revision) in models.items() if name}
-    tokenizers = {
-        when: load_tokenizer(arguments, str(name), revision)
-        for when, (name, revision) in models.items()
-    }
-    sets = load_sets(arguments, list(tokenizers.values()))
+    with user_errors():
+        check_output_folder(arguments.output_dir)
+        for name, _ in models.values():
+            check_model_path(str(name), "A model of an evaluation", adapter=True)
+        tokenizers = {
+            when: load_tokenizer(arguments, str(name), revision)
+            for when, (name, revision) in models.items()
+        }
+        sets = load_sets(arguments, list(tokenizers.values()))
     scores: dict[str, ModelScores] = {}
     for when, (name, revision) in models.items():
         console.print(f"Measuring {when} training: {name}")
-        model = load_model(arguments, str(name), revision)
+        with user_errors():
+            model = load_model(arguments, str(name), revision)
         scores[when] = score_model(model, tokenizers[when], sets, arguments)
         del model
         gc.collect()  # two large models may not fit beside each other
@@ -278,8 +290,6 @@ if __name__ == "__main__":
     # The bars of small files and small models hide what is going on.
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with user_errors():
         parsed = parse_evaluation()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     main(parsed)

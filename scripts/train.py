@@ -10,17 +10,24 @@ capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import AutoProcessor
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.arguments import RunArguments, parse_run
+from ogpsa_trl.completeness import checkpoint_to_resume, saving
+from ogpsa_trl.engines import check_arguments
+from ogpsa_trl.formats import check_chat_template, check_group, check_stage_format, check_tokens
+from ogpsa_trl.paths import check_model_path, check_output_folder, check_template_path
 from ogpsa_trl.run_report import save_run_settings, write_report
+from ogpsa_trl.user_errors import FirstStep, user_errors
 
 logger = logging.getLogger("ogpsa_trl.train")
 
@@ -34,45 +41,29 @@ def main(run: RunArguments) -> int:
 
     Returns:
         The exit status, the same on every process: 0, or 1 if the capability gate is not passed.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong.
     """
     args = run.training
     if args.process_index == 0:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ogpsa_trl").setLevel(logging.INFO)
-    args.model_init_kwargs = model_init_kwargs(run.model, args)
-    datasets = run.safety_datasets()
-    capability_groups, gate_groups = run.train.capability_groups(), run.train.gate_groups()
-    eval_dataset = None
-    if args.eval_strategy != "no":
-        eval_dataset = split_of(datasets, "dataset_test_split", run.script.dataset_test_split)
-    trainer = TRAINERS[run.train.stage](
-        run.model.model_name_or_path,
-        args=args,
-        train_dataset=split_of(datasets, "dataset_train_split", run.script.dataset_train_split),
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(run.model),
-        peft_config=get_peft_config(run.model),
-        capability_dataset=capability_groups,
-        ogpsa_config=None if capability_groups is None else run.ogpsa,
-    )
-    gate = None
-    if gate_groups is not None:
-        gate = CapabilityGate(trainer, gate_groups, run.gate)
-        trainer.add_callback(gate)
-    if run.script.ignore_bias_buffers:
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-        ]
-
-    # The command line says True as "true": resume from the last checkpoint in `output_dir`.
-    resume = args.resume_from_checkpoint
-    save_run_settings(trainer, gate, run.keys())
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_state()
-    trainer.save_model(args.output_dir)
-    trainer.create_model_card(
-        model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
-    )
+    is_debug = args.log_level == "debug"
+    first_step = FirstStep()
+    with user_errors(with_traceback=is_debug, first_step=first_step):
+        resume = check_paths(run)
+        trainer, gate = prepare(run)
+        check_tokens(trainer.train_dataset, args.max_length)
+        trainer.add_callback(first_step)
+        save_run_settings(trainer, gate, run.keys())
+        trainer.train(resume_from_checkpoint=resume)
+        with saving(Path(args.output_dir), args.output_dir):
+            trainer.save_state()
+            trainer.save_model(args.output_dir)
+            trainer.create_model_card(
+                model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
+            )
     trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
@@ -86,6 +77,138 @@ def main(run: RunArguments) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return int(is_exceeded)
+
+
+def check_paths(run: RunArguments) -> str | None:
+    """
+    Look at the folders that the run names.
+
+    Returns:
+        The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: one of them is not what it has to be.
+    """
+    args = run.training
+    check_model_path(str(run.model.model_name_or_path))
+    if run.train.stage == "sft" and args.chat_template_path is not None:
+        check_template_path(args.chat_template_path)
+    if args.should_save:
+        check_output_folder(args.output_dir)
+    # The command line says True as "true": resume from the last whole checkpoint in `output_dir`.
+    resume = str(args.resume_from_checkpoint or False)
+    if resume.lower() == "false":
+        return None
+    return checkpoint_to_resume(resume.lower() == "true" or resume, args.output_dir)
+
+
+@dataclass(frozen=True)
+class Data:
+    """All data of a run, loaded. `None` where there is none of a kind."""
+
+    train: Any
+    evaluation: Any
+    capability: dict[str, Any] | None
+    gate: dict[str, Any] | None
+
+
+def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, CapabilityGate | None]:
+    """
+    Load the data, then the tokenizer, and only then the model, into a trainer and its gate.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    args = run.training
+    args.model_init_kwargs = model_init_kwargs(run.model, args)
+    if run.train.ogpsa and run.train.capability_datasets:
+        check_arguments(args, run.ogpsa.target)
+    data = load_data(run)
+    processing_class = load_processing_class(run)
+    check_data(run, data, processing_class)
+    trainer = TRAINERS[run.train.stage](
+        run.model.model_name_or_path,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=processing_class,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+        capability_dataset=data.capability,
+        ogpsa_config=None if data.capability is None else run.ogpsa,
+    )
+    if run.script.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    gate = None
+    if data.gate is not None:
+        gate = CapabilityGate(trainer, data.gate, run.gate)
+        trainer.add_callback(gate)
+    return trainer, gate
+
+
+def load_data(run: RunArguments) -> Data:
+    """
+    Load the data; for evaluation only where there is one.
+
+    Raises:
+        ValueError: some of it cannot be loaded.
+    """
+    script, datasets = run.script, run.safety_datasets()
+    evaluation = None
+    if run.training.eval_strategy != "no":
+        evaluation = split_of(datasets, "dataset_test_split", script.dataset_test_split)
+    return Data(
+        split_of(datasets, "dataset_train_split", script.dataset_train_split),
+        evaluation,
+        run.train.capability_groups(),
+        run.train.gate_groups(),
+    )
+
+
+def check_data(run: RunArguments, data: Data, processing_class: Any) -> None:
+    """
+    Look at columns and first rows: what the trainers would find out with the model in memory.
+
+    Raises:
+        ValueError: data is empty, or in no format for the stage or for the chat template.
+    """
+    stage, args = run.train.stage, run.training
+    text_field = args.dataset_text_field if stage == "sft" else "text"
+    datasets = {"the training data": data.train}
+    if data.evaluation is not None:
+        datasets["the evaluation data"] = data.evaluation
+    for where, dataset in datasets.items():
+        check_stage_format(dataset, where, stage, text_field)
+    groups = {**(data.capability or {}), **{f"gate/{n}": d for n, d in (data.gate or {}).items()}}
+    for name, dataset in groups.items():
+        check_group(dataset, name, text_field)
+        datasets[f"capability group {name!r}"] = dataset
+    if stage == "dpo" or args.chat_template_path is None:  # TRL sets that of the path later
+        for where, dataset in datasets.items():
+            check_chat_template(dataset, where, processing_class)
+
+
+def load_processing_class(run: RunArguments) -> Any:
+    """
+    The tokenizer or processor that TRL would load, but before the weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    name, args = run.model.model_name_or_path, run.training
+    try:
+        return AutoProcessor.from_pretrained(
+            name,
+            revision=args.model_init_kwargs["revision"],
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of `model_name_or_path` {name!r} cannot be loaded. Is it a model, and "
+            f"is its name right? {error}"
+        ) from error
 
 
 def report(folder: str) -> None:
@@ -115,13 +238,14 @@ def split_of(datasets: Mapping[str, Any], key: str, split: str) -> Any:
     """One split of the training data."""
     if split not in datasets:
         splits = ", ".join(map(repr, datasets))
-        raise ValueError(f"`{key}` must be one of the splits {splits}, but got {split!r}.")
+        raise ValueError(
+            f"`{key}` must be one of the splits {splits}, but got {split!r}. Name another, or set "
+            "`test_split_size` to divide `datasets`."
+        )
     return datasets[split]
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors():
         arguments = parse_run()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     sys.exit(main(arguments))

@@ -37,8 +37,10 @@ def parse(tmp_path):
     def parse_with(values=None, *line):
         text = values if isinstance(values, str) else yaml.safe_dump(values) if values else ""
         required = {"model_name_or_path": "toy", "output_dir": str(tmp_path), "use_cpu": True}
+        if isinstance(values, dict):
+            required = {key: value for key, value in required.items() if key not in values}
         file = tmp_path / "run.yaml"
-        file.write_text(f"{yaml.safe_dump(required)}\n{text}")
+        file.write_text(f"{yaml.safe_dump(required) if required else ''}\n{text}")
         return parse_run(["--config", str(file), *line])
 
     return parse_with
@@ -66,13 +68,14 @@ class TestValues:
     def test_keys_of_every_kind_come_from_one_flat_file(self, parse, capability):
         run = parse({
             "stage": "dpo", "learning_rate": 0.5, "beta": 0.2, "lora_r": 3, "streaming": True,
-            "dataset_name": "facts", "refresh_interval": 5, "rank": 2, **capability,
+            "datasets": [{"path": "org/a"}], "max_steps": 3, "dataset_test_split": "held_out",
+            "refresh_interval": 5, "rank": 2, **capability,
         })  # fmt: skip
         assert run.train.stage == "dpo"
         assert (run.training.learning_rate, run.training.beta) == (0.5, 0.2)
         assert run.model.model_name_or_path == "toy"
         assert (run.model.lora_r, run.datasets.streaming) == (3, True)
-        assert run.script.dataset_name == "facts"
+        assert run.script.dataset_test_split == "held_out"
         assert run.ogpsa == OGPSAConfig(refresh_interval=5, rank=2)
         assert [entry.group for entry in run.train.capability_datasets] == list(ROWS)
 
@@ -440,7 +443,7 @@ class TestDataFiles:
     def test_are_read_as_a_stream(self, parse, tmp_path):
         ROWS["skills"].to_json(tmp_path / "facts.jsonl")
         name = {"dataset_name": str(tmp_path / "facts.jsonl"), "dataset_streaming": True}
-        rows = parse(name).safety_datasets()["train"]
+        rows = parse(name | {"max_steps": 1}).safety_datasets()["train"]
         assert not isinstance(rows, Dataset)
         assert texts(rows) == texts(ROWS["skills"])
 

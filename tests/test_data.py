@@ -486,7 +486,7 @@ class TestNamedGroups:
     @pytest.mark.parametrize("name", ["", 3, None])
     def test_a_group_has_a_name(self, name):
         self.assert_refused(
-            f"name must be a non-empty text, got {name!r}", {name: Dataset.from_list(ROWS)}
+            f"name must be a text on one line, but got {name!r}", {name: Dataset.from_list(ROWS)}
         )
 
     @pytest.mark.parametrize("value", [ROWS, None, DatasetDict(train=Dataset.from_list(ROWS))])

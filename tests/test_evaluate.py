@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,10 @@ class TestKeys:
             ({"refusals": None}, "need `refusals`, but there are none"),
             ({"lm_eval_limit": 3}, "are settings of `lm_eval_tasks`, of which there are none"),
             ({"model_name_or_path": ""}, "needs a model"),
+            ({"max_samples": 1.5}, "`max_samples` must be an integer or unset, but got 1.5"),
+            ({"confidence": float("nan")}, "`confidence` must be a finite number"),
+            ({"seed": -1}, "`seed` must be an integer from 0 to"),
+            ({"trust_remote_code": 2}, "`trust_remote_code` must be true or false, but got 2"),
         ],
     )
     def test_values_that_make_no_sense_are_refused(self, parse, keys, message):
@@ -415,6 +420,25 @@ class TestScript:
         assert nll.delta.value != 0
 
 
+class TestBadPaths:
+    """Known before a model is loaded, or measured for an hour."""
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"output_dir": "/proc/results"}, "`output_dir` must be a folder"),
+            ({"model_name_or_path": "/no/model"}, "there is no folder '/no/model'"),
+            ({"base_model_name_or_path": "/no/base"}, "there is no folder '/no/base'"),
+            ({"harmful_datasets": [{"path": "no.jsonl"}]}, "no file 'no.jsonl'"),
+            ({"harmful_datasets": [{"path": "org/a"}]}, "`harmful_datasets` cannot be loaded"),
+        ],
+    )
+    def test_end_it_with_one_line(self, values, message, parse, evaluate_script, base_model_path):
+        arguments = parse({"harmful_datasets": [{"path": "a"}], **values}, model=base_model_path)
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            evaluate_script.main(arguments)
+
+
 class TestReport:
     def results(self, measure):
         before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
@@ -453,6 +477,12 @@ class TestReport:
         for i, box in enumerate(boxes):
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
             assert not any(box.overlaps(other) for other in boxes[:i])
+
+    def test_a_name_with_signs_of_mathematics_is_drawn_as_it_is(self, measure, tmp_path):
+        """Of a group, from the user's data; matplotlib would fail on the first one."""
+        results = [replace(result, name="nll/$a{$ ^_") for result in self.results(measure)]
+        change_figure(results, tmp_path / "changes.png", title="runs/$x^{$")
+        assert (tmp_path / "changes.png").exists()
 
     def test_without_changes_there_is_no_figure(self, measure, tmp_path):
         results = compare(None, measure(tiny_model()).measures, num_bootstrap=100)

@@ -23,6 +23,7 @@ LAYERS = {
     "zero": ("backends", "torch torch.distributed accelerate deepspeed"),
     "engines": ("config backends zero", "torch torch.distributed accelerate"),
     "data": ("config linalg", "torch datasets trl transformers"),
+    "group_warnings": ("data", "datasets"),
     "divergence": ("", "torch"),
     "gradients": ("linalg backends data", "torch"),
     "start": ("backends data gradients", "torch"),
@@ -36,8 +37,8 @@ LAYERS = {
     "model_card": ("config data", ""),
     "trackers": ("config data", "transformers wandb trackio"),
     "trainers": (
-        "config engines data gradients start capability_loss subspace projection completeness "
-        "checkpoint diagnostics callback model_card trackers",
+        "config engines data group_warnings gradients start capability_loss subspace projection "
+        "completeness checkpoint diagnostics callback model_card trackers",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (
@@ -48,10 +49,20 @@ LAYERS = {
     "conversions": ("", "datasets"),
     "mixture": ("conversions", "datasets trl"),
     "shipped": ("", ""),
-    "parsing": ("shipped", "yaml trl"),
-    "arguments": ("config mixture parsing", "datasets transformers trl"),
+    "values": ("", ""),
+    "ranges": ("values", ""),
+    "yaml_file": ("values", "yaml"),
+    "parsing": ("shipped values yaml_file", "trl"),
+    "checks": ("config mixture", "trl"),
+    "arguments": (
+        "config mixture values ranges parsing checks",
+        "datasets transformers trl",
+    ),
+    "paths": ("", "transformers"),
+    "formats": ("data mixture values", "datasets jinja2 pyarrow trl"),
+    "user_errors": ("completeness", "jinja2 safetensors transformers"),
     "launch": ("arguments parsing shipped", "yaml accelerate torch.distributed"),
-    "cli": ("__init__ launch shipped", ""),
+    "cli": ("__init__ launch shipped user_errors", ""),
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
@@ -70,7 +81,10 @@ LAYERS = {
         "evaluation.intervals evaluation.results",
         "numpy torch transformers lm_eval",
     ),
-    "evaluation.arguments": ("mixture parsing evaluation.harness evaluation.refusal", "trl"),
+    "evaluation.arguments": (
+        "mixture parsing ranges evaluation.harness evaluation.refusal",
+        "trl",
+    ),
     "evaluation.sets": (
         "mixture evaluation.arguments evaluation.measures",
         "torch datasets transformers trl",
@@ -92,7 +106,7 @@ LAYERS = {
     ),
     "run_report.__init__": ("run_report.page run_report.settings", ""),
     "capability_set.__init__": ("", ""),
-    "capability_set.arguments": ("mixture parsing evaluation.arguments", "trl"),
+    "capability_set.arguments": ("mixture parsing ranges evaluation.arguments", "trl"),
     "capability_set.rows": (
         "mixture evaluation.generation evaluation.measures evaluation.refusal "
         "capability_set.arguments",
@@ -201,7 +215,7 @@ def test_training_libraries_stay_where_training_is():
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
         "data", "callback", "completeness", "trackers", "trainers", "gate", "mixture", "parsing",
-        "arguments", "run_report.settings",
+        "checks", "arguments", "paths", "formats", "user_errors", "run_report.settings",
     }  # fmt: skip
 
 

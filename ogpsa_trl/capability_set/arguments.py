@@ -12,6 +12,7 @@ from trl.trainer.model_config import ModelConfig
 from ogpsa_trl.evaluation.arguments import HarmfulDatasetConfig
 from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
 from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.ranges import TRAINING_RANGES
 
 
 @dataclass
@@ -179,8 +180,15 @@ def parse_capability_set(
         entry_types,
         lambda key, where: unknown_key(key, where, parser.key_names()),
     )
-    arguments, model = parser.parse_args_and_config(args)
-    if model.model_name_or_path is None:
+    parser.check_values(
+        args,
+        values,
+        TRAINING_RANGES,
+        types={"generate_completions": str | bool},
+        left_out=_ENTRY_TYPES,
+    )
+    arguments, model = parser.parse(args)
+    if not model.model_name_or_path:
         raise ValueError(
             "A capability set needs the model that training starts with, but `model_name_or_path` "
             "is not set. Set it to a name on the Hub or a folder."

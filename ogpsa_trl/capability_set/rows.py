@@ -71,13 +71,9 @@ def choose_rows(
         ValueError: a group is empty or in no known form, its rows differ in form, it needs a chat
             template or completions that are not there, or too few prompts leave room for one.
     """
-    lists: tuple[tuple[Sequence[GroupedDatasetConfig], bool], ...] = (
-        (arguments.capability_datasets, False),
-        (arguments.look_alike_datasets, True),
-    )
     groups = []
-    for entries, is_look_alike in lists:
-        for name, loaded in load_groups(entries).items():
+    for key, is_look_alike in (("capability_datasets", False), ("look_alike_datasets", True)):
+        for name, loaded in load_groups(getattr(arguments, key), f"`{key}`").items():
             dataset: Any = loaded
             generator = torch.Generator().manual_seed(arguments.seed)
             places = torch.randperm(len(dataset), generator=generator)[: arguments.num_samples]
@@ -231,8 +227,8 @@ def write_group(group: RowGroup, folder: str | Path) -> Path:
 
 
 def known_prompts(entries: Sequence[GroupedDatasetConfig]) -> set[str]:
-    """The prompts of all entries, as `num_known` compares them."""
-    datasets: Any = load_groups(entries)
+    """The prompts of all entries of `harmful_datasets`, as `num_known` compares them."""
+    datasets: Any = load_groups(entries, "`harmful_datasets`")
     return {
         _prompt_text(_in_form(name, dict(row), is_chat=True))
         for name, dataset in datasets.items()

@@ -11,6 +11,7 @@ from ogpsa_trl.evaluation.harness import check_installed
 from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
 from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.ranges import TRAINING_RANGES
 
 
 @dataclass
@@ -227,7 +228,14 @@ def parse_evaluation(args: Sequence[str] | None = None) -> EvaluationArguments:
     known = [entry.name for entry in fields(EvaluationArguments)]
     entry_types: Any = _ENTRY_TYPES
     check_keys(parser, args, values, entry_types, lambda key, where: unknown_key(key, where, known))
-    [arguments] = parser.parse_args_and_config(args)
+    parser.check_values(
+        args,
+        values,
+        {"seed": TRAINING_RANGES["seed"]},
+        types=dict.fromkeys(("refusals", "lm_eval_tasks"), list[str] | None),  # without entries
+        left_out=_ENTRY_TYPES,
+    )
+    [arguments] = parser.parse(args)
     if not arguments.model_name_or_path:
         raise ValueError(
             "An evaluation needs a model, but `model_name_or_path` is not set. Set it to a name on "

@@ -107,15 +107,18 @@ def load_sets(
 
         return _row_set(name, dataset, convert, length, arguments, tokenizers)
 
-    capability: Any = load_groups(arguments.capability_datasets)
+    capability: Any = load_groups(arguments.capability_datasets, "`capability_datasets`")
     return EvaluationSets(
         capability,
         *(
-            {name: prepare(name, rows) for name, rows in load_groups(entries).items()}
-            for prepare, entries in (
-                (prompts, arguments.harmful_datasets),
-                (prompts, arguments.over_refusal_datasets),
-                (pairs, arguments.preference_datasets),
+            {
+                name: prepare(name, rows)
+                for name, rows in load_groups(getattr(arguments, key), f"`{key}`").items()
+            }
+            for prepare, key in (
+                (prompts, "harmful_datasets"),
+                (prompts, "over_refusal_datasets"),
+                (pairs, "preference_datasets"),
             )
         ),
     )
