@@ -1,5 +1,6 @@
 """What a model card says of OGPSA: the paper, the settings, the capability data."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -42,7 +43,7 @@ def settings_section(config: OGPSAConfig, groups: Sequence[CapabilityGroup]) -> 
     """Markdown section with the settings of the method and the capability groups."""
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items())
     data = "\n".join(
-        f"| {group.name} | {len(group.samples)} | {group.num_tokens} |" for group in groups
+        f"| {_cell(group.name)} | {len(group.samples)} | {group.num_tokens} |" for group in groups
     )
     return f"""
 
@@ -58,3 +59,8 @@ def settings_section(config: OGPSAConfig, groups: Sequence[CapabilityGroup]) -> 
 |---|---|
 {settings}
 """
+
+
+def _cell(text: str) -> str:
+    """Text of any kind as one cell of a table: neither HTML nor another cell."""
+    return html.escape(text, quote=False).replace("|", r"\|")

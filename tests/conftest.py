@@ -13,7 +13,18 @@ import pytest
 import torch
 import yaml
 
+import offline
+
 torch.set_num_threads(1)
+offline.install()
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """A test that would reach another machine fails, also where a library goes on without it."""
+    offline.attempts.clear()
+    yield
+    assert not offline.attempts, f"Tests do not reach other machines: {offline.attempts}"
 
 
 @pytest.fixture(scope="session")

@@ -142,12 +142,12 @@ def comparison_figure(
         panel.text(
             1.03, 1.03, f"{arrow} better", transform=panel.transAxes, va="bottom", fontsize=7
         )
-        panel.set_yticks(range(len(names)), names, fontsize=9)  # shown at the left edge only
+        panel.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)  # left edge only
         panel.set_ylim(len(names) - 0.4, -0.6)  # the first run on top
     for panel in panels[len(measures) :]:
         panel.set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=12, parse_math=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -237,7 +237,7 @@ def change_figure(
     verdicts = {result.verdict for members in panels.values() for result in members}
     _change_legend(figure, verdicts, confidence)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -269,7 +269,8 @@ def _draw_changes(panel: "Axes", results: Sequence["Result"], digits: int) -> No
     panel.set_xlim(left, right)
     panel.set_ylim(len(results) - 0.4, -0.6)  # the first on top
     panel.axvline(0, color="#333333", linewidth=0.9, linestyle=":")
-    panel.set_yticks(range(len(results)), [result.name for result in results], fontsize=8.5)
+    names = [result.name for result in results]  # of groups: as they are, not as mathematics
+    panel.set_yticks(range(len(results)), names, fontsize=8.5, parse_math=False)
     panel.tick_params(axis="x", labelsize=7)
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
