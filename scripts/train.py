@@ -34,7 +34,6 @@ logger = logging.getLogger("ogpsa_trl.train")
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
 
 
-@record  # a launcher of several processes shows the error of the one that fails first
 def main(run: RunArguments) -> int:
     """
     Load, train, save: model, tokenizer, model card and report end up in `output_dir`.
@@ -45,25 +44,31 @@ def main(run: RunArguments) -> int:
     Raises:
         SystemExit: something that the user can mend is wrong.
     """
-    args = run.training
-    if args.process_index == 0:
+    if run.training.process_index == 0:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ogpsa_trl").setLevel(logging.INFO)
-    is_debug = args.log_level == "debug"
+    is_debug = run.training.log_level == "debug"
     first_step = FirstStep()
     with user_errors(with_traceback=is_debug, first_step=first_step):
-        resume = check_paths(run)
-        trainer, gate = prepare(run)
-        check_tokens(trainer.train_dataset, args.max_length)
-        trainer.add_callback(first_step)
-        save_run_settings(trainer, gate, run.keys())
-        trainer.train(resume_from_checkpoint=resume)
-        with saving(Path(args.output_dir), args.output_dir):
-            trainer.save_state()
-            trainer.save_model(args.output_dir)
-            trainer.create_model_card(
-                model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
-            )
+        return train_and_save(run, first_step)
+
+
+@record  # a launcher of several processes shows the error of the one that fails first
+def train_and_save(run: RunArguments, first_step: FirstStep) -> int:
+    """What `main` does; errors as they are."""
+    args = run.training
+    resume = check_paths(run)
+    trainer, gate = prepare(run)
+    check_tokens(trainer.train_dataset, args.max_length)
+    trainer.add_callback(first_step)
+    save_run_settings(trainer, gate, run.keys())
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(Path(args.output_dir), args.output_dir):
+        trainer.save_state()
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(
+            model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
+        )
     trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)

@@ -135,7 +135,7 @@ def test_the_script_tells_its_launcher_the_reason(config, tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     run = parse_run(["--config", config("sft"), "--output_dir", str(tmp_path / "out")])
     run.script.dataset_train_split = "tarin"
-    with pytest.raises(ValueError):
+    message = "`dataset_train_split` must be one of the splits 'train'"
+    with pytest.raises(SystemExit, match=message):
         train.main(run)
-    error = json.loads((tmp_path / "error.json").read_text())
-    assert "`dataset_train_split` must be one of the splits 'train'" in str(error)
+    assert message in str(json.loads((tmp_path / "error.json").read_text()))
