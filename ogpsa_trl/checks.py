@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl.scripts.utils import DatasetConfig
 
+from ogpsa_trl.arguments import RunArguments
 from ogpsa_trl.config import GateConfig
 from ogpsa_trl.mixture import GroupedDatasetConfig
 
-if TYPE_CHECKING:
-    from ogpsa_trl.arguments import RunArguments
 
-
-def check_run(run: "RunArguments") -> None:
+def check_run(run: RunArguments) -> None:
     """
     Refuse a run whose keys do not go together.
 
@@ -76,7 +74,7 @@ def check_groups(key: str, entries: Sequence[GroupedDatasetConfig]) -> None:
         sources.append((number, source))
 
 
-def _check_gate(run: "RunArguments") -> None:
+def _check_gate(run: RunArguments) -> None:
     if not run.train.gate_datasets:
         defaults = asdict(GateConfig())
         for name, value in asdict(run.gate).items():
@@ -106,7 +104,7 @@ def _source(entry: DatasetConfig) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in names}
 
 
-def _check_training_data(run: "RunArguments") -> None:
+def _check_training_data(run: RunArguments) -> None:
     script, datasets = run.script, run.datasets
     if datasets.datasets and script.dataset_name is None:
         _check_without_effect("datasets", "dataset_name", {
@@ -137,7 +135,7 @@ def _check_training_data(run: "RunArguments") -> None:
         )
 
 
-def _check_quantisation(run: "RunArguments") -> None:
+def _check_quantisation(run: RunArguments) -> None:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(run.model, key) and not run.model.use_peft:
             raise ValueError(

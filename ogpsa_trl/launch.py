@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ogpsa_trl.arguments import checked_parser, training_options
+from ogpsa_trl.command_line import checked_parser, training_options
 from ogpsa_trl.parsing import split_config, unknown_key
 from ogpsa_trl.shipped import find_config, shipped_configs, shipped_root
 

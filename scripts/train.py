@@ -21,7 +21,8 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
-from ogpsa_trl.arguments import RunArguments, parse_run
+from ogpsa_trl.arguments import RunArguments
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.completeness import checkpoint_to_resume, saving
 from ogpsa_trl.engines import check_arguments
 from ogpsa_trl.formats import check_chat_template, check_group, check_stage_format, check_tokens
@@ -50,7 +51,8 @@ def main(run: RunArguments) -> int:
     is_debug = run.training.log_level == "debug"
     first_step = FirstStep()
     with user_errors(with_traceback=is_debug, first_step=first_step):
-        return train_and_save(run, first_step)
+        status = train_and_save(run, first_step)
+    return status or 0  # what is recorded may, by its type, return nothing
 
 
 @record  # a launcher of several processes shows the error of the one that fails first

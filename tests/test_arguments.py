@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset, config
 
 from ogpsa_trl import GateConfig, OGPSAConfig
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from datasets import IterableDataset, config
 from trl.trainer import dpo_trainer, sft_trainer
 
 import train
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.user_errors import user_errors
 from runs import capability_groups, make_trainer, paper, safety_data, to_messages

@@ -15,7 +15,6 @@ from trl.trainer.model_config import ModelConfig
 import build_capability_set
 import train
 from ogpsa_trl import engines
-from ogpsa_trl.arguments import parse_run
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments, parse_capability_set
 from ogpsa_trl.capability_set.checks import warnings_of
 from ogpsa_trl.capability_set.measures import GradientCosines, gradient_cosines, measure_group
@@ -28,6 +27,7 @@ from ogpsa_trl.capability_set.rows import (
     num_known,
     write_group,
 )
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.mixture import GroupedDatasetConfig
 from ogpsa_trl.toy import REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer

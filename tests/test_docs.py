@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ogpsa_trl.arguments import _parser
+from ogpsa_trl.command_line import _parser
 from ogpsa_trl.toy_model import toy_tokenizer
 from runs import WORLD
 

@@ -12,7 +12,7 @@ import pytest
 import train
 from failing_worker import REASON
 from ogpsa_trl import CapabilityGate
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from runs import capability_groups, make_trainer
 
 TESTS = Path(__file__).parent

@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ogpsa_trl.arguments import STAGE_CONFIGS, RunArguments, _parser, parse_run
+from ogpsa_trl.arguments import STAGE_CONFIGS, RunArguments
+from ogpsa_trl.command_line import _parser, parse_run
 from ogpsa_trl.mixture import CapabilityDatasetConfig
 from ogpsa_trl.user_errors import user_errors
 from ogpsa_trl.values import type_hints

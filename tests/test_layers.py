@@ -53,15 +53,16 @@ LAYERS = {
     "ranges": ("values", ""),
     "yaml_file": ("values", "yaml"),
     "parsing": ("shipped values yaml_file", "trl"),
-    "checks": ("config mixture", "trl"),
-    "arguments": (
-        "config mixture values ranges parsing checks",
-        "datasets transformers trl",
+    "arguments": ("config mixture", "datasets trl"),
+    "checks": ("arguments config mixture", "trl"),
+    "command_line": (
+        "config mixture values ranges parsing arguments checks",
+        "transformers trl",
     ),
     "paths": ("", "transformers"),
     "formats": ("data mixture values", "datasets jinja2 pyarrow trl"),
     "user_errors": ("completeness", "jinja2 safetensors transformers"),
-    "launch": ("arguments parsing shipped", "yaml accelerate torch.distributed"),
+    "launch": ("command_line parsing shipped", "yaml accelerate torch.distributed"),
     "cli": ("__init__ launch shipped user_errors", ""),
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
@@ -215,7 +216,8 @@ def test_training_libraries_stay_where_training_is():
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
         "data", "callback", "completeness", "trackers", "trainers", "gate", "mixture", "parsing",
-        "checks", "arguments", "paths", "formats", "user_errors", "run_report.settings",
+        "checks", "arguments", "command_line", "paths", "formats", "user_errors",
+        "run_report.settings",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import qlora_worker
 import train
 from engine_worker import launch
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from qlora_worker import adapter_of, losses_of, make_qlora_trainer
 from runs import (

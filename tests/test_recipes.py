@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import train
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.launch import separated
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import max_difference

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from ogpsa_trl.arguments import parse_run
+from ogpsa_trl.command_line import parse_run
 from runs import capability_groups, contradicted, max_difference
 
 ROOT = Path(__file__).parent.parent

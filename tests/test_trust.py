@@ -21,8 +21,8 @@ from datasets import config
 import offline
 import train
 from ogpsa_trl import CapabilityGate, GateConfig
-from ogpsa_trl.arguments import parse_run
 from ogpsa_trl.checkpoint import FILE_NAME, START_FILE_NAME
+from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.completeness import mark
 from ogpsa_trl.data import named_groups
 from runs import capability_groups, make_trainer, safety_data, weights
