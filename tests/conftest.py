@@ -1,7 +1,6 @@
 """No network, no telemetry, one thread: the models of the tests are too small to share."""
 
 import importlib.util
-import logging
 import os
 from pathlib import Path
 
@@ -26,15 +25,6 @@ def no_network():
     offline.attempts.clear()
     yield
     assert not offline.attempts, f"Tests do not reach other machines: {offline.attempts}"
-
-
-@pytest.fixture(autouse=True)
-def log_level():
-    """A script that runs in this process says what the package logs; the next test decides anew."""
-    logger = logging.getLogger("ogpsa_trl")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

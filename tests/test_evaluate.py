@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -375,7 +376,7 @@ class TestScript:
                 denominator = sums[1] if samples["form"] == "ratio" else len(columns[0])
                 assert measure[when]["value"] == pytest.approx(sums[0] / denominator), name
         assert content["settings"]["num_bootstrap"] == 100
-        assert content["versions"]["torch"] == torch.__version__
+        assert content["versions"]["torch"] == version("torch")
 
     def test_everything_is_written(self, parse, tmp_path, models, capsys):
         results, _ = self.run(parse, tmp_path, models)
