@@ -398,6 +398,17 @@ class OGPSAMixin(Trainer):
                 )
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Take no step where the last one was made already: in a run that is resumed at its end.
+
+        transformers (5.23) looks at `max_steps` after a step only, and would take one more.
+        """
+        if self.capability_groups and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The basis belongs to the state of the optimizer: saved, or left out, with it."""
         super()._save_optimizer_and_scheduler(output_dir)

@@ -50,6 +50,19 @@ def test_resume_at_any_step_is_bitwise_the_run_that_never_stopped(
         assert logged(resumed, without)[:-1] == logged(straight, without)[:-1], step
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_run_that_is_resumed_at_its_end_takes_no_step(stage, base_model_path, tmp_path):
+    """It was killed after the last save, say; transformers would take one step more."""
+    straight = make(stage, base_model_path, tmp_path)
+    straight.train()
+    resumed = make(stage, base_model_path, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == NUM_STEPS
+    assert max_difference(weights(resumed), weights(straight)) == 0
+    assert (tmp_path / f"checkpoint-{NUM_STEPS}").is_dir()
+    assert not (tmp_path / f"checkpoint-{NUM_STEPS + 1}").exists()
+
+
 def test_resume_finds_the_last_checkpoint_by_itself(base_model_path, tmp_path):
     straight = make("sft", base_model_path, tmp_path)
     straight.train()
