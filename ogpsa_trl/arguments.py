@@ -1,6 +1,6 @@
 """The keys of a training run: TRL's own, OGPSA's, and what the scripts add."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ogpsa_trl.mixture import (
     CapabilityDatasetConfig,
     ConvertibleDatasetConfig,
     ConvertibleMixtureConfig,
+    entries_of,
     load_groups,
     load_mixture,
     loading,
@@ -71,8 +72,8 @@ class TrainArguments:
     )
 
     def __post_init__(self) -> None:
-        self.capability_datasets = _entries(self.capability_datasets)
-        self.gate_datasets = _entries(self.gate_datasets)
+        self.capability_datasets = entries_of(CapabilityDatasetConfig, self.capability_datasets)
+        self.gate_datasets = entries_of(CapabilityDatasetConfig, self.gate_datasets)
 
     def capability_groups(self) -> dict[str, Dataset | IterableDataset] | None:
         """Load the capability data by group; `None` where the run is to be plain TRL."""
@@ -83,13 +84,6 @@ class TrainArguments:
     def gate_groups(self) -> dict[str, Dataset | IterableDataset] | None:
         """Load the gate's data by group; `None` where the run has no gate."""
         return load_groups(self.gate_datasets, "`gate_datasets`") if self.gate_datasets else None
-
-
-def _entries(values: Sequence[Any] | None) -> list[CapabilityDatasetConfig]:
-    return [
-        value if isinstance(value, CapabilityDatasetConfig) else CapabilityDatasetConfig(**value)
-        for value in values or []  # a key without entries
-    ]
 
 
 @dataclass

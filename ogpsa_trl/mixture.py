@@ -172,6 +172,14 @@ def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) 
         ) from error
 
 
+def entries_of(entry_type: type[Any], values: Sequence[Any] | None) -> list[Any]:
+    """The entries of a list of data sets, as its key holds them: mappings, or made already."""
+    return [
+        value if isinstance(value, DatasetConfig) else entry_type(**value)
+        for value in values or []  # a key without entries
+    ]
+
+
 def load_groups(entries: Sequence[GroupedDatasetConfig], where: str) -> dict[str, AnyDataset]:
     """
     Load the entries group by group, each group as one mixture.

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl.scripts.utils import DatasetConfig
 from trl.trainer.model_config import ModelConfig
 
 from ogpsa_trl.evaluation.arguments import HarmfulDatasetConfig
-from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
+from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
 from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
 from ogpsa_trl.ranges import TRAINING_RANGES
 
@@ -123,11 +122,7 @@ class CapabilitySetArguments:
 
     def __post_init__(self) -> None:
         for key, entry_type in _ENTRY_TYPES.items():
-            entries = [
-                entry if isinstance(entry, DatasetConfig) else entry_type(**entry)
-                for entry in getattr(self, key) or []  # a key without entries
-            ]
-            setattr(self, key, entries)
+            setattr(self, key, entries_of(entry_type, getattr(self, key)))
         self.generate_completions = str(self.generate_completions).lower()  # YAML has booleans
         if self.generate_completions not in ("missing", "true", "false"):
             raise ValueError(

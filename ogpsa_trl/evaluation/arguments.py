@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trl.scripts.utils import DatasetConfig
-
 from ogpsa_trl.evaluation.harness import check_installed
 from ogpsa_trl.evaluation.refusal import REFUSALS
-from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig
+from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
 from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
 from ogpsa_trl.ranges import TRAINING_RANGES
 
@@ -171,11 +169,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         for key, entry_type in _ENTRY_TYPES.items():
-            entries = [
-                entry if isinstance(entry, DatasetConfig) else entry_type(**entry)
-                for entry in getattr(self, key) or []  # a key without entries
-            ]
-            setattr(self, key, entries)
+            setattr(self, key, entries_of(entry_type, getattr(self, key)))
         self.lm_eval_tasks = list(self.lm_eval_tasks or [])
         for key, least in _LEAST.items():
             value = getattr(self, key)
