@@ -74,7 +74,7 @@ class Placements:
         grams_PKK = torch.zeros(args.tensors, self.rank, self.rank, device=device)
         for index, gradient in enumerate(self.gradients):
             rows_KN = (random(self.rank, per_tensor) / per_tensor**0.5).to(dtype)
-            grams_PKK[index] = linalg.gram(rows_KN)
+            grams_PKK[index] = linalg.symmetric(torch.stack(linalg.gram(rows_KN)), self.rank)
             self.whole.append(rows_KN)
             offset = index * per_tensor
             start, end = max(first - offset, 0), min(last - offset, per_tensor)
@@ -88,14 +88,11 @@ class Placements:
         self.gradient.copy_(self.original)
 
     def products(self, rows_KN: Tensor, gradient_N: Tensor) -> Tensor:
-        """With each row, and the square that the log needs, shape [K + 1]."""
-        products_X = torch.zeros(1, self.rank + 1, device=self.device)
-        products = linalg.Products.views(products_X, self.rank)
-        linalg.add_products_(products.of(0), rows_KN, gradient_N)
-        return products_X[0]
+        """The square that the log needs, and with each row, shape [K + 1]."""
+        return torch.stack(linalg.products(rows_KN, gradient_N))
 
     def weights(self, products_PX: Tensor) -> Tensor:
-        return (self.inverse_gram @ products_PX[:, :-1, None]).squeeze(-1)
+        return (self.inverse_gram @ products_PX[:, 1:, None]).squeeze(-1)
 
     def project_whole(self) -> None:
         products_PX = torch.stack(
@@ -124,7 +121,7 @@ class Placements:
             self.host, self.inverse_gram, self.gradients, strict=True
         ):
             rows = host.to(self.device, non_blocking=True)
-            linalg.subtract_(gradient, rows, inverse @ self.products(rows, gradient)[:-1])
+            linalg.subtract_(gradient, rows, inverse @ self.products(rows, gradient)[1:])
 
 
 def measured(call: Callable[[], None], device: torch.device) -> float:

@@ -3,7 +3,9 @@ Pure tensor functions of the method: Gram matrices, orthonormal bases, projectio
 
 A gradient of the whole model is far larger than anything computed from it. So it is touched only by
 the functions that take vectors of length N, in float32 and block by block, each block once;
-everything else happens on R x R matrices, in float64 on the CPU.
+everything else happens on R x R matrices, in float64 on the CPU. Rows are taken one by one, by
+scalar products and scaled additions: these use all cores (a product of a matrix of few rows with a
+vector used one, with MKL on an AMD processor) and are not done in TF32 on a GPU.
 
 Shapes:
     N: entries of one parameter held by this process
@@ -12,17 +14,17 @@ Shapes:
     B: blocks, one subspace each: every parameter (scope "parameter") or one (scope "model")
 """
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Entries of a vector handled at once. They bound the float32 temporaries, and on a CPU keep them in
-# its cache: 1 MiB each. Measured on a CPU: from 2^16 to 2^20 all operations are within a fifth of
-# their best, and beyond, those with temporaries take three times as long. Sums of long vectors lose
-# less in blocks than in one running sum.
+# its cache: 1 MiB each. Measured on a CPU: from 2^17 to 2^20 all projections are within a tenth of
+# their best; at 2^16 the calls cost a sixth. Sums of long vectors lose less in blocks than in one
+# running sum.
 _BLOCK = 2**18
 _BLOCK_OF_ACCELERATOR = 2**22
 
@@ -36,101 +38,96 @@ class AdamMetric(NamedTuple):
     """
     The diagonal metric D in which Adam's step is steepest descent, with a floor.
 
-    `D = 1 / (s + rms(s))` with `s` the root of the second moment. Entries that the training data
+    `D = 1 / (s + floor)` with `s` the root of the second moment. Entries that the training data
     never touches have a second moment near zero; without a floor they would take up the whole
-    correction and the step would explode. Zero for a tensor that no gradient has reached: it takes
-    no part in a correction.
+    correction and the step would explode.
 
     Args:
         second_moment_N: Adam's running mean of squared gradients, float32, not corrected for its
             bias (a common factor of a metric changes no projection).
-        mean: Its mean over the whole tensor, a scalar.
+        floor: A scalar of `adam_floors`.
     """
 
     second_moment_N: Tensor
-    mean: Tensor
+    floor: Tensor
 
     def inverse(self) -> Iterator[Tensor]:
-        """The diagonal of D^-1, block by block, float32; infinite where D is zero."""
-        floor = torch.where(self.mean > 0, self.mean.float().sqrt(), torch.inf)
+        """The diagonal of D^-1, block by block, float32."""
         for second_moment in self.second_moment_N.split(_block_size(self.second_moment_N)):
-            yield second_moment.sqrt().add_(floor)
+            yield second_moment.sqrt().add_(self.floor)
+
+
+def adam_floors(means_P: Tensor) -> Tensor:
+    """
+    The floors of P tensors: the root mean square of `s`, from the means of the second moments. One
+    that no gradient has reached has an infinite floor: it takes no part in a correction.
+    """
+    return torch.where(means_P > 0, means_P.sqrt(), torch.inf)
 
 
 class Products(NamedTuple):
     """
-    Products of a vector v with the basis rows B and with itself, float32; of P parameters at once,
-    with a dimension in front.
+    Products of a vector v with itself and with the basis rows B, of P parameters, float32.
 
     Attributes:
-        with_rows: B v, shape [K].
-        square: v v^T, a scalar.
-        inverse_square: v D^-1 v^T, a scalar; `None` without a metric D.
-        gram: B D B^T, shape [K, K]; `None` without a metric.
+        square_P: v v^T.
+        inverse_square_P: v D^-1 v^T, not a number where D is zero; `None` without a metric D.
+        with_rows_PK: B v.
+        gram_PKK: B D B^T; `None` without a metric.
     """
 
-    with_rows: Tensor
-    square: Tensor
-    inverse_square: Tensor | None
-    gram: Tensor | None
+    square_P: Tensor
+    inverse_square_P: Tensor | None
+    with_rows_PK: Tensor
+    gram_PKK: Tensor | None
 
     @classmethod
-    def views(cls, stacked_PX: Tensor, num_rows: int) -> "Products":
-        """
-        Views of what is summed over the shards in one call.
-
-        Args:
-            stacked_PX: X is `num_rows + 1`, or with a metric `num_rows + 2 + num_rows^2`.
-            num_rows: K.
-        """
-        with_rows, square = stacked_PX[:, :num_rows], stacked_PX[:, num_rows]
-        if stacked_PX.shape[1] == num_rows + 1:
-            return cls(with_rows, square, None, None)
-        gram_PKK = stacked_PX[:, num_rows + 2 :].unflatten(1, (num_rows, num_rows))
-        return cls(with_rows, square, stacked_PX[:, num_rows + 1], gram_PKK)
-
-    def of(self, index: int) -> "Products":
-        """Those of one parameter."""
-        inverse_square = None if self.inverse_square is None else self.inverse_square[index]
-        gram_KK = None if self.gram is None else self.gram[index]
-        return Products(self.with_rows[index], self.square[index], inverse_square, gram_KK)
+    def from_table(cls, table_PX: Tensor, num_rows: int) -> "Products":
+        """Tell apart what `products` returned for each parameter, a row each."""
+        if table_PX.shape[1] == num_products(num_rows, has_metric=False):
+            return cls(table_PX[:, 0], None, table_PX[:, 1:], None)
+        sizes = (1, 1, num_rows, triangle_size(num_rows))
+        square_P1, inverse_square_P1, with_rows_PK, triangle_PX = table_PX.split(sizes, dim=1)
+        return cls(
+            square_P1[:, 0], inverse_square_P1[:, 0], with_rows_PK, symmetric(triangle_PX, num_rows)
+        )
 
 
-def add_products_(
-    products: Products, rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None = None
-) -> None:
+def num_products(num_rows: int, *, has_metric: bool) -> int:
+    """How many scalars `products` returns for a parameter with K rows."""
+    return 1 + num_rows + (1 + triangle_size(num_rows) if has_metric else 0)
+
+
+def products(
+    rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None = None
+) -> list[Tensor]:
     """
-    Add the products of one parameter, or of this process's share of it.
+    The products of one parameter, or of this process's share of it.
 
     Args:
-        products: What is added to. Where D is zero, `inverse_square` is not a number.
-        rows_KN: B, any floating dtype; `None`: zeros.
+        rows_KN: B, any floating dtype; `None`: no rows.
         vector_N: v, any floating dtype.
         metric: D; `None`: no products in a metric.
+
+    Returns:
+        Scalars that add up over the shards: v v^T, v D^-1 v^T, the entries of B v, and the lower
+        triangle of B D B^T; without a metric only the first and the third.
     """
     size = _block_size(vector_N)
     all_rows = repeat(None) if rows_KN is None else rows_KN.split(size, dim=1)
     inverses = repeat(None) if metric is None else metric.inverse()
-    for vector, rows, inverse in zip(vector_N.split(size), all_rows, inverses, strict=False):
-        vector = vector.float()
-        products.square.add_(vector.dot(vector))
-        if inverse is not None and products.inverse_square is not None:
-            products.inverse_square.add_((vector * inverse).dot(vector))
-        if rows is None:
-            continue
-        rows = rows.float()
-        products.with_rows.addmv_(rows, vector)
-        if inverse is not None and products.gram is not None:
-            products.gram.add_(_matmul(rows / inverse, rows.T))
+    blocks = zip(vector_N.split(size), all_rows, inverses, strict=False)
+    return _sum_blocks([_products_of_block(*block) for block in blocks])
 
 
 def squared_length(vector_N: Tensor) -> Tensor:
     """Scalar product of a vector with itself, a float32 scalar. Any floating dtype."""
     blocks = (block.float() for block in vector_N.split(_block_size(vector_N)))
-    return torch.stack([block.dot(block) for block in blocks]).sum()
+    (square,) = _sum_blocks([[block.dot(block)] for block in blocks])
+    return square
 
 
-def gram(rows_KN: Tensor) -> Tensor:
+def gram(rows_KN: Tensor) -> list[Tensor]:
     """
     Scalar products of the rows with each other.
 
@@ -138,13 +135,34 @@ def gram(rows_KN: Tensor) -> Tensor:
         rows_KN: Any floating dtype.
 
     Returns:
-        Shape [K, K], float32. This process's share where the entries are sharded.
+        The lower triangle of the Gram matrix, row by row (see `symmetric`), as float32 scalars.
+        This process's share where the entries are sharded.
     """
-    gram_KK = torch.zeros(len(rows_KN), len(rows_KN), device=rows_KN.device)
-    for rows in rows_KN.split(_block_size(rows_KN), dim=1):
-        rows = rows.float()
-        gram_KK += _matmul(rows, rows.T)
-    return gram_KK
+    blocks = rows_KN.split(_block_size(rows_KN), dim=1)
+    return _sum_blocks([_triangle(block.float().unbind()) for block in blocks])
+
+
+def table(scalars: Sequence[Sequence[Tensor]], width: int, device: torch.device) -> Tensor:
+    """A row for each parameter's scalars, filled up with zeros, shape [P, width], float32."""
+    zero = torch.zeros((), device=device)
+    rows = ([*row, *[zero] * (width - len(row))] for row in scalars)
+    # A stack of nothing is an error.
+    stacked = torch.stack([zero, *chain.from_iterable(rows)])[1:]
+    return stacked.view(len(scalars), width)
+
+
+def triangle_size(num_rows: int) -> int:
+    """Entries of the lower triangle of a matrix of K rows."""
+    return num_rows * (num_rows + 1) // 2
+
+
+def symmetric(triangle_X: Tensor, num_rows: int) -> Tensor:
+    """The symmetric matrices with these lower triangles: [..., X] -> [..., K, K]."""
+    row, column = torch.tril_indices(num_rows, num_rows, device=triangle_X.device)
+    matrix_KK = triangle_X.new_empty(*triangle_X.shape[:-1], num_rows, num_rows)
+    matrix_KK[..., row, column] = triangle_X
+    matrix_KK[..., column, row] = triangle_X
+    return matrix_KK
 
 
 def without_short_rows(gram_BRR: Tensor, num_entries_B: Tensor) -> Tensor:
@@ -175,11 +193,12 @@ def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
         went in, otherwise in new memory.
     """
     num_rows, size = len(weights_XR), _block_size(rows_RN)
+    weights = [weights_R.unbind() for weights_R in weights_XR.float()]
     is_in_place = num_rows == len(rows_RN)
     combined_XN = rows_RN if is_in_place else rows_RN.new_empty(num_rows, rows_RN.shape[1])
     blocks = zip(combined_XN.split(size, dim=1), rows_RN.split(size, dim=1), strict=True)
-    for combined, rows in blocks:
-        combined.copy_(_matmul(weights_XR.float(), rows.float()))
+    for combined, block in blocks:
+        _combine_block(combined.unbind(), block.float().unbind(), weights)
     return combined_XN
 
 
@@ -187,17 +206,16 @@ def subtract_(
     vector_N: Tensor, rows_KN: Tensor, weights_K: Tensor, metric: AdamMetric | None = None
 ) -> None:
     """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded once to the vector's dtype."""
-    size = _block_size(vector_N)
+    if not len(rows_KN):
+        return
+    size, weights = _block_size(vector_N), weights_K.unbind()
     inverses = repeat(None) if metric is None else metric.inverse()
     blocks = zip(vector_N.split(size), rows_KN.split(size, dim=1), inverses, strict=False)
     for vector, rows, inverse in blocks:
-        rows, exact = rows.float(), vector.float()
         if inverse is None:
-            exact.addmv_(rows.T, weights_K, alpha=-1)
+            vector.sub_(_combination(weights, rows.float().unbind()))
         else:
-            exact.addcdiv_(rows.T @ weights_K, inverse, value=-1)
-        if exact is not vector:
-            vector.copy_(exact)
+            vector.addcdiv_(_combination(weights, rows.float().unbind()), inverse, value=-1)
 
 
 def orthonormal_weights(
@@ -275,11 +293,47 @@ def _block_size(like: Tensor) -> int:
     return _BLOCK if like.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
 
 
-def _matmul(left_XR: Tensor, right_RY: Tensor) -> Tensor:
-    """
-    Matrix product in float32. On a GPU row by row: a product of matrices may run in TF32 there,
-    with three digits, a product with a vector does not.
-    """
-    if left_XR.device.type == "cpu":
-        return left_XR @ right_RY
-    return torch.stack([row_R @ right_RY for row_R in left_XR])
+def _products_of_block(
+    vector: Tensor, rows_KN: Tensor | None, inverse: Tensor | None
+) -> list[Tensor]:
+    vector, rows = vector.float(), () if rows_KN is None else rows_KN.float().unbind()
+    dots = [vector.dot(vector)]
+    if inverse is not None:
+        dots.append((vector * inverse).dot(vector))
+    dots += [row.dot(vector) for row in rows]
+    if inverse is not None:
+        dots += _triangle(rows, inverse)
+    return dots
+
+
+def _triangle(rows: Sequence[Tensor], inverse: Tensor | None = None) -> list[Tensor]:
+    """The lower triangle of the Gram matrix of rows, in the metric with this inverse."""
+    dots = []
+    for index, row in enumerate(rows):
+        scaled = row if inverse is None else row / inverse
+        dots += [other.dot(scaled) for other in rows[: index + 1]]
+    return dots
+
+
+def _sum_blocks(blocks: list[list[Tensor]]) -> list[Tensor]:
+    """Add up the scalars of all blocks; mostly there is one, and nothing to do."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return [torch.stack(of_all).sum() for of_all in zip(*blocks, strict=True)]
+
+
+def _combination(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of rows, float32."""
+    total = rows[0] * weights[0]
+    for weight, row in zip(weights[1:], rows[1:], strict=True):
+        total.addcmul_(row, weight)
+    return total
+
+
+def _combine_block(
+    combined: Sequence[Tensor], rows: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]
+) -> None:
+    """Write weighted sums of rows, all of them computed before the first is written."""
+    sums = [_combination(weights_R, rows) for weights_R in weights]
+    for row, sum_ in zip(combined, sums, strict=True):
+        row.copy_(sum_)

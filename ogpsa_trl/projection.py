@@ -132,8 +132,8 @@ def _project(
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from the targets."""
     config, backend = subspace.config, subspace.backend
-    means_P = _second_moment_means(subspace) if config.metric == "optimizer" else None
-    products = _products(subspace, vectors, means_P)
+    floors_P = _floors(subspace) if config.metric == "optimizer" else None
+    products = _products(subspace, vectors, floors_P)
     weights_BK = _weights(subspace, products, is_descent=is_descent)
     removed = linalg.square(weights_BK, products.gram_BKK)
     restoration = None
@@ -150,9 +150,7 @@ def _project(
     ):
         if rows_KN is None or target_N is None:
             continue
-        metric = _metric(subspace, index, means_P)
-        if metric is not None or means_P is None:  # without a moment the metric is zero
-            linalg.subtract_(target_N, rows_KN, weights_K, metric)
+        linalg.subtract_(target_N, rows_KN, weights_K, _metric(subspace, index, floors_P))
     held = _hold(subspace, vectors, targets, products.squares_P)
 
     if held:
@@ -172,30 +170,32 @@ def _project(
 
 
 def _products(
-    subspace: CapabilitySubspace, vectors: Sequence[Tensor | None], means_P: Tensor | None
+    subspace: CapabilitySubspace, vectors: Sequence[Tensor | None], floors_P: Tensor | None
 ) -> _Products:
     """
-    The products of the vectors of all parameters with the basis and with themselves, in the metric
-    that `means_P` (of the second moments) belong to, or the identity.
+    The products of the vectors of all parameters with the basis and with themselves, in Adam's
+    metric with these floors, or the identity.
     """
     num_rows = subspace.inverse_gram.shape[-1]
+    scalars = [
+        []
+        if vector_N is None
+        else linalg.products(rows_KN, vector_N, _metric(subspace, index, floors_P))
+        for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
+    ]
     # With the identity as metric the basis alone gives the rest.
-    num_products = num_rows + (1 if means_P is None else 2 + num_rows**2)
-    stacked_PX = torch.zeros(len(vectors), num_products, device=subspace.backend.device)
-    of_parameters = linalg.Products.views(stacked_PX, num_rows)
-    for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True)):
-        if vector_N is not None:
-            metric = _metric(subspace, index, means_P)
-            linalg.add_products_(of_parameters.of(index), rows_KN, vector_N, metric)
-    stacked_PX = subspace.backend.sum_over_shards(stacked_PX)  # all that a step sends
-    total = linalg.Products.views(stacked_PX, num_rows)
-    with_rows_BK = subspace.merge(total.with_rows)
-    square = total.square.sum().clamp_min(_TINY)
-    if means_P is None or total.inverse_square is None or total.gram is None:
-        return _Products(with_rows_BK, total.square, square, subspace.gram, square)
-    inverse_squares_P = torch.where(means_P > 0, total.inverse_square, 0.0)
+    width = linalg.num_products(num_rows, has_metric=floors_P is not None)
+    table_PX = linalg.table(scalars, width, subspace.backend.device)
+    table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a step sends
+    of_each = linalg.Products.from_table(table_PX, num_rows)
+    with_rows_BK = subspace.merge(of_each.with_rows_PK)
+    square = of_each.square_P.sum().clamp_min(_TINY)
+    if floors_P is None or of_each.inverse_square_P is None or of_each.gram_PKK is None:
+        return _Products(with_rows_BK, of_each.square_P, square, subspace.gram, square)
+    inverse_squares_P = torch.where(floors_P.isfinite(), of_each.inverse_square_P, 0.0)
     metric_square = inverse_squares_P.sum().clamp_min(_TINY)
-    return _Products(with_rows_BK, total.square, square, subspace.merge(total.gram), metric_square)
+    gram_BKK = subspace.merge(of_each.gram_PKK)
+    return _Products(with_rows_BK, of_each.square_P, square, gram_BKK, metric_square)
 
 
 def _weights(subspace: CapabilitySubspace, products: _Products, *, is_descent: bool) -> Tensor:
@@ -247,29 +247,28 @@ def _restoring(
     return scale * weights_BK, Restoration(ratio, (scale < 1).float())
 
 
-def _second_moment_means(subspace: CapabilitySubspace) -> Tensor | None:
-    """Mean of Adam's second moment over every parameter, shape [P]; None where it has none."""
+def _floors(subspace: CapabilitySubspace) -> Tensor | None:
+    """Those of Adam's metric, shape [P]; None where no parameter has a second moment yet."""
     backend = subspace.backend
-    parameters = list(zip(backend.parameters, backend.shards, strict=True))
-    means_P = torch.zeros(len(parameters), 2, device=backend.device)
-    for mean, ((_, parameter), shard) in zip(means_P, parameters, strict=True):
-        moment_N = backend.second_moment(parameter)
-        if moment_N is not None:
-            mean[0] = moment_N.sum() / max(shard.total, 1)
-            mean[1] = 1
-    means_P = backend.sum_over_shards(means_P)
-    return means_P[:, 0] if means_P[:, 1].any() else None
+    moments = (backend.second_moment(parameter) for _, parameter in backend.parameters)
+    sums = [[] if moment_N is None else [moment_N.sum()] for moment_N in moments]
+    sums_PX = backend.sum_over_shards(linalg.table(sums, 1, backend.device))
+    totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
+    means_P = (sums_PX / totals_PX.to(backend.device)).flatten()
+    return linalg.adam_floors(means_P) if means_P.any() else None
 
 
 def _metric(
-    subspace: CapabilitySubspace, index: int, means_P: Tensor | None
+    subspace: CapabilitySubspace, index: int, floors_P: Tensor | None
 ) -> linalg.AdamMetric | None:
-    """The optimizer's metric for one parameter; None for the identity, or without a moment."""
-    if means_P is None:
+    """Adam's metric for one parameter; None for the identity."""
+    if floors_P is None:
         return None
     _, parameter = subspace.backend.parameters[index]
     moment_N = subspace.backend.second_moment(parameter)
-    return None if moment_N is None else linalg.AdamMetric(moment_N, means_P[index])
+    if moment_N is None:  # its floor is infinite
+        moment_N = floors_P.new_zeros(()).expand(subspace.backend.shards[index].size)
+    return linalg.AdamMetric(moment_N, floors_P[index])
 
 
 def _hold(

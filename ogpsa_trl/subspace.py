@@ -304,11 +304,9 @@ class CapabilitySubspace:
 
     def _sum_grams(self, rows_PKN: Sequence[Tensor | None], size: int) -> Tensor:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
-        device = self.backend.device
-        zeros = torch.zeros(size, size, device=device)
-        grams = [zeros if rows is None else linalg.gram(rows) for rows in rows_PKN]
-        gram_PX = torch.stack(grams).flatten(start_dim=1)
-        return self.backend.sum_over_shards(gram_PX).view(len(grams), size, size)
+        scalars = [[] if rows is None else linalg.gram(rows) for rows in rows_PKN]
+        triangle_PX = linalg.table(scalars, linalg.triangle_size(size), self.backend.device)
+        return linalg.symmetric(self.backend.sum_over_shards(triangle_PX), size)
 
     def merge(self, values: Tensor) -> Tensor:
         """[P, ...] -> [B, ...]: the parameters of one block add up."""

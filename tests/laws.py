@@ -8,25 +8,29 @@ from ogpsa_trl import linalg
 def basis_of(rows_RN, rank=None, dtype=torch.float32):
     """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
     rows_RN = rows_RN.to(dtype, copy=True)
-    weights_KR = linalg.orthonormal_weights(linalg.gram(rows_RN)[None], rank, dtype)[0]
+    weights_KR = linalg.orthonormal_weights(gram_of(rows_RN)[None], rank, dtype)[0]
     basis_KN = linalg.combine_(weights_KR, rows_RN)
-    return basis_KN, linalg.inverse_gram(linalg.gram(basis_KN)[None])[0].float()
+    return basis_KN, linalg.inverse_gram(gram_of(basis_KN)[None])[0].float()
 
 
 def projected(vector_N, basis_KN, inverse_KK):
     """The vector without its component in the span of the basis, as the package removes it."""
     result_N = vector_N.clone()
-    linalg.subtract_(result_N, basis_KN, inverse_KK @ products_of(basis_KN, vector_N).with_rows)
+    with_rows_K = products_of(basis_KN, vector_N).with_rows_PK[0]
+    linalg.subtract_(result_N, basis_KN, inverse_KK @ with_rows_K)
     return result_N
 
 
 def products_of(basis_KN, vector_N, metric=None):
-    """The products of a vector with a basis and with itself, as the package computes them."""
-    num_rows = len(basis_KN)
-    size = num_rows + 1 if metric is None else num_rows + 2 + num_rows**2
-    products = linalg.Products.views(torch.zeros(1, size), num_rows).of(0)
-    linalg.add_products_(products, basis_KN, vector_N, metric)
-    return products
+    """The products of one vector with a basis and with itself, as the package computes them."""
+    table_PX = torch.stack(linalg.products(basis_KN, vector_N, metric))[None]
+    return linalg.Products.from_table(table_PX, len(basis_KN))
+
+
+def gram_of(rows_RN):
+    """The Gram matrix of some rows, as the package computes it."""
+    triangle_PX = linalg.table([linalg.gram(rows_RN)], linalg.triangle_size(len(rows_RN)), "cpu")
+    return linalg.symmetric(triangle_PX, len(rows_RN))[0]
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):

@@ -10,6 +10,7 @@ from laws import (
     assert_orthogonal,
     assert_orthonormal,
     basis_of,
+    gram_of,
     literal_basis,
     literal_projection,
     products_of,
@@ -76,7 +77,7 @@ def test_basis_is_the_singular_value_decomposition_of_the_stacked_gradients(name
 def test_a_direction_is_right_or_not_there_however_short_the_gradient(exponent):
     """Squares that float32 loses, whole or in part, are not taken for a length."""
     rows_RN = random_rows(2) * torch.tensor([1.0, 10.0**exponent])[:, None]
-    gram_BRR = linalg.gram(rows_RN)[None].double()
+    gram_BRR = gram_of(rows_RN)[None].double()
     gram_BRR = linalg.without_short_rows(gram_BRR, torch.tensor([NUM_ENTRIES]).double())
     basis_KN = linalg.combine_(linalg.orthonormal_weights(gram_BRR)[0], rows_RN.clone())
     assert len(basis_KN) == (2 if exponent >= -15 else 1)
@@ -140,11 +141,11 @@ def test_sharding_and_scaling_do_not_change_the_projection(
 
     scaled_RN = rows_RN * 10.0 ** torch.tensor(exponents[:num_rows])[:, None]
     shards = scaled_RN.tensor_split(num_shards, dim=1)
-    weights_KR = linalg.orthonormal_weights(sum(linalg.gram(s) for s in shards)[None])[0]
+    weights_KR = linalg.orthonormal_weights(sum(gram_of(s) for s in shards)[None])[0]
     basis = [linalg.combine_(weights_KR, shard.clone()) for shard in shards]
-    inverse_KK = linalg.inverse_gram(sum(linalg.gram(b) for b in basis)[None])[0].float()
+    inverse_KK = linalg.inverse_gram(sum(gram_of(b) for b in basis)[None])[0].float()
     pieces = [piece.clone() for piece in vector_N.tensor_split(num_shards)]
-    products = [products_of(b, p).with_rows for b, p in zip(basis, pieces, strict=True)]
+    products = [products_of(b, p).with_rows_PK[0] for b, p in zip(basis, pieces, strict=True)]
     weights_K = inverse_KK @ sum(products)
     for rows, piece in zip(basis, pieces, strict=True):
         linalg.subtract_(piece, rows, weights_K)
