@@ -157,9 +157,10 @@ def memory_bytes(recipe: Recipe) -> float:
     texts = run.training.per_device_train_batch_size * (2 if run.train.stage == "dpo" else 1)
     training = activation_bytes(model, texts * run.training.max_length)
     num_tokens = run.ogpsa.capability_batch_size * run.training.max_length
-    # The logits in float32, those of trained tokens, their gradients, and one in bfloat16.
-    logits = 14 * num_tokens * model.vocabulary if run.ogpsa.capability_loss == "kl" else 0
-    refresh = activation_bytes(model, num_tokens) + logits
+    # Scored tile by tile (see ogpsa_trl/tiled_head.py).
+    logits = 20 * min(num_tokens, 256) * model.vocabulary
+    refresh = activation_bytes(model, num_tokens)
+    refresh += logits if run.ogpsa.capability_loss == "kl" else 0
     trained = model.adapter(run.model.lora_r) if run.model.use_peft else model.parameters
     copy = 4 * trained / recipe.shards  # when the activations are gone
     return static_bytes(recipe, model, run) + max(training, refresh, copy)

@@ -16,6 +16,7 @@ from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Batch, CapabilityGroup, Part
 from ogpsa_trl.divergence import divergence, likely_tokens
 from ogpsa_trl.start import Measured, StartingPoint, all_samples, measure_start
+from ogpsa_trl.tiled_head import Score
 
 # A divergence per token, in nats, that is rounding: log-probabilities in float32 that differ by
 # 1e-6 make 1e-12.
@@ -31,7 +32,7 @@ class CapabilityLoss:
         groups: The capability groups.
         log_probs: Log-probabilities of the trainable tokens of a batch, zero elsewhere, shape
             [rows, length - 1], with their graph.
-        logits: Logits at the trainable tokens, row by row, shape [tokens, vocabulary].
+        scores: Of the trainable tokens of a batch, row by row, from their logits tile by tile.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class CapabilityLoss:
         config: OGPSAConfig,
         groups: Sequence[CapabilityGroup],
         log_probs: Callable[[Batch], Tensor],
-        logits: Callable[[Batch], Tensor],
+        scores: Callable[[Batch, Score], Tensor],
     ) -> None:
         self.config = config
         self.groups = groups
         self.log_probs = log_probs
-        self.logits = logits
+        self.scores = scores
         # What the starting model makes of the samples. None: not measured yet.
         self.start: StartingPoint | None = None
 
@@ -63,9 +64,15 @@ class CapabilityLoss:
         if not self.is_kl:
             return -self.log_probs(batch).sum()
         assert self.start is not None
-        logits_TV = self.logits(batch)
-        start = self.start.likely_tokens(batch)
-        return divergence(logits_TV, *(tensor.to(logits_TV.device) for tensor in start))
+        tokens_TK, start_TX = self.start.likely_tokens(batch)
+
+        def score(logits_TV: Tensor, positions_T: Tensor) -> Tensor:
+            start = (
+                values[positions_T.cpu()].to(logits_TV.device) for values in (tokens_TK, start_TX)
+            )
+            return divergence(logits_TV, *start)
+
+        return self.scores(batch, score).sum()
 
     def passes(self, backend: GradientBackend) -> AbstractContextManager[Any]:
         """Around its passes. Logits come from a module that TRL's fused head does not call."""
@@ -92,7 +99,14 @@ class CapabilityLoss:
         if not self.is_kl:
             losses = -self.log_probs(batch).sum(dim=1)
             return [{"losses": loss} for loss in losses[: len(batch.samples)]]
-        start = likely_tokens(self.logits(batch), self.config.kl_tokens)
+        tiles: list[tuple[Tensor, Tensor]] = []
+
+        def score(logits_TV: Tensor, _: Tensor) -> Tensor:
+            tiles.append(likely_tokens(logits_TV, self.config.kl_tokens))
+            return logits_TV.new_zeros(len(logits_TV))
+
+        self.scores(batch, score)
+        start = [torch.cat(values) for values in zip(*tiles, strict=True)]
         counts = [sample.num_tokens for sample in batch.samples]
         return [
             {"losses": torch.zeros(()), "tokens": tokens, "log_probs": log_probs}

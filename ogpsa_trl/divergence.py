@@ -12,10 +12,6 @@ Shapes: T positions, V tokens of the vocabulary, K tokens told apart, X outcomes
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-# Positions handled at once. Bounds the float32 temporaries of the size of the logits.
-_BLOCK = 256
 
 
 def likely_tokens(logits_TV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -26,36 +22,22 @@ def likely_tokens(logits_TV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         The most likely tokens, shape [T, K], int32; and their log-probabilities, float32, with that
         of all others together as the last, shape [T, X].
     """
-    tokens, log_probs = [], []
-    for block_TV in logits_TV.split(_BLOCK):
-        block_TK = block_TV.topk(min(num_tokens, block_TV.shape[1])).indices
-        tokens.append(block_TK.int())
-        log_probs.append(_outcomes(block_TV, block_TK))
-    return torch.cat(tokens), torch.cat(log_probs)
+    tokens_TK = logits_TV.topk(min(num_tokens, logits_TV.shape[1])).indices
+    return tokens_TK.int(), _outcomes(logits_TV, tokens_TK)
 
 
 def divergence(logits_TV: Tensor, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
     """
-    Sum over the positions of KL(start || model), in nats, a scalar with the graph of the logits.
+    KL(start || model) of every position, in nats, shape [T], float32.
+
+    It is sum p (e^d - 1 - d) with d = log q - log p. Both distributions sum to one, so that it is
+    the sum of -p d; but no first-order terms have to cancel, and small divergences keep their
+    digits.
 
     Args:
         logits_TV: The model's, any floating dtype; no position is allowed.
         tokens_TK: The tokens told apart, from `likely_tokens` of the starting model.
         start_TX: Their log-probabilities and that of the others.
-    """
-    total = logits_TV.new_zeros((), dtype=torch.float32) + logits_TV[:0].sum()
-    for block in zip(
-        logits_TV.split(_BLOCK), tokens_TK.split(_BLOCK), start_TX.split(_BLOCK), strict=True
-    ):
-        # Computed again in the backward pass, instead of held for all positions.
-        total = total + checkpoint(_block, *block, use_reentrant=False, preserve_rng_state=False)
-    return total
-
-
-def _block(logits_TV: Tensor, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
-    """
-    sum p (e^d - 1 - d) with d = log q - log p. Both distributions sum to one, so that it is the sum
-    of -p d; but no first-order terms have to cancel, and small divergences keep their digits.
     """
     log_probs_TX = _outcomes(logits_TV, tokens_TK)
     probs_TX = start_TX.exp()
@@ -66,7 +48,7 @@ def _block(logits_TV: Tensor, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
         probs_TX * rises_TX.clamp_max(1).expm1(),
         log_probs_TX.exp() - probs_TX,  # e^d could overflow
     )
-    return (growth_TX - probs_TX * rises_TX).sum()
+    return (growth_TX - probs_TX * rises_TX).sum(dim=1)
 
 
 def _outcomes(logits_TV: Tensor, tokens_TK: Tensor) -> Tensor:

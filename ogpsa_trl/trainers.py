@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_utils import (
@@ -49,6 +49,7 @@ from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import all_samples, content
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.tiled_head import Score, TiledHead
 from ogpsa_trl.trackers import SettingsCallback
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,12 @@ class OGPSAMixin(Trainer):
         )
         warn_of_uneven_groups(self.capability_groups)
         warn_of_samples_in_training(self.capability_groups, self.train_dataset)
+        self.tiled_head = TiledHead(lambda: self.model.get_output_embeddings())
         self.capability_loss = CapabilityLoss(
             self.ogpsa_config,
             self.capability_groups,
             self.capability_log_probs,
-            self.capability_logits,
+            self.capability_scores,
         )
         self.diagnostics = Diagnostics(
             [group.name for group in self.capability_groups for _ in range(group.num_parts)]
@@ -216,23 +218,38 @@ class OGPSAMixin(Trainer):
         Returns:
             Shape [rows, length - 1].
         """
-        is_trained = trained_labels(batch.inputs["labels"])
-        logits_TV = self.capability_logits(batch)
-        is_trained = is_trained.to(logits_TV.device)
-        labels = batch.inputs["labels"][:, 1:].to(logits_TV.device)
-        log_probs = logits_TV.new_zeros(is_trained.shape, dtype=torch.float32)
-        log_probs[is_trained] = selective_log_softmax(logits_TV, labels[is_trained]).float()
-        return log_probs
+        labels = batch.inputs["labels"]
+        is_trained = trained_labels(labels)
+        labels_T = labels[:, 1:][is_trained]
 
-    def capability_logits(self, batch: Batch) -> Tensor:
-        """Logits at the trainable tokens of a batch, row by row, shape [tokens, vocabulary]."""
+        def score(logits_TV: Tensor, positions_T: Tensor) -> Tensor:
+            labels = labels_T.to(logits_TV.device)[positions_T]
+            return selective_log_softmax(logits_TV, labels)
+
+        scores_T = self.capability_scores(batch, score)
+        is_trained = is_trained.to(scores_T.device)
+        return scores_T.new_zeros(is_trained.shape).masked_scatter(is_trained, scores_T)
+
+    def capability_scores(self, batch: Batch, score: Score) -> Tensor:
+        """
+        Scores of the trainable tokens of a batch, row by row, from the logits before them.
+
+        Args:
+            batch: The batch.
+            score: Makes them from the logits of some of the tokens (see `tiled_head`).
+
+        Returns:
+            Shape [tokens], float32, with their graph.
+        """
         # Not `_prepare_inputs`: that of GRPO generates completions.
         inputs: Any = self._prepare_input(batch.inputs)
-        labels = inputs.pop("labels")
-        with self.compute_loss_context_manager():
-            logits = self.model_wrapped(**inputs, use_cache=False).logits
-        logits = logits[:, -labels.shape[1] :]  # prompt learning puts virtual tokens in front
-        return logits[:, :-1][trained_labels(labels)]
+        is_trained = trained_labels(inputs.pop("labels"))
+
+        def logits() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.model_wrapped(**inputs, use_cache=False).logits
+
+        return self.tiled_head.scores(logits, functional.pad(is_trained, (0, 1)), score)
 
     def refresh_subspace(self) -> None:
         """

@@ -20,13 +20,12 @@ def literal(start_TV, logits_TV):
 
 
 def of(start_TV, logits_TV, num_tokens):
-    return divergence(logits_TV, *likely_tokens(start_TV, num_tokens))
+    return divergence(logits_TV, *likely_tokens(start_TV, num_tokens)).sum()
 
 
-@pytest.mark.parametrize("num_positions", [1, 7, 256, 300, 513])
 @pytest.mark.parametrize("num_tokens", [11, 99])
-def test_with_the_whole_vocabulary_it_is_the_literal_one(num_positions, num_tokens):
-    start, model = logits(0, num_positions), logits(1, num_positions).requires_grad_()
+def test_with_the_whole_vocabulary_it_is_the_literal_one(num_tokens):
+    start, model = logits(0), logits(1).requires_grad_()
     value = of(start, model, num_tokens)
     [gradient] = torch.autograd.grad(value, model)
     expected = literal(start, model)

@@ -28,7 +28,8 @@ LAYERS = {
     "gradients": ("linalg backends data", "torch"),
     "start": ("backends data gradients", "torch"),
     "subspace": ("linalg optimizers backends config gradients", "torch"),
-    "capability_loss": ("backends config data divergence start", "torch"),
+    "tiled_head": ("", "torch"),
+    "capability_loss": ("backends config data divergence start tiled_head", "torch"),
     "projection": ("linalg constraints subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
     "completeness": ("", "transformers safetensors"),
@@ -37,8 +38,8 @@ LAYERS = {
     "model_card": ("config data", ""),
     "trackers": ("config data", "transformers wandb trackio"),
     "trainers": (
-        "config engines data group_warnings gradients start capability_loss subspace projection "
-        "completeness checkpoint diagnostics callback model_card trackers",
+        "config engines data group_warnings gradients start tiled_head capability_loss subspace "
+        "projection completeness checkpoint diagnostics callback model_card trackers",
         "torch datasets transformers trl tqdm",
     ),
     "gate": (

@@ -121,15 +121,15 @@ class TestAStartThatIsNotFinite:
     def test_is_an_error_that_names_the_sample(self, loss, value, base_model_path, tmp_path):
         config = OGPSAConfig(capability_loss=loss, samples_per_refresh=1, capability_batch_size=1)
         trainer = make(base_model_path, tmp_path, config)
-        name = "log_probs" if loss == "nll" else "logits"
-        original = getattr(trainer.capability_loss, name)
+        log_probs, scores = trainer.capability_loss.log_probs, trainer.capability_loss.scores
 
-        def broken(batch):
-            values = original(batch)
-            is_meant = any(sample.name == "language/3" for sample in batch.samples)
-            return values * value if is_meant else values
+        def factor(batch):
+            return value if any(s.name == "language/3" for s in batch.samples) else 1.0
 
-        setattr(trainer.capability_loss, name, broken)
+        trainer.capability_loss.log_probs = lambda batch: log_probs(batch) * factor(batch)
+        trainer.capability_loss.scores = lambda batch, score: scores(
+            batch, lambda logits_TV, positions_T: score(logits_TV * factor(batch), positions_T)
+        )
         message = r"of capability sample 'language/3' .* not finite"
         with pytest.raises(FloatingPointError, match=message):
             trainer.train()

@@ -1,0 +1,179 @@
+"""Scores by tiles are those of the whole logits, whatever a model does to them, in less memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from ogpsa_trl import tiled_head
+from ogpsa_trl.tiled_head import TiledHead
+
+NUM_WORDS, LENGTH = 200, 12
+SIZES = {
+    "vocab_size": NUM_WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+class WithoutCall(LlamaForCausalLM):
+    """Multiplies by the weight of its head, and never calls it."""
+
+    def forward(self, input_ids, **kwargs):
+        output = self.model(input_ids, **kwargs)
+        output.logits = output.last_hidden_state @ self.lm_head.weight.T
+        return output
+
+
+class WithVirtualTokens(LlamaForCausalLM):
+    """Puts three positions in front, as prompt learning does."""
+
+    def forward(self, input_ids, **kwargs):
+        in_front = torch.ones(len(input_ids), 3, dtype=torch.long)
+        return super().forward(torch.cat([in_front, input_ids], dim=1), **kwargs)
+
+
+MODELS = {
+    "plain": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "soft cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)
+    ),
+    "scale": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "division": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "without call": lambda: WithoutCall(LlamaConfig(**SIZES)),
+    "virtual tokens": lambda: WithVirtualTokens(LlamaConfig(**SIZES)),
+}
+PLAIN = {"plain", "tied", "virtual tokens"}
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def make_batch(num_rows, share):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, NUM_WORDS, (num_rows, LENGTH), generator=generator)
+    return ids, torch.rand(num_rows, LENGTH, generator=generator) < share
+
+
+def score(logits_TV, positions_T):
+    """Another one at every position, so that positions that were mixed up would show."""
+    return (1 + positions_T) * logits_TV.float().log_softmax(dim=1)[:, 7]
+
+
+def scored(model, ids, is_scored, head=None):
+    head = head or TiledHead(model.get_output_embeddings)
+    return head.scores(lambda: model(input_ids=ids).logits, is_scored, score)
+
+
+def literally_scored(model, ids, is_scored):
+    logits_TV = model(input_ids=ids).logits[:, -LENGTH:][is_scored]
+    return score(logits_TV, torch.arange(len(logits_TV)))
+
+
+def gradients(model, scores_T):
+    model.zero_grad()
+    scores_T.sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tile", [1, 5, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_and_gradients_are_those_of_the_whole_logits(name, share, tile, monkeypatch):
+    monkeypatch.setattr(tiled_head, "_TILE", tile)
+    model, (ids, is_scored) = make(name), make_batch(3, share)
+    expected = literally_scored(model, ids, is_scored)
+    expected_gradients = gradients(model, expected)
+    scores = scored(model, ids, is_scored)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    found = gradients(model, scores)
+    assert found.keys() == expected_gradients.keys()
+    for key, gradient in expected_gradients.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_changes_its_logits_is_found_out_once(name):
+    """A pass more in the first call; all processes of an engine have to make as many."""
+    model, (ids, is_scored) = make(name), make_batch(3, 0.5)
+    head, num_passes = TiledHead(model.get_output_embeddings), []
+
+    def logits():
+        num_passes.append(1)
+        return model(input_ids=ids).logits
+
+    for expected in (2, 3, 4):
+        head.scores(logits, is_scored, score)
+        assert len(num_passes) == expected
+    assert head.is_plain == (name in PLAIN)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_process_without_positions_finds_the_same(name):
+    model, (ids, _) = make(name), make_batch(3, 0.5)
+    head = TiledHead(model.get_output_embeddings)
+    scored(model, ids, torch.zeros_like(ids, dtype=torch.bool), head)
+    assert head.is_plain == (name in PLAIN)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        self.size = max([self.size, *(tensor.untyped_storage().nbytes() for tensor in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_of_all_positions_are_never_there_at_once(name, monkeypatch):
+    """Forward or backward: but for models that do more to their logits, or do not call the head."""
+    monkeypatch.setattr(tiled_head, "_TILE", 16)
+    model, (ids, is_scored) = make(name), make_batch(30, 1.0)
+    with LargestTensor() as largest:
+        scored(model, ids, is_scored).sum().backward()
+    of_all = 4 * ids.numel() * NUM_WORDS
+    if name in PLAIN:
+        assert largest.size <= of_all / 2  # the activations of the 360 positions
+    else:
+        assert largest.size >= of_all
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_the_head_is_as_before(has_own):
+    """Also after an error, and where a library has put its own `forward` before the class's."""
+    model, (ids, is_scored) = make("plain"), make_batch(2, 0.5)
+    own = model.lm_head.forward
+    if has_own:
+        model.lm_head.forward = own
+    before = dict(model.lm_head.__dict__)
+
+    def fail(*_):
+        raise KeyError("score")
+
+    head = TiledHead(model.get_output_embeddings)
+    scored(model, ids, is_scored, head)
+    assert model.lm_head.__dict__ == before
+    with pytest.raises(KeyError, match="score"):
+        head.scores(lambda: model(input_ids=ids).logits, is_scored, fail)
+    assert model.lm_head.__dict__ == before
