@@ -74,7 +74,7 @@ class Placements:
         grams_PKK = torch.zeros(args.tensors, self.rank, self.rank, device=device)
         for index, gradient in enumerate(self.gradients):
             rows_KN = (random(self.rank, per_tensor) / per_tensor**0.5).to(dtype)
-            grams_PKK[index] = linalg.symmetric(torch.stack(linalg.gram(rows_KN)), self.rank)
+            grams_PKK[index] = linalg.symmetric(linalg.gram(rows_KN), self.rank)
             self.whole.append(rows_KN)
             offset = index * per_tensor
             start, end = max(first - offset, 0), min(last - offset, per_tensor)
@@ -89,7 +89,7 @@ class Placements:
 
     def products(self, rows_KN: Tensor, gradient_N: Tensor) -> Tensor:
         """The square that the log needs, and with each row, shape [K + 1]."""
-        return torch.stack(linalg.products(rows_KN, gradient_N))
+        return linalg.products(rows_KN, gradient_N)
 
     def weights(self, products_PX: Tensor) -> Tensor:
         return (self.inverse_gram @ products_PX[:, 1:, None]).squeeze(-1)

@@ -66,16 +66,14 @@ class CapabilityLoss:
         assert self.start is not None
         tokens_TK, start_TX = self.start.likely_tokens(batch)
 
-        def score(logits_TV: Tensor, positions_T: Tensor) -> Tensor:
-            start = (
-                values[positions_T.cpu()].to(logits_TV.device) for values in (tokens_TK, start_TX)
-            )
-            return divergence(logits_TV, *start)
+        def score(logits_TV: Tensor, positions: slice) -> Tensor:
+            tile = (tokens_TK[positions], start_TX[positions])
+            return divergence(logits_TV, *(values.to(logits_TV.device) for values in tile))
 
         return self.scores(batch, score).sum()
 
     def passes(self, backend: GradientBackend) -> AbstractContextManager[Any]:
-        """Around its passes. Logits come from a module that TRL's fused head does not call."""
+        """Around its passes. Scores come through a module that TRL's fused head does not call."""
         return backend.other_passes() if self.is_kl else nullcontext()
 
     def prepare(self, backend: GradientBackend) -> None:
@@ -101,7 +99,7 @@ class CapabilityLoss:
             return [{"losses": loss} for loss in losses[: len(batch.samples)]]
         tiles: list[tuple[Tensor, Tensor]] = []
 
-        def score(logits_TV: Tensor, _: Tensor) -> Tensor:
+        def score(logits_TV: Tensor, _: slice) -> Tensor:
             tiles.append(likely_tokens(logits_TV, self.config.kl_tokens))
             return logits_TV.new_zeros(len(logits_TV))
 

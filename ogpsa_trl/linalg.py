@@ -3,9 +3,8 @@ Pure tensor functions of the method: Gram matrices, orthonormal bases, projectio
 
 A gradient of the whole model is far larger than anything computed from it. So it is touched only by
 the functions that take vectors of length N, in float32 and block by block, each block once;
-everything else happens on R x R matrices, in float64 on the CPU. Rows are taken one by one, by
-scalar products and scaled additions: these use all cores (a product of a matrix of few rows with a
-vector used one, with MKL on an AMD processor) and are not done in TF32 on a GPU.
+everything else happens on R x R matrices, in float64 on the CPU. No product is one of two matrices,
+which may be done in TF32 on a GPU, with three digits.
 
 Shapes:
     N: entries of one parameter held by this process
@@ -15,7 +14,7 @@ Shapes:
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -94,13 +93,11 @@ class Products(NamedTuple):
 
 
 def num_products(num_rows: int, *, has_metric: bool) -> int:
-    """How many scalars `products` returns for a parameter with K rows."""
+    """How many numbers `products` returns for a parameter with K rows."""
     return 1 + num_rows + (1 + triangle_size(num_rows) if has_metric else 0)
 
 
-def products(
-    rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None = None
-) -> list[Tensor]:
+def products(rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None = None) -> Tensor:
     """
     The products of one parameter, or of this process's share of it.
 
@@ -110,24 +107,23 @@ def products(
         metric: D; `None`: no products in a metric.
 
     Returns:
-        Scalars that add up over the shards: v v^T, v D^-1 v^T, the entries of B v, and the lower
+        Numbers that add up over the shards: v v^T, v D^-1 v^T, the entries of B v, and the lower
         triangle of B D B^T; without a metric only the first and the third.
     """
     size = _block_size(vector_N)
     all_rows = repeat(None) if rows_KN is None else rows_KN.split(size, dim=1)
     inverses = repeat(None) if metric is None else metric.inverse()
     blocks = zip(vector_N.split(size), all_rows, inverses, strict=False)
-    return _sum_blocks([_products_of_block(*block) for block in blocks])
+    return torch.stack([_products_of_block(*block) for block in blocks]).sum(dim=0)
 
 
 def squared_length(vector_N: Tensor) -> Tensor:
     """Scalar product of a vector with itself, a float32 scalar. Any floating dtype."""
     blocks = (block.float() for block in vector_N.split(_block_size(vector_N)))
-    (square,) = _sum_blocks([[block.dot(block)] for block in blocks])
-    return square
+    return torch.stack([block.dot(block) for block in blocks]).sum()
 
 
-def gram(rows_KN: Tensor) -> list[Tensor]:
+def gram(rows_KN: Tensor) -> Tensor:
     """
     Scalar products of the rows with each other.
 
@@ -135,20 +131,20 @@ def gram(rows_KN: Tensor) -> list[Tensor]:
         rows_KN: Any floating dtype.
 
     Returns:
-        The lower triangle of the Gram matrix, row by row (see `symmetric`), as float32 scalars.
-        This process's share where the entries are sharded.
+        The lower triangle of the Gram matrix, row by row (see `symmetric`), float32. This process's
+        share where the entries are sharded.
     """
     blocks = rows_KN.split(_block_size(rows_KN), dim=1)
-    return _sum_blocks([_triangle(block.float().unbind()) for block in blocks])
+    return torch.stack([_triangle(block.float()) for block in blocks]).sum(dim=0)
 
 
-def table(scalars: Sequence[Sequence[Tensor]], width: int, device: torch.device) -> Tensor:
-    """A row for each parameter's scalars, filled up with zeros, shape [P, width], float32."""
-    zero = torch.zeros((), device=device)
-    rows = ([*row, *[zero] * (width - len(row))] for row in scalars)
-    # A stack of nothing is an error.
-    stacked = torch.stack([zero, *chain.from_iterable(rows)])[1:]
-    return stacked.view(len(scalars), width)
+def table(numbers: Sequence[Tensor | None], width: int, device: torch.device) -> Tensor:
+    """A row for each parameter's numbers, filled up with zeros, shape [P, width], float32."""
+    zeros = torch.zeros(width, device=device)
+    filled = [
+        part for row in numbers for part in ((zeros,) if row is None else (row, zeros[len(row) :]))
+    ]
+    return torch.cat(filled).view(len(numbers), width)
 
 
 def triangle_size(num_rows: int) -> int:
@@ -270,7 +266,7 @@ def inverse_gram(gram_BKK: Tensor) -> Tensor:
     Inverse of the Gram matrices of stored basis rows, zero for rows of zeros.
 
     The rows are orthonormal up to rounding (all of it in the storage dtype), so the eigenvalues are
-    near 1 or exactly 0. With this matrix between `add_products_` and `subtract_` the projection is
+    near 1 or exactly 0. With this matrix between `products` and `subtract_` the projection is
     exact for the rows as they are stored.
 
     Returns:
@@ -293,33 +289,34 @@ def _block_size(like: Tensor) -> int:
     return _BLOCK if like.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
 
 
-def _products_of_block(
-    vector: Tensor, rows_KN: Tensor | None, inverse: Tensor | None
-) -> list[Tensor]:
-    vector, rows = vector.float(), () if rows_KN is None else rows_KN.float().unbind()
-    dots = [vector.dot(vector)]
+def _products_of_block(vector: Tensor, rows_KN: Tensor | None, inverse: Tensor | None) -> Tensor:
+    vector = vector.float()
+    rows_KN = vector.new_empty(0, len(vector)) if rows_KN is None else rows_KN.float()
+    dots = [_dots(vector[None], vector)]
     if inverse is not None:
-        dots.append((vector * inverse).dot(vector))
-    dots += [row.dot(vector) for row in rows]
+        dots.append(_dots(vector[None], vector * inverse))
+    dots.append(_dots(rows_KN, vector))
     if inverse is not None:
-        dots += _triangle(rows, inverse)
-    return dots
+        dots.append(_triangle(rows_KN, inverse))
+    return torch.cat(dots)
 
 
-def _triangle(rows: Sequence[Tensor], inverse: Tensor | None = None) -> list[Tensor]:
+def _triangle(rows_KN: Tensor, inverse: Tensor | None = None) -> Tensor:
     """The lower triangle of the Gram matrix of rows, in the metric with this inverse."""
-    dots = []
-    for index, row in enumerate(rows):
-        scaled = row if inverse is None else row / inverse
-        dots += [other.dot(scaled) for other in rows[: index + 1]]
-    return dots
+    dots = [rows_KN.new_empty(0)]
+    for index, row in enumerate(rows_KN.unbind()):
+        dots.append(_dots(rows_KN[: index + 1], row if inverse is None else row / inverse))
+    return torch.cat(dots)
 
 
-def _sum_blocks(blocks: list[list[Tensor]]) -> list[Tensor]:
-    """Add up the scalars of all blocks; mostly there is one, and nothing to do."""
-    if len(blocks) == 1:
-        return blocks[0]
-    return [torch.stack(of_all).sum() for of_all in zip(*blocks, strict=True)]
+def _dots(rows_KN: Tensor, vector_N: Tensor) -> Tensor:
+    """
+    Scalar products, shape [K]. One by one on a CPU, where MKL's product of a matrix of few rows
+    with a vector uses one core (on an AMD processor); in one call where a call costs more.
+    """
+    if rows_KN.device.type == "cpu" and len(rows_KN):
+        return torch.stack([row.dot(vector_N) for row in rows_KN.unbind()])
+    return rows_KN.mv(vector_N)
 
 
 def _combination(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -177,15 +177,15 @@ def _products(
     metric with these floors, or the identity.
     """
     num_rows = subspace.inverse_gram.shape[-1]
-    scalars = [
-        []
+    numbers = [
+        None
         if vector_N is None
         else linalg.products(rows_KN, vector_N, _metric(subspace, index, floors_P))
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.
     width = linalg.num_products(num_rows, has_metric=floors_P is not None)
-    table_PX = linalg.table(scalars, width, subspace.backend.device)
+    table_PX = linalg.table(numbers, width, subspace.backend.device)
     table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a step sends
     of_each = linalg.Products.from_table(table_PX, num_rows)
     with_rows_BK = subspace.merge(of_each.with_rows_PK)
@@ -248,10 +248,10 @@ def _restoring(
 
 
 def _floors(subspace: CapabilitySubspace) -> Tensor | None:
-    """Those of Adam's metric, shape [P]; None where no parameter has a second moment yet."""
+    """Those of Adam's metric, shape [P]; None where no gradient has left a second moment yet."""
     backend = subspace.backend
     moments = (backend.second_moment(parameter) for _, parameter in backend.parameters)
-    sums = [[] if moment_N is None else [moment_N.sum()] for moment_N in moments]
+    sums = [None if moment_N is None else moment_N.sum()[None] for moment_N in moments]
     sums_PX = backend.sum_over_shards(linalg.table(sums, 1, backend.device))
     totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
     means_P = (sums_PX / totals_PX.to(backend.device)).flatten()

@@ -304,8 +304,8 @@ class CapabilitySubspace:
 
     def _sum_grams(self, rows_PKN: Sequence[Tensor | None], size: int) -> Tensor:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
-        scalars = [[] if rows is None else linalg.gram(rows) for rows in rows_PKN]
-        triangle_PX = linalg.table(scalars, linalg.triangle_size(size), self.backend.device)
+        triangles = [None if rows is None else linalg.gram(rows) for rows in rows_PKN]
+        triangle_PX = linalg.table(triangles, linalg.triangle_size(size), self.backend.device)
         return linalg.symmetric(self.backend.sum_over_shards(triangle_PX), size)
 
     def merge(self, values: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import selective_log_softmax
 
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
@@ -175,8 +174,16 @@ class OGPSAMixin(Trainer):
         Refuse models and processors that no text can be scored with.
 
         Raises:
-            ValueError: there is no language-modeling head, or no tokenizer.
+            ValueError: there is no language-modeling head, or no tokenizer; or the model would be
+                copied to several devices of this process.
         """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"This process has {self.args.n_gpu} GPUs, on which `transformers.Trainer` would "
+                "run `torch.nn.DataParallel`, which OGPSA does not support. Launch with "
+                "`accelerate launch --config_file configs/accelerate/ddp.yaml`, or set "
+                "`CUDA_VISIBLE_DEVICES=0`."
+            )
         if self.model.get_output_embeddings() is None:
             raise ValueError(
                 "The capability loss is that of a language model, but "
@@ -222,9 +229,9 @@ class OGPSAMixin(Trainer):
         is_trained = trained_labels(labels)
         labels_T = labels[:, 1:][is_trained]
 
-        def score(logits_TV: Tensor, positions_T: Tensor) -> Tensor:
-            labels = labels_T.to(logits_TV.device)[positions_T]
-            return selective_log_softmax(logits_TV, labels)
+        def score(logits_TV: Tensor, positions: slice) -> Tensor:
+            labels_T1 = labels_T[positions].to(logits_TV.device)[:, None]
+            return logits_TV.float().log_softmax(dim=1).gather(1, labels_T1)[:, 0]
 
         scores_T = self.capability_scores(batch, score)
         is_trained = is_trained.to(scores_T.device)
@@ -506,7 +513,7 @@ class _WithFusedHead(OGPSAMixin):
         inputs: Any = self._prepare_input(batch.inputs)
         with self.compute_loss_context_manager():
             outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs
+        return outputs.log_probs.float()  # FSDP2 in bfloat16 rounds them
 
 
 class OGPSASFTTrainer(_WithFusedHead, SFTTrainer):

@@ -23,14 +23,13 @@ def projected(vector_N, basis_KN, inverse_KK):
 
 def products_of(basis_KN, vector_N, metric=None):
     """The products of one vector with a basis and with itself, as the package computes them."""
-    table_PX = torch.stack(linalg.products(basis_KN, vector_N, metric))[None]
+    table_PX = linalg.products(basis_KN, vector_N, metric)[None]
     return linalg.Products.from_table(table_PX, len(basis_KN))
 
 
 def gram_of(rows_RN):
     """The Gram matrix of some rows, as the package computes it."""
-    triangle_PX = linalg.table([linalg.gram(rows_RN)], linalg.triangle_size(len(rows_RN)), "cpu")
-    return linalg.symmetric(triangle_PX, len(rows_RN))[0]
+    return linalg.symmetric(linalg.gram(rows_RN), len(rows_RN))
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):

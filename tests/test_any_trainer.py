@@ -171,6 +171,17 @@ class TestAnyTrainer:
             expected = literal_nll(base, TOKENIZER, rows).item()
             assert logged == pytest.approx(expected, rel=1e-5)
 
+    def test_a_batch_without_text_has_a_loss_with_a_graph(self, kind, base_model_path, tmp_path):
+        """That of a process without samples."""
+        trainer = make(
+            kind, base_model_path, tmp_path, capability=capability_groups(), config=paper(),
+        )  # fmt: skip
+        part = trainer.capability_groups[0].whole()
+        batch = next(iter(part.batches_of(999, 1000)))
+        loss = trainer.capability_log_probs(batch).sum()
+        loss.backward()
+        assert loss == 0
+
     def test_capability_texts_are_cut(self, kind, base_model_path, tmp_path):
         trainer = make(
             kind, base_model_path, tmp_path, capability=capability_groups(),
@@ -218,5 +229,17 @@ class TestRefused:
                 model=AutoModelForCausalLM.from_pretrained(base_model_path),
                 args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
                 train_dataset=token_data(),
+                capability_dataset=capability_groups(),
+            )
+
+    def test_copies_on_several_devices(self, base_model_path, tmp_path, monkeypatch):
+        """TRL's trainers refuse them themselves."""
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+        with pytest.raises(ValueError, match=r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"):
+            OGPSATrainer(
+                model=AutoModelForCausalLM.from_pretrained(base_model_path),
+                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+                train_dataset=token_data(),
+                processing_class=TOKENIZER,
                 capability_dataset=capability_groups(),
             )

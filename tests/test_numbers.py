@@ -128,7 +128,7 @@ class TestAStartThatIsNotFinite:
 
         trainer.capability_loss.log_probs = lambda batch: log_probs(batch) * factor(batch)
         trainer.capability_loss.scores = lambda batch, score: scores(
-            batch, lambda logits_TV, positions_T: score(logits_TV * factor(batch), positions_T)
+            batch, lambda logits_TV, positions: score(logits_TV * factor(batch), positions)
         )
         message = r"of capability sample 'language/3' .* not finite"
         with pytest.raises(FloatingPointError, match=message):

@@ -35,6 +35,29 @@ class WithoutCall(LlamaForCausalLM):
         return output
 
 
+class Changing(LlamaForCausalLM):
+    """Does something to its logits."""
+
+    def __init__(self, config, change):
+        super().__init__(config)
+        self.change = change
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+class Flattening(LlamaForCausalLM):
+    """Gives its head all positions in one row."""
+
+    def forward(self, input_ids, **kwargs):
+        output = self.model(input_ids, **kwargs)
+        logits = self.lm_head(output.last_hidden_state.flatten(0, 1))
+        output.logits = logits.view(*input_ids.shape, -1)
+        return output
+
+
 class WithVirtualTokens(LlamaForCausalLM):
     """Puts three positions in front, as prompt learning does."""
 
@@ -51,6 +74,11 @@ MODELS = {
     ),
     "scale": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
     "division": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "cut": lambda: Changing(LlamaConfig(**SIZES), lambda logits: logits[..., :-10]),
+    "mask": lambda: Changing(
+        LlamaConfig(**SIZES), lambda logits: logits.index_fill(2, torch.tensor([5]), -1e9)
+    ),
+    "flat": lambda: Flattening(LlamaConfig(**SIZES)),
     "without call": lambda: WithoutCall(LlamaConfig(**SIZES)),
     "virtual tokens": lambda: WithVirtualTokens(LlamaConfig(**SIZES)),
 }
@@ -71,9 +99,10 @@ def make_batch(num_rows, share):
     return ids, torch.rand(num_rows, LENGTH, generator=generator) < share
 
 
-def score(logits_TV, positions_T):
+def score(logits_TV, positions):
     """Another one at every position, so that positions that were mixed up would show."""
-    return (1 + positions_T) * logits_TV.float().log_softmax(dim=1)[:, 7]
+    factors_T = 1 + torch.arange(positions.start, positions.stop)
+    return factors_T * logits_TV.float().log_softmax(dim=1)[:, 7]
 
 
 def scored(model, ids, is_scored, head=None):
@@ -83,7 +112,7 @@ def scored(model, ids, is_scored, head=None):
 
 def literally_scored(model, ids, is_scored):
     logits_TV = model(input_ids=ids).logits[:, -LENGTH:][is_scored]
-    return score(logits_TV, torch.arange(len(logits_TV)))
+    return score(logits_TV, slice(0, len(logits_TV)))
 
 
 def gradients(model, scores_T):
@@ -106,6 +135,22 @@ def test_scores_and_gradients_are_those_of_the_whole_logits(name, share, tile, m
     found = gradients(model, scores)
     assert found.keys() == expected_gradients.keys()
     for key, gradient in expected_gradients.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_model_whose_output_is_rounded_has_exact_scores(share):
+    """FSDP2 in bfloat16 rounds what a model returns, and the gradient on its way back."""
+    model, (ids, is_scored) = make("plain"), make_batch(3, share)
+    expected = literally_scored(model, ids, is_scored)
+    rounded = Changing(model.config, lambda logits: logits.bfloat16())
+    rounded.load_state_dict(model.state_dict())
+    head = TiledHead(rounded.get_output_embeddings)
+    scores = scored(rounded, ids, is_scored, head)
+    assert head.is_plain
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    found, wanted = gradients(rounded, scores), gradients(model, expected)
+    for key, gradient in wanted.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
 
 

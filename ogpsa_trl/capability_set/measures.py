@@ -138,7 +138,7 @@ def gradient_cosines(
     gram_HH = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     for rows_HN in gradients.rows:
         if rows_HN is not None:
-            gram_HH += linalg.symmetric(torch.stack(linalg.gram(rows_HN)), len(parts)).cpu()
+            gram_HH += linalg.symmetric(linalg.gram(rows_HN), len(parts)).cpu()
     halves = torch.eye(len(parts), dtype=torch.float64).view(len(groups), 2, len(parts))
     means = (gradients.weights.view(len(groups), 2, 1) * halves).sum(1)
     names = [group.name for group in groups]
