@@ -114,7 +114,7 @@ def products(rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None
     all_rows = repeat(None) if rows_KN is None else rows_KN.split(size, dim=1)
     inverses = repeat(None) if metric is None else metric.inverse()
     blocks = zip(vector_N.split(size), all_rows, inverses, strict=False)
-    return torch.stack([_products_of_block(*block) for block in blocks]).sum(dim=0)
+    return _sum([_products_of_block(*block) for block in blocks])
 
 
 def squared_length(vector_N: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def gram(rows_KN: Tensor) -> Tensor:
         share where the entries are sharded.
     """
     blocks = rows_KN.split(_block_size(rows_KN), dim=1)
-    return torch.stack([_triangle(block.float()) for block in blocks]).sum(dim=0)
+    return _sum([_triangle(block.float()) for block in blocks])
 
 
 def table(numbers: Sequence[Tensor | None], width: int, device: torch.device) -> Tensor:
@@ -299,6 +299,11 @@ def _products_of_block(vector: Tensor, rows_KN: Tensor | None, inverse: Tensor |
     if inverse is not None:
         dots.append(_triangle(rows_KN, inverse))
     return torch.cat(dots)
+
+
+def _sum(blocks: list[Tensor]) -> Tensor:
+    """Of the numbers of all blocks; mostly there is one, and two calls are saved."""
+    return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(dim=0)
 
 
 def _triangle(rows_KN: Tensor, inverse: Tensor | None = None) -> Tensor:
