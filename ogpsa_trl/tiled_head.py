@@ -73,7 +73,7 @@ class TiledHead:
         def forward(project: Projection, hidden_BLH: Tensor) -> Tensor:
             scores_T = _in_tiles(project, _select(hidden_BLH, is_scored_BL), score)
             exact.append(scores_T.detach())
-            return scores_T.view(1, -1, 1)
+            return scores_T.view(1, -1, 1).clone()  # FSDP2 warns where a module returns a view
 
         with self._replaced(forward):
             scores_T = logits().flatten().float()
