@@ -180,8 +180,11 @@ class TestMethods:
         drawn = min(config.samples_per_refresh or num_samples, num_samples)
         assert cost.backward == training + 2 * drawn * num_refreshes
         # The starting point, where one is needed, takes a look at every sample of both groups.
-        has_start = config.capability_loss == "kl" or config.samples_per_refresh is not None
-        assert cost.forward == cost.backward + 2 * num_samples * has_start
+        measures_kl = config.capability_loss == "kl"
+        has_start = measures_kl or config.samples_per_refresh is not None
+        # The first batch goes once more, to see what the model does to the scores of its head.
+        probed = min(config.capability_batch_size, num_samples) * measures_kl
+        assert cost.forward == cost.backward + 2 * num_samples * has_start + probed
 
     def test_the_reference_model_of_dpo_goes_forward_only(self, recipe, start, tmp_path):
         pairs = WORLD.safety_preferences().select(range(BATCH_SIZE))

@@ -33,6 +33,12 @@ def whole_gram():
     return torch.stack([zeros if whole is None else whole @ whole.T for whole in rows])
 
 
+def triangles_of_all():
+    """What the processes send of it: the lower triangles, row by row."""
+    row, column = torch.tril_indices(RANK, RANK)
+    return whole_gram()[:, row, column]
+
+
 def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
     """A subspace of one process of several, as if all of them did what this one does."""
     backend = SimpleNamespace(
@@ -43,7 +49,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
         num_processes=num_processes,
         device=torch.device("cpu"),
         sum_over_processes=lambda value: value * num_processes if others_agree else value,
-        sum_over_shards=lambda values: whole_gram().view_as(values),
+        sum_over_shards=lambda values: triangles_of_all().view_as(values),
     )
     return CapabilitySubspace(backend, paper())
 
