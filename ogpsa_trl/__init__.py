@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from ogpsa_trl.callback import SubspaceCallback
     from ogpsa_trl.config import GateConfig, OGPSAConfig
     from ogpsa_trl.gate import CapabilityGate
+    from ogpsa_trl.mixin import OGPSAMixin
     from ogpsa_trl.trainers import (
         OGPSADPOTrainer,
         OGPSAGRPOTrainer,
         OGPSAKTOTrainer,
-        OGPSAMixin,
         OGPSARLOOTrainer,
         OGPSASFTTrainer,
     )
@@ -40,7 +40,7 @@ else:
         "OGPSADPOTrainer": "trainers",
         "OGPSAGRPOTrainer": "trainers",
         "OGPSAKTOTrainer": "trainers",
-        "OGPSAMixin": "trainers",
+        "OGPSAMixin": "mixin",
         "OGPSARLOOTrainer": "trainers",
         "OGPSASFTTrainer": "trainers",
         "SubspaceCallback": "callback",

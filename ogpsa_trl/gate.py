@@ -16,9 +16,9 @@ from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data import Part, Sample, named_groups, prepare_group
 from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
 from ogpsa_trl.gradients import deterministic
+from ogpsa_trl.mixin import OGPSAMixin
 from ogpsa_trl.start import content
 from ogpsa_trl.trackers import record_settings
-from ogpsa_trl.trainers import OGPSAMixin
 
 logger = logging.getLogger(__name__)
 

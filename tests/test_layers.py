@@ -37,16 +37,17 @@ LAYERS = {
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
     "trackers": ("config data", "transformers wandb trackio"),
-    "trainers": (
+    "mixin": (
         "config engines data group_warnings gradients start tiled_head capability_loss subspace "
         "projection completeness checkpoint diagnostics callback model_card trackers",
         "torch datasets transformers trl tqdm",
     ),
+    "trainers": ("data mixin", "torch trl"),
     "gate": (
-        "backends checkpoint config data engines gradients start trackers trainers",
+        "backends checkpoint config data engines gradients start trackers mixin",
         "torch datasets transformers",
     ),
-    "__init__": ("config callback trainers gate", ""),
+    "__init__": ("config callback mixin trainers gate", ""),
     "conversions": ("", "datasets"),
     "mixture": ("conversions", "datasets trl"),
     "shipped": ("", ""),
@@ -99,7 +100,7 @@ LAYERS = {
     ),
     "evaluation.__init__": ("evaluation.measures evaluation.tradeoff evaluation.report", ""),
     "run_report.log": ("", ""),
-    "run_report.settings": ("gate trainers run_report.log", "transformers"),
+    "run_report.settings": ("gate mixin run_report.log", "transformers"),
     "run_report.charts": ("run_report.log", "matplotlib"),
     "run_report.contents": ("run_report.charts run_report.log", ""),
     "run_report.page": (
@@ -216,8 +217,8 @@ def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
-        "data", "callback", "completeness", "trackers", "trainers", "gate", "mixture", "parsing",
-        "checks", "arguments", "command_line", "paths", "formats", "user_errors",
+        "data", "callback", "completeness", "trackers", "mixin", "trainers", "gate", "mixture",
+        "parsing", "checks", "arguments", "command_line", "paths", "formats", "user_errors",
         "run_report.settings",
     }  # fmt: skip
 
