@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer, SubspaceCallback, linalg, projection, trainers
+from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer, SubspaceCallback, linalg, mixin, projection
 from ogpsa_trl.toy_model import toy_tokenizer
 
 # Width, layers, heads, width of the feed-forward layers, words.
@@ -219,7 +219,7 @@ class Arms(TrainerCallback):
         round_, place = divmod(state.global_step, self.steps_per_round)
         if state.global_step == 0:
             for name in ("project", "copy_weights", "project_update"):
-                self.clocks.enter_context(timed_calls(trainers, name, self._add_projection))
+                self.clocks.enter_context(timed_calls(mixin, name, self._add_projection))
             subspace = self.trainer.subspace
             self.clocks.enter_context(timed_calls(subspace, "replay", self._add_projection))
             for name in ("release_gradients", "refresh"):

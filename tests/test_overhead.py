@@ -8,7 +8,7 @@ import torch
 
 import benchmark_overhead
 from benchmark_overhead import Cell, row_of
-from ogpsa_trl import trainers
+from ogpsa_trl import mixin
 from overhead_cell import CountedBytes, host_hooks, make_trainer, timings
 
 
@@ -71,9 +71,9 @@ def test_hooks_project_the_gradient_of_every_pass(tmp_path):
 
 def test_every_arm_is_timed_in_every_turn(tmp_path):
     cell = Cell(size="1M", tokens=64, length=16, capability_samples=4, repeats=2)
-    project = trainers.project
+    project = mixin.project
     measured = timings(cell, str(tmp_path))
-    assert trainers.project is project
+    assert mixin.project is project
     assert all(len(seconds) == 2 for seconds in measured["seconds"].values())
     assert all(value > 0 for seconds in measured["seconds"].values() for value in seconds)
     assert measured["basis_bytes"] == 2 * 4 * measured["parameters"]

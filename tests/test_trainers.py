@@ -16,7 +16,7 @@ from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, diagnostics, trainers
+from ogpsa_trl import OGPSAConfig, SubspaceCallback, diagnostics, mixin
 from ogpsa_trl.toy_model import tiny_llama_config
 from runs import (
     WORLD,
@@ -482,7 +482,7 @@ def test_refresh_comes_before_the_first_step_and_at_every_interval(base_model_pa
 
 
 def test_a_long_refresh_shows_its_progress(base_model_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainers, "_SECONDS_WITHOUT_BAR", 0)
+    monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
     trained("sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False)
     # Two groups of six samples, four at a time.
     assert re.search(r"Refreshing the capability subspace.*/4 ", capsys.readouterr().err)
@@ -492,7 +492,7 @@ def test_the_panel_of_rich_stands_without_a_bar_of_tqdm(
     base_model_path, tmp_path, monkeypatch, capsys
 ):
     """In it the bar would put a line above the panel at each of its updates."""
-    monkeypatch.setattr(trainers, "_SECONDS_WITHOUT_BAR", 0)
+    monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
     more = {"callbacks": [RichProgressCallback()]}
     trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False,
@@ -528,7 +528,7 @@ def test_the_refresh_share_is_that_of_the_time_between_two_logs(
 ):
     """By a clock that goes on by a second whenever it is read: twice a refresh, once a log."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr(trainers, "time", clock)
+    monkeypatch.setattr(mixin, "time", clock)
     monkeypatch.setattr(diagnostics, "time", clock)
     trainer, _, _ = trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
