@@ -21,16 +21,37 @@ import torch
 from torch import Tensor
 
 # Entries of a vector handled at once. They bound the float32 temporaries, and on a CPU keep them in
-# its cache: 1 MiB each. Measured on a CPU: from 2^17 to 2^20 all projections are within a tenth of
-# their best; at 2^16 the calls cost a sixth. Sums of long vectors lose less in blocks than in one
-# running sum.
-_BLOCK = 2**18
+# its cache: 2 MiB each. Measured on a CPU: from 2^19 to 2^21 a projection takes the same time; at
+# 2^18 the calls cost a twelfth more, at 2^16 a quarter. Sums of long vectors lose less in blocks
+# than in one running sum.
+_BLOCK = 2**19
 _BLOCK_OF_ACCELERATOR = 2**22
 
 # Two gradients are dependent when the squared sine of their angle is below this: smaller
 # eigenvalues are rounding, of the Gram matrix in float32, or of the rows in bfloat16 (to 2^-9 each,
 # by which two parallel rows part to 1.3e-6).
 _DEPENDENT = {torch.float32: 1e-6, torch.bfloat16: 1e-5}
+
+
+class Difference(NamedTuple):
+    """
+    The vector `new_N - old_N`, of which only blocks are ever in memory, in float32. What changes
+    it, changes `new_N`.
+    """
+
+    new_N: Tensor
+    old_N: Tensor
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The vector, block by block."""
+        for new, old in zip(_blocks(self.new_N), _blocks(self.old_N), strict=True):
+            yield new.float() - old.float()
+
+    def zero_(self) -> None:
+        self.new_N.copy_(self.old_N)
+
+
+Vector = Tensor | Difference
 
 
 class AdamMetric(NamedTuple):
@@ -52,7 +73,7 @@ class AdamMetric(NamedTuple):
 
     def inverse(self) -> Iterator[Tensor]:
         """The diagonal of D^-1, block by block, float32."""
-        for second_moment in self.second_moment_N.split(_block_size(self.second_moment_N)):
+        for second_moment in _blocks(self.second_moment_N):
             yield second_moment.sqrt().add_(self.floor)
 
 
@@ -97,7 +118,7 @@ def num_products(num_rows: int, *, has_metric: bool) -> int:
     return 1 + num_rows + (1 + triangle_size(num_rows) if has_metric else 0)
 
 
-def products(rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None = None) -> Tensor:
+def products(rows_KN: Tensor | None, vector_N: Vector, metric: AdamMetric | None = None) -> Tensor:
     """
     The products of one parameter, or of this process's share of it.
 
@@ -110,16 +131,16 @@ def products(rows_KN: Tensor | None, vector_N: Tensor, metric: AdamMetric | None
         Numbers that add up over the shards: v v^T, v D^-1 v^T, the entries of B v, and the lower
         triangle of B D B^T; without a metric only the first and the third.
     """
-    size = _block_size(vector_N)
-    all_rows = repeat(None) if rows_KN is None else rows_KN.split(size, dim=1)
+    vectors = vector_N.blocks() if isinstance(vector_N, Difference) else _blocks(vector_N)
+    all_rows = repeat(None) if rows_KN is None else _blocks(rows_KN)
     inverses = repeat(None) if metric is None else metric.inverse()
-    blocks = zip(vector_N.split(size), all_rows, inverses, strict=False)
-    return _sum([_products_of_block(*block) for block in blocks])
+    blocks = zip(vectors, all_rows, inverses, strict=False)
+    return _sum([list(_dots_of_block(*block)) for block in blocks])
 
 
 def squared_length(vector_N: Tensor) -> Tensor:
     """Scalar product of a vector with itself, a float32 scalar. Any floating dtype."""
-    blocks = (block.float() for block in vector_N.split(_block_size(vector_N)))
+    blocks = (block.float() for block in _blocks(vector_N))
     return torch.stack([block.dot(block) for block in blocks]).sum()
 
 
@@ -134,8 +155,9 @@ def gram(rows_KN: Tensor) -> Tensor:
         The lower triangle of the Gram matrix, row by row (see `symmetric`), float32. This process's
         share where the entries are sharded.
     """
-    blocks = rows_KN.split(_block_size(rows_KN), dim=1)
-    return _sum([_triangle(block.float()) for block in blocks])
+    if not len(rows_KN):
+        return torch.zeros(0, device=rows_KN.device)
+    return _sum([list(_triangle(_rows(block))) for block in _blocks(rows_KN)])
 
 
 def table(numbers: Sequence[Tensor | None], width: int, device: torch.device) -> Tensor:
@@ -188,30 +210,31 @@ def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
         `weights_XR @ rows_RN`, shape [X, N]: in the memory of the rows where as many come out as
         went in, otherwise in new memory.
     """
-    num_rows, size = len(weights_XR), _block_size(rows_RN)
+    num_rows = len(weights_XR)
     weights = [weights_R.unbind() for weights_R in weights_XR.float()]
     is_in_place = num_rows == len(rows_RN)
     combined_XN = rows_RN if is_in_place else rows_RN.new_empty(num_rows, rows_RN.shape[1])
-    blocks = zip(combined_XN.split(size, dim=1), rows_RN.split(size, dim=1), strict=True)
+    blocks = zip(_blocks(combined_XN), _blocks(rows_RN), strict=True)
     for combined, block in blocks:
         _combine_block(combined.unbind(), block.float().unbind(), weights)
     return combined_XN
 
 
 def subtract_(
-    vector_N: Tensor, rows_KN: Tensor, weights_K: Tensor, metric: AdamMetric | None = None
+    vector_N: Vector, rows_KN: Tensor, weights_K: Tensor, metric: AdamMetric | None = None
 ) -> None:
     """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded once to the vector's dtype."""
     if not len(rows_KN):
         return
-    size, weights = _block_size(vector_N), weights_K.unbind()
+    target_N = vector_N.new_N if isinstance(vector_N, Difference) else vector_N
+    weights = weights_K.unbind()
     inverses = repeat(None) if metric is None else metric.inverse()
-    blocks = zip(vector_N.split(size), rows_KN.split(size, dim=1), inverses, strict=False)
-    for vector, rows, inverse in blocks:
+    blocks = zip(_blocks(target_N), _blocks(rows_KN), inverses, strict=False)
+    for target, rows, inverse in blocks:
         if inverse is None:
-            vector.sub_(_combination(weights, rows.float().unbind()))
+            target.sub_(_combination(weights, rows.float().unbind()))
         else:
-            vector.addcdiv_(_combination(weights, rows.float().unbind()), inverse, value=-1)
+            target.addcdiv_(_combination(weights, rows.float().unbind()), inverse, value=-1)
 
 
 def orthonormal_weights(
@@ -285,43 +308,52 @@ def square(vector_BK: Tensor, matrix_BKK: Tensor) -> Tensor:
     return (vector_BK * times(matrix_BKK, vector_BK)).sum()
 
 
-def _block_size(like: Tensor) -> int:
-    return _BLOCK if like.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
+def _blocks(values_XN: Tensor) -> Sequence[Tensor]:
+    """Blocks of the last dimension. Mostly there is one, and a call is saved."""
+    size = _BLOCK if values_XN.device.type == "cpu" else _BLOCK_OF_ACCELERATOR
+    return [values_XN] if values_XN.shape[-1] <= size else values_XN.split(size, dim=-1)
 
 
-def _products_of_block(vector: Tensor, rows_KN: Tensor | None, inverse: Tensor | None) -> Tensor:
+def _dots_of_block(
+    vector: Tensor, rows_KN: Tensor | None, inverse: Tensor | None
+) -> Iterator[Tensor]:
+    """What `products` returns, of one block."""
     vector = vector.float()
-    rows_KN = vector.new_empty(0, len(vector)) if rows_KN is None else rows_KN.float()
-    dots = [_dots(vector[None], vector)]
+    rows = () if rows_KN is None else _rows(rows_KN)
+    yield vector.dot(vector)
     if inverse is not None:
-        dots.append(_dots(vector[None], vector * inverse))
-    dots.append(_dots(rows_KN, vector))
+        yield vector.dot(vector * inverse)
+    yield from _dots(rows, vector)
     if inverse is not None:
-        dots.append(_triangle(rows_KN, inverse))
-    return torch.cat(dots)
+        yield from _triangle(rows, inverse)
 
 
-def _sum(blocks: list[Tensor]) -> Tensor:
-    """Of the numbers of all blocks; mostly there is one, and two calls are saved."""
-    return blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(dim=0)
+def _rows(rows_KN: Tensor) -> Tensor | Sequence[Tensor]:
+    """
+    Rows for `_dots`, float32: one by one on a CPU, where MKL's product of a matrix of few rows with
+    a vector uses one core (on an AMD processor), and as a matrix where a call costs more.
+    """
+    rows_KN = rows_KN.float()
+    return rows_KN.unbind() if rows_KN.device.type == "cpu" else rows_KN
 
 
-def _triangle(rows_KN: Tensor, inverse: Tensor | None = None) -> Tensor:
+def _triangle(rows: Tensor | Sequence[Tensor], inverse: Tensor | None = None) -> Iterator[Tensor]:
     """The lower triangle of the Gram matrix of rows, in the metric with this inverse."""
-    dots = [rows_KN.new_empty(0)]
-    for index, row in enumerate(rows_KN.unbind()):
-        dots.append(_dots(rows_KN[: index + 1], row if inverse is None else row / inverse))
-    return torch.cat(dots)
+    for index, row in enumerate(rows):
+        yield from _dots(rows[: index + 1], row if inverse is None else row / inverse)
 
 
-def _dots(rows_KN: Tensor, vector_N: Tensor) -> Tensor:
-    """
-    Scalar products, shape [K]. One by one on a CPU, where MKL's product of a matrix of few rows
-    with a vector uses one core (on an AMD processor); in one call where a call costs more.
-    """
-    if rows_KN.device.type == "cpu" and len(rows_KN):
-        return torch.stack([row.dot(vector_N) for row in rows_KN.unbind()])
-    return rows_KN.mv(vector_N)
+def _dots(rows: Tensor | Sequence[Tensor], vector_N: Tensor) -> Sequence[Tensor]:
+    """Scalar products of a vector with each row."""
+    if isinstance(rows, Tensor):
+        return rows.mv(vector_N).unbind()
+    return [row.dot(vector_N) for row in rows]
+
+
+def _sum(blocks: list[list[Tensor]]) -> Tensor:
+    """The numbers of each block, added up."""
+    numbers = torch.stack([number for block in blocks for number in block])
+    return numbers.view(len(blocks), -1).sum(dim=0) if len(blocks) > 1 else numbers
 
 
 def _combination(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ Shapes: P parameters, R capability gradients, K basis rows, N entries of a param
 process, B blocks (P of them in scope "parameter", 1 in scope "model").
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,7 @@ def project(subspace: CapabilitySubspace) -> Projection:
             "if it does, please report the engine and its version."
         )
     # A step goes along minus the gradient, so what the constraint is about has the other sign.
-    return _project(subspace, gradients, gradients, is_descent=True)
+    return _project(subspace, gradients, is_descent=True)
 
 
 @torch.no_grad()
@@ -95,13 +95,10 @@ def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -
 
     Args:
         subspace: The subspace.
-        weights_before: The copied weights. They are used up.
+        weights_before: The copied weights.
     """
-    backend = subspace.backend
-    weights = [backend.weights(parameter) for _, parameter in backend.parameters]
-    updates = _differences(weights, weights_before)
-    projection = _project(subspace, updates, weights, is_descent=False)
-    backend.publish_weights()
+    projection = _project(subspace, _updates(subspace, weights_before), is_descent=False)
+    subspace.backend.publish_weights()
     return projection
 
 
@@ -110,27 +107,28 @@ def measure_update(
     subspace: CapabilitySubspace, weights_before: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """
-    Look at the update since `copy_weights`. A collective call; the copied weights are used up.
+    Look at the update since `copy_weights`. A collective call.
 
     Returns:
         The share of its squared length that lies in the subspace, in [0, 1]; and what it should
         change each capability loss by, to first order, in nats, shape [R].
     """
-    backend = subspace.backend
-    weights = (backend.weights(parameter) for _, parameter in backend.parameters)
-    products = _products(subspace, _differences(weights, weights_before), None)
+    products = _products(subspace, _updates(subspace, weights_before), None)
     inside = linalg.square(products.with_rows_BK, subspace.inverse_gram)
     return inside / products.square, _changes(subspace, products.with_rows_BK)
 
 
+def _updates(subspace: CapabilitySubspace, weights_before: list[Tensor]) -> list[linalg.Difference]:
+    """What the optimizer did to the weights of each parameter."""
+    backend = subspace.backend
+    weights = [backend.weights(parameter) for _, parameter in backend.parameters]
+    return list(map(linalg.Difference, weights, weights_before))
+
+
 def _project(
-    subspace: CapabilitySubspace,
-    vectors: Sequence[Tensor | None],
-    targets: Sequence[Tensor | None],
-    *,
-    is_descent: bool,
+    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], *, is_descent: bool
 ) -> Projection:
-    """Find what the vectors of all parameters have to lose, and take it from the targets."""
+    """Find what the vectors of all parameters have to lose, and take it from them."""
     config, backend = subspace.config, subspace.backend
     floors_P = _floors(subspace) if config.metric == "optimizer" else None
     products = _products(subspace, vectors, floors_P)
@@ -145,13 +143,13 @@ def _project(
         left_BK = products.with_rows_BK - linalg.times(products.gram_BKK, weights_BK)
         changes = _changes(subspace, left_BK)
         subspace.predicted_change = subspace.predicted_change + changes
-    for index, (rows_KN, target_N, weights_K) in enumerate(
-        zip(subspace.basis, targets, weights_BK.expand(len(targets), -1), strict=True)
+    for index, (rows_KN, vector_N, weights_K) in enumerate(
+        zip(subspace.basis, vectors, weights_BK.expand(len(vectors), -1), strict=True)
     ):
-        if rows_KN is None or target_N is None:
+        if rows_KN is None or vector_N is None:
             continue
-        linalg.subtract_(target_N, rows_KN, weights_K, _metric(subspace, index, floors_P))
-    held = _hold(subspace, vectors, targets, products.squares_P)
+        linalg.subtract_(vector_N, rows_KN, weights_K, _metric(subspace, index, floors_P))
+    held = _hold(subspace, vectors, products.squares_P)
 
     if held:
         removed = removed + products.squares_P[held].sum()
@@ -170,7 +168,7 @@ def _project(
 
 
 def _products(
-    subspace: CapabilitySubspace, vectors: Sequence[Tensor | None], floors_P: Tensor | None
+    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], floors_P: Tensor | None
 ) -> _Products:
     """
     The products of the vectors of all parameters with the basis and with themselves, in Adam's
@@ -272,26 +270,18 @@ def _metric(
 
 
 def _hold(
-    subspace: CapabilitySubspace,
-    vectors: Sequence[Tensor | None],
-    targets: Sequence[Tensor | None],
-    squares_P: Tensor,
+    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], squares_P: Tensor
 ) -> list[int]:
-    """Take all from the targets of waiting parameters that would move; ask for a refresh."""
+    """Let waiting parameters that would move stay where they are; ask for a refresh."""
     waiting = subspace.is_waiting.nonzero().flatten().tolist()
     if not waiting:  # the common case: nothing is read back from the device
         return []
     is_moving = (squares_P[waiting] > 0).tolist()
     held = [index for index, moves in zip(waiting, is_moving, strict=True) if moves]
     for index in held:
-        vector_N, target_N = vectors[index], targets[index]
-        if vector_N is not None and target_N is not None:
-            target_N -= vector_N.clone() if vector_N is target_N else vector_N
+        vector_N = vectors[index]
+        if vector_N is not None:
+            vector_N.zero_()
     subspace.was_held[held] = True
     subspace.is_due = subspace.is_due or bool(held)
     return held
-
-
-def _differences(after: Iterable[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """`after - before`, in the memory of `before`."""
-    return [torch.sub(new, old, out=old) for new, old in zip(after, before, strict=True)]

@@ -114,6 +114,42 @@ def test_bfloat16_vectors_are_projected_to_their_own_rounding():
     assert torch.equal(once_N, exact_N.bfloat16())
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 4])
+@pytest.mark.parametrize("has_metric", [False, True])
+def test_rows_give_the_same_products_as_the_matrix_of_them(num_rows, has_metric, monkeypatch):
+    """One by one they are taken on a CPU, as a matrix on an accelerator."""
+    monkeypatch.setattr(linalg, "_BLOCK", 70)
+    rows_KN, vector_N = random_rows(num_rows), random_rows(1, seed=1)[0]
+    metric = linalg.AdamMetric(vector_N**2, torch.tensor(1.0)) if has_metric else None
+    by_row = linalg.products(rows_KN, vector_N, metric), linalg.gram(rows_KN)
+    monkeypatch.setattr(linalg, "_rows", lambda rows_KN: rows_KN)
+    by_matrix = linalg.products(rows_KN, vector_N, metric), linalg.gram(rows_KN)
+    torch.testing.assert_close(by_row, by_matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_metric", [False, True])
+def test_a_difference_is_projected_as_the_vector_it_stands_for(dtype, has_metric, monkeypatch):
+    monkeypatch.setattr(linalg, "_BLOCK", 70)
+    basis_KN, _ = basis_of(random_rows(3))
+    new_N, old_N = random_rows(2, seed=1, dtype=dtype).clone()
+    difference = linalg.Difference(new_N, old_N)
+    whole_N, old_before_N = new_N.float() - old_N.float(), old_N.clone()
+    metric = linalg.AdamMetric(random_rows(1, seed=2)[0] ** 2, torch.tensor(1.0))
+    metric = metric if has_metric else None
+
+    numbers = linalg.products(basis_KN, difference, metric)
+    # Sums begin elsewhere where memory is aligned otherwise.
+    torch.testing.assert_close(numbers, linalg.products(basis_KN, whole_N, metric))
+    expected_N = new_N.float()
+    for vector_N in (difference, expected_N):
+        linalg.subtract_(vector_N, basis_KN, torch.ones(3), metric)
+    assert torch.equal(new_N, expected_N.to(dtype))
+    assert torch.equal(old_N, old_before_N)
+    difference.zero_()
+    assert torch.equal(new_N, old_before_N)
+
+
 def test_blocks_do_not_change_the_result(monkeypatch):
     rows_RN, vector_N = random_rows(3), random_rows(1, seed=1)[0]
     whole_N = projected(vector_N, *basis_of(rows_RN))
