@@ -231,10 +231,7 @@ def subtract_(
     inverses = repeat(None) if metric is None else metric.inverse()
     blocks = zip(_blocks(target_N), _blocks(rows_KN), inverses, strict=False)
     for target, rows, inverse in blocks:
-        if inverse is None:
-            target.sub_(_combination(weights, rows.float().unbind()))
-        else:
-            target.addcdiv_(_combination(weights, rows.float().unbind()), inverse, value=-1)
+        _subtract_from_block(target, rows.float().unbind(), weights, inverse)
 
 
 def orthonormal_weights(
@@ -362,6 +359,20 @@ def _combination(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     for weight, row in zip(weights[1:], rows[1:], strict=True):
         total.addcmul_(row, weight)
     return total
+
+
+def _subtract_from_block(
+    target: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], inverse: Tensor | None
+) -> None:
+    """What `subtract_` does, to one block."""
+    left = target.float()
+    if inverse is not None:
+        left.addcdiv_(_combination(weights, rows), inverse, value=-1)
+    else:
+        for weight, row in zip(weights, rows, strict=True):
+            left.addcmul_(row, weight, value=-1)
+    if left is not target:
+        target.copy_(left)
 
 
 def _combine_block(

@@ -237,13 +237,13 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
 def _needed_bytes(cell: Cell, result: dict[str, Any]) -> int:
     """
     Bytes that a step has to read and write: the basis twice, and of the gradient, in float32, two
-    reads and a write. Of an update: the weights before are copied, both are read twice, one is
-    written; in the optimizer's metric its second moment is read three times.
+    reads and a write. Of an update: the weights before are copied, both are read, and the new ones
+    once more and written; in the optimizer's metric its second moment is read three times.
     """
     of_vector = 4 * result["parameters"]
     if cell.target == "none":
         return result["basis_bytes"] + 2 * of_vector
-    num_vectors = 3 if cell.target == "gradient" else 7 + 3 * (cell.metric == "optimizer")
+    num_vectors = 3 if cell.target == "gradient" else 6 + 3 * (cell.metric == "optimizer")
     return 2 * result["basis_bytes"] + num_vectors * of_vector
 
 

@@ -296,12 +296,14 @@ def test_the_temporaries_of_a_block_are_bounded(monkeypatch):
         rows = torch.ones(rank, size, dtype=basis_dtype)
         gradient = torch.ones(size, dtype=gradient_dtype)
         metric = linalg.AdamMetric(torch.ones(size), torch.ones(()))
+        update = linalg.Difference(torch.ones(size), torch.ones(size))
         with LiveBytes() as step:
             step.is_watching = True
             products_of(rows, gradient)
             products_of(rows, gradient, metric)
             linalg.subtract_(gradient, rows, weights[0])
             linalg.subtract_(gradient, rows, weights[0], metric)
+            products_of(rows, update, metric)
         with LiveBytes() as refresh:
             refresh.is_watching = True
             linalg.squared_length(gradient)
