@@ -223,15 +223,21 @@ def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
 def subtract_(
     vector_N: Vector, rows_KN: Tensor, weights_K: Tensor, metric: AdamMetric | None = None
 ) -> None:
-    """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded once to the vector's dtype."""
+    """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded to its dtype at the end."""
     if not len(rows_KN):
         return
-    target_N = vector_N.new_N if isinstance(vector_N, Difference) else vector_N
+    is_update = isinstance(vector_N, Difference)
+    target_N = vector_N.new_N if is_update else vector_N
     weights = weights_K.unbind()
     inverses = repeat(None) if metric is None else metric.inverse()
     blocks = zip(_blocks(target_N), _blocks(rows_KN), inverses, strict=False)
     for target, rows, inverse in blocks:
-        _subtract_from_block(target, rows.float().unbind(), weights, inverse)
+        if inverse is not None:
+            target.addcdiv_(_combination(weights, rows.float().unbind()), inverse, value=-1)
+        elif is_update:  # row by row, parts below the last digit of a weight would be lost
+            target.sub_(_combination(weights, rows.float().unbind()))
+        else:
+            _subtract_rows(target, rows.float().unbind(), weights)
 
 
 def orthonormal_weights(
@@ -317,9 +323,10 @@ def _dots_of_block(
     """What `products` returns, of one block."""
     vector = vector.float()
     rows = () if rows_KN is None else _rows(rows_KN)
-    yield vector.dot(vector)
+    itself = _rows(vector[None])
+    yield from _dots(itself, vector)
     if inverse is not None:
-        yield vector.dot(vector * inverse)
+        yield from _dots(itself, vector * inverse)
     yield from _dots(rows, vector)
     if inverse is not None:
         yield from _triangle(rows, inverse)
@@ -341,15 +348,16 @@ def _triangle(rows: Tensor | Sequence[Tensor], inverse: Tensor | None = None) ->
 
 
 def _dots(rows: Tensor | Sequence[Tensor], vector_N: Tensor) -> Sequence[Tensor]:
-    """Scalar products of a vector with each row."""
+    """Scalar products of a vector with each row: scalars, or with a matrix one vector of them."""
     if isinstance(rows, Tensor):
-        return rows.mv(vector_N).unbind()
+        return [rows.mv(vector_N)]
     return [row.dot(vector_N) for row in rows]
 
 
 def _sum(blocks: list[list[Tensor]]) -> Tensor:
     """The numbers of each block, added up."""
-    numbers = torch.stack([number for block in blocks for number in block])
+    dots = [dot for block in blocks for dot in block]
+    numbers = torch.cat(dots) if dots[0].dim() else torch.stack(dots)
     return numbers.view(len(blocks), -1).sum(dim=0) if len(blocks) > 1 else numbers
 
 
@@ -361,16 +369,11 @@ def _combination(weights: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _subtract_from_block(
-    target: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], inverse: Tensor | None
-) -> None:
-    """What `subtract_` does, to one block."""
+def _subtract_rows(target: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """One by one: an operation and a temporary less than with the sum of all."""
     left = target.float()
-    if inverse is not None:
-        left.addcdiv_(_combination(weights, rows), inverse, value=-1)
-    else:
-        for weight, row in zip(weights, rows, strict=True):
-            left.addcmul_(row, weight, value=-1)
+    for weight, row in zip(weights, rows, strict=True):
+        left.addcmul_(row, weight, value=-1)
     if left is not target:
         target.copy_(left)
 

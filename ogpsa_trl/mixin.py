@@ -64,7 +64,7 @@ class OGPSAMixin(Trainer):
     method is the parent's, so the run is the parent's, bit for bit.
 
     Where the trainer differs from others in how it makes tokens, or gives log-probabilities without
-    logits, override `capability_preparation` or `capability_log_probs`, as those below do.
+    logits, override `capability_preparation` or `capability_log_probs`: see [`OGPSASFTTrainer`].
 
     Args:
         capability_dataset (`Dataset`, `IterableDataset` or `dict` of them by group name,

@@ -58,7 +58,8 @@ class _Products:
     squares_P: Tensor  # v v^T of every parameter
     square: Tensor  # and of all
     gram_BKK: Tensor  # B D B^T
-    metric_square: Tensor  # v D^-1 v^T of all
+    metric_squares_P: Tensor  # v D^-1 v^T of every parameter
+    metric_square: Tensor  # and of all
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def _project(
     held = _hold(subspace, vectors, products.squares_P)
 
     if held:
-        removed = removed + products.squares_P[held].sum()
+        removed = removed + products.metric_squares_P[held].sum()
     inside_BK = linalg.times(subspace.inverse_gram, products.with_rows_BK)
     inside = (inside_BK * products.with_rows_BK).sum()
     in_mean = (inside_BK * subspace.mean_coordinates).sum()
@@ -189,11 +190,14 @@ def _products(
     with_rows_BK = subspace.merge(of_each.with_rows_PK)
     square = of_each.square_P.sum().clamp_min(_TINY)
     if floors_P is None or of_each.inverse_square_P is None or of_each.gram_PKK is None:
-        return _Products(with_rows_BK, of_each.square_P, square, subspace.gram, square)
+        squares_P = of_each.square_P
+        return _Products(with_rows_BK, squares_P, square, subspace.gram, squares_P, square)
     inverse_squares_P = torch.where(floors_P.isfinite(), of_each.inverse_square_P, 0.0)
     metric_square = inverse_squares_P.sum().clamp_min(_TINY)
     gram_BKK = subspace.merge(of_each.gram_PKK)
-    return _Products(with_rows_BK, of_each.square_P, square, gram_BKK, metric_square)
+    return _Products(
+        with_rows_BK, of_each.square_P, square, gram_BKK, inverse_squares_P, metric_square
+    )
 
 
 def _weights(subspace: CapabilitySubspace, products: _Products, *, is_descent: bool) -> Tensor:

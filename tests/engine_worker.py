@@ -191,11 +191,12 @@ class ProjectionProbe:
         self.measure([backend.gradient(p) for _, p in backend.parameters])
 
     def on_update(self, weights_before):
-        copies = [weights_N.clone() for weights_N in weights_before]
         self.counted(self.project_update, weights_before)
         backend = self.trainer.subspace.backend
         weights = [backend.weights(p) for _, p in backend.parameters]
-        self.measure([after - before for after, before in zip(weights, copies, strict=True)])
+        self.measure(
+            [after - before for after, before in zip(weights, weights_before, strict=True)]
+        )
 
     def counted(self, project, *args):
         all_reduce = torch.distributed.all_reduce

@@ -150,6 +150,14 @@ def test_a_difference_is_projected_as_the_vector_it_stands_for(dtype, has_metric
     assert torch.equal(new_N, old_before_N)
 
 
+def test_a_small_correction_of_a_weight_is_rounded_once():
+    """Each row's part may be too small for the digits of the weight; their sum is not."""
+    weights_N, rows_KN = torch.ones(NUM_ENTRIES), torch.full((8, NUM_ENTRIES), 2.5e-8)
+    linalg.subtract_(linalg.Difference(weights_N, torch.ones(NUM_ENTRIES)), rows_KN, torch.ones(8))
+    exact_N = 1 - rows_KN.double().sum(dim=0)
+    assert torch.equal(weights_N, exact_N.float())
+
+
 def test_blocks_do_not_change_the_result(monkeypatch):
     rows_RN, vector_N = random_rows(3), random_rows(1, seed=1)[0]
     whole_N = projected(vector_N, *basis_of(rows_RN))

@@ -304,6 +304,7 @@ def test_the_temporaries_of_a_block_are_bounded(monkeypatch):
             linalg.subtract_(gradient, rows, weights[0])
             linalg.subtract_(gradient, rows, weights[0], metric)
             products_of(rows, update, metric)
+            linalg.subtract_(update, rows, weights[0])
         with LiveBytes() as refresh:
             refresh.is_watching = True
             linalg.squared_length(gradient)

@@ -1,9 +1,15 @@
 """`target: update`: what the optimizer really did keeps the constraint."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.backends import Shard
+from ogpsa_trl.projection import project_update
+from ogpsa_trl.subspace import CapabilitySubspace
 from runs import (
     assert_resume_is_bitwise,
     capability_groups,
@@ -187,6 +193,28 @@ def test_a_does_not_move_before_its_direction_is_known(base_model_path, tmp_path
     trainer, moved = train(3)
     assert moved > 1e-4
     assert sum("ogpsa/held_parameters" in entry for entry in trainer.state.log_history) == 1
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
+def test_where_every_parameter_is_held_all_is_removed(metric):
+    before_N, weights_N = torch.randn(2, 10)
+    backend = SimpleNamespace(
+        parameters=[("weight", None)],
+        shards=[Shard(0, 10, 10)],
+        device=torch.device("cpu"),
+        weights=lambda _: weights_N,
+        optimizer_class=torch.optim.AdamW,
+        second_moment=lambda _: torch.full((10,), 100.0),
+        sum_over_shards=lambda values: values,
+        publish_weights=lambda: None,
+    )
+    config = OGPSAConfig.from_preset("preserve", metric=metric, restoration=0.0)
+    subspace = CapabilitySubspace(backend, config)
+    subspace.is_waiting[:] = True
+    projection = project_update(subspace, [before_N])
+    assert projection.held == ["weight"]
+    assert projection.removed_fraction.item() == pytest.approx(1, rel=1e-6)
+    assert torch.equal(weights_N, before_N)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
