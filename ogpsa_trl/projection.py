@@ -149,7 +149,10 @@ def _project(
     ):
         if rows_KN is None or vector_N is None:
             continue
-        linalg.subtract_(vector_N, rows_KN, weights_K, _metric(subspace, index, floors_P))
+        metric = _metric(subspace, index, floors_P)
+        linalg.subtract_(
+            vector_N, rows_KN, weights_K, metric, is_compiled=config.compile_projection
+        )
     held = _hold(subspace, vectors, products.squares_P)
 
     if held:
@@ -179,7 +182,12 @@ def _products(
     numbers = [
         None
         if vector_N is None
-        else linalg.products(rows_KN, vector_N, _metric(subspace, index, floors_P))
+        else linalg.products(
+            rows_KN,
+            vector_N,
+            _metric(subspace, index, floors_P),
+            is_compiled=subspace.config.compile_projection,
+        )
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.

@@ -74,6 +74,8 @@ class CapabilitySubspace:
             self._check_weights()
         if config.metric == "optimizer":
             optimizers.check_known(backend.optimizer_class)
+        if config.compile_projection:
+            linalg.check_compiler(backend.device)
         num_parameters = len(backend.parameters)
         # Rows of the basis per parameter, shape [K, N]; None where all are zero.
         self.basis: list[Tensor | None] = [None] * num_parameters

@@ -38,6 +38,7 @@ from overhead_cell import SIZES, Cell
 OPTIONS = {
     "sizes": "size", "ranks": "rank", "targets": "target", "scopes": "scope", "metrics": "metric",
     "capability_losses": "capability_loss", "basis_dtypes": "basis_dtype",
+    "projections": "projection",
     "accumulations": "accumulation", "capability_samples": "capability_samples",
     "lengths": "length", "engines": "engine",
 }  # fmt: skip
@@ -102,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         "sizes": list(SIZES), "targets": ["gradient", "update", "none"],
         "scopes": ["model", "parameter"], "metrics": ["euclidean", "optimizer"],
         "capability_losses": ["nll", "kl"], "basis_dtypes": ["float32", "bfloat16"],
+        "projections": ["eager", "compiled"],
         "engines": [
             "single",
             *sorted(
@@ -286,7 +288,10 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 def _label(cell: Cell) -> str:
     """Size, rank and target, and what is not as in most cells."""
     words = [cell.size, f"rank {cell.rank}", cell.target]
-    usual = {"scope": "model", "metric": "euclidean", "basis_dtype": "float32", "engine": "single"}
+    usual = {
+        "scope": "model", "metric": "euclidean", "basis_dtype": "float32", "projection": "eager",
+        "engine": "single",
+    }  # fmt: skip
     words += [getattr(cell, name) for name, value in usual.items() if getattr(cell, name) != value]
     words += [cell.capability_loss] if cell.capability_loss != "nll" else []
     if cell.accumulation > 1:

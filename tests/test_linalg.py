@@ -1,5 +1,10 @@
 """The laws of the projection, on random and on awkward inputs."""
 
+import os
+import re
+import subprocess
+import sys
+
 import hypothesis
 import pytest
 import torch
@@ -10,6 +15,7 @@ from laws import (
     assert_orthogonal,
     assert_orthonormal,
     basis_of,
+    counted_programs,
     gram_of,
     literal_basis,
     literal_projection,
@@ -114,19 +120,6 @@ def test_bfloat16_vectors_are_projected_to_their_own_rounding():
     assert torch.equal(once_N, exact_N.bfloat16())
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 4])
-@pytest.mark.parametrize("has_metric", [False, True])
-def test_rows_give_the_same_products_as_the_matrix_of_them(num_rows, has_metric, monkeypatch):
-    """One by one they are taken on a CPU, as a matrix on an accelerator."""
-    monkeypatch.setattr(linalg, "_BLOCK", 70)
-    rows_KN, vector_N = random_rows(num_rows), random_rows(1, seed=1)[0]
-    metric = linalg.AdamMetric(vector_N**2, torch.tensor(1.0)) if has_metric else None
-    by_row = linalg.products(rows_KN, vector_N, metric), linalg.gram(rows_KN)
-    monkeypatch.setattr(linalg, "_rows", lambda rows_KN: rows_KN)
-    by_matrix = linalg.products(rows_KN, vector_N, metric), linalg.gram(rows_KN)
-    torch.testing.assert_close(by_row, by_matrix)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("has_metric", [False, True])
 def test_a_difference_is_projected_as_the_vector_it_stands_for(dtype, has_metric, monkeypatch):
@@ -148,6 +141,69 @@ def test_a_difference_is_projected_as_the_vector_it_stands_for(dtype, has_metric
     assert torch.equal(old_N, old_before_N)
     difference.zero_()
     assert torch.equal(new_N, old_before_N)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", ["gradient", "bfloat16 gradient", "update", "with metric"])
+    def test_it_is_the_same_projection(self, kind, row_dtype, monkeypatch):
+        monkeypatch.setattr(linalg, "_FEWEST_COMPILED_ENTRIES", NUM_ENTRIES)
+        basis_KN, _ = basis_of(random_rows(2), dtype=row_dtype)
+        new_N, old_N, moment_N = random_rows(3, seed=1)
+        metric = linalg.AdamMetric(moment_N**2, torch.tensor(1.0)) if "metric" in kind else None
+
+        def project(*, is_compiled):
+            target_N = new_N.bfloat16() if "bfloat16" in kind else new_N.clone()
+            vector_N = target_N if "gradient" in kind else linalg.Difference(target_N, old_N)
+            products = linalg.products(basis_KN, vector_N, metric, is_compiled=is_compiled)
+            weights_K = torch.tensor([0.5, -2.0])
+            linalg.subtract_(vector_N, basis_KN, weights_K, metric, is_compiled=is_compiled)
+            return products, target_N
+
+        with counted_programs() as programs:
+            compiled = project(is_compiled=True)
+        assert programs() == 2
+        torch.testing.assert_close(compiled, project(is_compiled=False))
+
+    def test_one_program_serves_weights_of_all_sizes(self):
+        with counted_programs() as programs, torch.no_grad():
+            for shape in [(256, 256), (300, 301), (1024, 1024), (7, 100_003)]:
+                weight = torch.nn.Parameter(torch.ones(shape))
+                new_N = weight.detach().view(-1)
+                vector_N = linalg.Difference(new_N, new_N.clone())
+                rows_KN = torch.ones(2, len(new_N))
+                linalg.products(rows_KN, vector_N, is_compiled=True)
+                linalg.subtract_(vector_N, rows_KN, torch.ones(2), is_compiled=True)
+                assert torch.equal(weight, -torch.ones(shape))
+        assert programs() == 2
+
+    @pytest.mark.parametrize(("num_rows", "num_entries"), [(0, 2**16), (2, 2**16 - 1), (9, 2**16)])
+    def test_where_it_would_not_be_faster_nothing_is_compiled(self, num_rows, num_entries):
+        rows_KN, vector_N = torch.ones(num_rows, num_entries), torch.ones(num_entries)
+        with counted_programs() as programs:
+            linalg.products(rows_KN, vector_N, is_compiled=True)
+            linalg.subtract_(vector_N, rows_KN, torch.ones(num_rows), is_compiled=True)
+        assert programs() == 0
+        assert vector_N[0] == 1 - num_rows
+
+
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
+    """In a process of its own: this one may have found a compiler already."""
+    code = (
+        "import torch; from ogpsa_trl import linalg\n"
+        "try: linalg.check_compiler(torch.device('cpu'))\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = os.environ | {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(
+        "`compile_projection` is on, but `torch.compile` does not work for 'cpu' here: .*No "
+        r"working C\+\+ compiler found.*'no-compiler'.*\. Set `compile_projection: false`, or "
+        r"install what it needs: a C\+\+ compiler \(`g\+\+`\) on a CPU, Triton on a GPU\.\n",
+        process.stdout,
+    )
 
 
 def test_a_small_correction_of_a_weight_is_rounded_once():
