@@ -29,8 +29,8 @@ _BLOCK = 2**19
 _BLOCK_OF_ACCELERATOR = 2**22
 
 # What is compiled: entries, from which on it is faster (measured: 2^14 to 2^16), and programs for
-# all sizes are one; rows, up to which (measured, Adam's metric: 2 rows .4 of the time, 8 rows .7,
-# 16 rows .9 and half a minute to compile).
+# all sizes are one; rows, up to which (measured, Adam's metric: 2 and 4 rows .3 to .5 of the time,
+# 8 rows .75, 16 rows .9 and half a minute to compile).
 _FEWEST_COMPILED_ENTRIES = 2**16
 _MOST_COMPILED_ROWS = 8
 
