@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import constraints, linalg
+from ogpsa_trl import blockwise, constraints, linalg
 from ogpsa_trl.subspace import CapabilitySubspace
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -119,15 +119,17 @@ def measure_update(
     return inside / products.square, _changes(subspace, products.with_rows_BK)
 
 
-def _updates(subspace: CapabilitySubspace, weights_before: list[Tensor]) -> list[linalg.Difference]:
+def _updates(
+    subspace: CapabilitySubspace, weights_before: list[Tensor]
+) -> list[blockwise.Difference]:
     """What the optimizer did to the weights of each parameter."""
     backend = subspace.backend
     weights = [backend.weights(parameter) for _, parameter in backend.parameters]
-    return list(map(linalg.Difference, weights, weights_before))
+    return list(map(blockwise.Difference, weights, weights_before))
 
 
 def _project(
-    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], *, is_descent: bool
+    subspace: CapabilitySubspace, vectors: Sequence[blockwise.Vector | None], *, is_descent: bool
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from them."""
     config, backend = subspace.config, subspace.backend
@@ -150,7 +152,7 @@ def _project(
         if rows_KN is None or vector_N is None:
             continue
         metric = _metric(subspace, index, floors_P)
-        linalg.subtract_(
+        blockwise.subtract_(
             vector_N, rows_KN, weights_K, metric, is_compiled=config.compile_projection
         )
     held = _hold(subspace, vectors, products.squares_P)
@@ -172,7 +174,9 @@ def _project(
 
 
 def _products(
-    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], floors_P: Tensor | None
+    subspace: CapabilitySubspace,
+    vectors: Sequence[blockwise.Vector | None],
+    floors_P: Tensor | None,
 ) -> _Products:
     """
     The products of the vectors of all parameters with the basis and with themselves, in Adam's
@@ -182,7 +186,7 @@ def _products(
     numbers = [
         None
         if vector_N is None
-        else linalg.products(
+        else blockwise.products(
             rows_KN,
             vector_N,
             _metric(subspace, index, floors_P),
@@ -191,10 +195,10 @@ def _products(
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.
-    width = linalg.num_products(num_rows, has_metric=floors_P is not None)
+    width = blockwise.num_products(num_rows, has_metric=floors_P is not None)
     table_PX = linalg.table(numbers, width, subspace.backend.device)
     table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a step sends
-    of_each = linalg.Products.from_table(table_PX, num_rows)
+    of_each = blockwise.Products.from_table(table_PX, num_rows)
     with_rows_BK = subspace.merge(of_each.with_rows_PK)
     square = of_each.square_P.sum().clamp_min(_TINY)
     if floors_P is None or of_each.inverse_square_P is None or of_each.gram_PKK is None:
@@ -265,12 +269,12 @@ def _floors(subspace: CapabilitySubspace) -> Tensor | None:
     sums_PX = backend.sum_over_shards(linalg.table(sums, 1, backend.device))
     totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
     means_P = (sums_PX / totals_PX.to(backend.device)).flatten()
-    return linalg.adam_floors(means_P) if means_P.any() else None
+    return blockwise.adam_floors(means_P) if means_P.any() else None
 
 
 def _metric(
     subspace: CapabilitySubspace, index: int, floors_P: Tensor | None
-) -> linalg.AdamMetric | None:
+) -> blockwise.AdamMetric | None:
     """Adam's metric for one parameter; None for the identity."""
     if floors_P is None:
         return None
@@ -278,11 +282,11 @@ def _metric(
     moment_N = subspace.backend.second_moment(parameter)
     if moment_N is None:  # its floor is infinite
         moment_N = floors_P.new_zeros(()).expand(subspace.backend.shards[index].size)
-    return linalg.AdamMetric(moment_N, floors_P[index])
+    return blockwise.AdamMetric(moment_N, floors_P[index])
 
 
 def _hold(
-    subspace: CapabilitySubspace, vectors: Sequence[linalg.Vector | None], squares_P: Tensor
+    subspace: CapabilitySubspace, vectors: Sequence[blockwise.Vector | None], squares_P: Tensor
 ) -> list[int]:
     """Let waiting parameters that would move stay where they are; ask for a refresh."""
     waiting = subspace.is_waiting.nonzero().flatten().tolist()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import linalg, optimizers
+from ogpsa_trl import blockwise, linalg, optimizers
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.gradients import CapabilityGradients
@@ -75,7 +75,7 @@ class CapabilitySubspace:
         if config.metric == "optimizer":
             optimizers.check_known(backend.optimizer_class)
         if config.compile_projection:
-            linalg.check_compiler(backend.device)
+            blockwise.check_compiler(backend.device)
         num_parameters = len(backend.parameters)
         # Rows of the basis per parameter, shape [K, N]; None where all are zero.
         self.basis: list[Tensor | None] = [None] * num_parameters
@@ -150,7 +150,7 @@ class CapabilitySubspace:
         coordinates_PRK = self.coordinates.expand(len(rows), -1, -1)
         for index, rows_KN in enumerate(rows):
             if rows_KN is not None:
-                rows[index] = linalg.combine_(coordinates_PRK[index], rows_KN)
+                rows[index] = blockwise.combine_(coordinates_PRK[index], rows_KN)
         return rows, self.config.capability_ema
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class CapabilitySubspace:
         ):
             gradient_N = self.backend.gradient(parameter)
             if gradient_N is not None and rows_KN is not None:
-                linalg.subtract_(gradient_N, rows_KN, -weight * weights_K)
+                blockwise.subtract_(gradient_N, rows_KN, -weight * weights_K)
         return weight * self.mean_square.sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -302,11 +302,11 @@ class CapabilitySubspace:
             rows_PRN[index] = None
             if rows_RN is not None and weights_PKR[index].any():
                 weights_KR = weights_PKR[index].to(rows_RN.device)
-                self.basis[index] = linalg.combine_(weights_KR, rows_RN)
+                self.basis[index] = blockwise.combine_(weights_KR, rows_RN)
 
     def _sum_grams(self, rows_PKN: Sequence[Tensor | None], size: int) -> Tensor:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
-        triangles = [None if rows is None else linalg.gram(rows) for rows in rows_PKN]
+        triangles = [None if rows is None else blockwise.gram(rows) for rows in rows_PKN]
         triangle_PX = linalg.table(triangles, linalg.triangle_size(size), self.backend.device)
         return linalg.symmetric(self.backend.sum_over_shards(triangle_PX), size)
 

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
+from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, blockwise, linalg
 from ogpsa_trl.projection import project
 from runs import (
     capability_groups,
@@ -443,7 +443,7 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
 
 def main(engine, model_path, output_dir, checkpoints=None):
     torch.set_num_threads(1)
-    linalg._FEWEST_COMPILED_ENTRIES = 2  # the model is small
+    blockwise._FEWEST_COMPILED_ENTRIES = 2  # the model is small
     if ON_CPU:
         use_cpu(engine)
     num_processes = int(os.environ["WORLD_SIZE"])

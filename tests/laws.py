@@ -4,14 +4,21 @@ import contextlib
 
 import torch
 
-from ogpsa_trl import linalg
+from ogpsa_trl import blockwise, linalg
+
+NUM_ENTRIES = 300
+
+
+def random_rows(num_rows, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, NUM_ENTRIES, generator=generator).to(dtype)
 
 
 def basis_of(rows_RN, rank=None, dtype=torch.float32):
     """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
     rows_RN = rows_RN.to(dtype, copy=True)
     weights_KR = linalg.orthonormal_weights(gram_of(rows_RN)[None], rank, dtype)[0]
-    basis_KN = linalg.combine_(weights_KR, rows_RN)
+    basis_KN = blockwise.combine_(weights_KR, rows_RN)
     return basis_KN, linalg.inverse_gram(gram_of(basis_KN)[None])[0].float()
 
 
@@ -19,19 +26,19 @@ def projected(vector_N, basis_KN, inverse_KK):
     """The vector without its component in the span of the basis, as the package removes it."""
     result_N = vector_N.clone()
     with_rows_K = products_of(basis_KN, vector_N).with_rows_PK[0]
-    linalg.subtract_(result_N, basis_KN, inverse_KK @ with_rows_K)
+    blockwise.subtract_(result_N, basis_KN, inverse_KK @ with_rows_K)
     return result_N
 
 
 def products_of(basis_KN, vector_N, metric=None):
     """The products of one vector with a basis and with itself, as the package computes them."""
-    table_PX = linalg.products(basis_KN, vector_N, metric)[None]
-    return linalg.Products.from_table(table_PX, len(basis_KN))
+    table_PX = blockwise.products(basis_KN, vector_N, metric)[None]
+    return blockwise.Products.from_table(table_PX, len(basis_KN))
 
 
 def gram_of(rows_RN):
     """The Gram matrix of some rows, as the package computes it."""
-    return linalg.symmetric(linalg.gram(rows_RN), len(rows_RN))
+    return linalg.symmetric(blockwise.gram(rows_RN), len(rows_RN))
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine_worker import ENGINE_CELLS, NUM_PROCESSES, launch, make, name_of
-from ogpsa_trl import OGPSAConfig, linalg
+from ogpsa_trl import OGPSAConfig, blockwise
 from runs import (
     CosineCallback,
     capability_groups,
@@ -38,7 +38,7 @@ def test_gpu_takes_the_steps_of_the_cpu(stage, scope, base_model_path, tmp_path)
 
 
 def test_compiled_the_run_is_the_same(base_model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(linalg, "_FEWEST_COMPILED_ENTRIES", 2)
+    monkeypatch.setattr(blockwise, "_FEWEST_COMPILED_ENTRIES", 2)
     results = [
         trained(
             "sft", base_model_path, tmp_path, capability=capability_groups(), use_cpu=False,

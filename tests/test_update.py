@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from laws import counted_programs
-from ogpsa_trl import OGPSAConfig, linalg
+from ogpsa_trl import OGPSAConfig, blockwise
 from ogpsa_trl.backends import Shard
 from ogpsa_trl.projection import project_update
 from ogpsa_trl.subspace import CapabilitySubspace
@@ -164,7 +164,7 @@ def test_compiled_the_run_is_the_same(preset, base_model_path, tmp_path, monkeyp
             **options,
         )  # fmt: skip
 
-    monkeypatch.setattr(linalg, "_FEWEST_COMPILED_ENTRIES", 2)
+    monkeypatch.setattr(blockwise, "_FEWEST_COMPILED_ENTRIES", 2)
     _, before, expected = train()
     with counted_programs() as programs:
         *_, actual = train(compile_projection=True)
