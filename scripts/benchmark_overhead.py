@@ -211,7 +211,9 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     plain_run = PUBLISHED_INTERVAL * medians["plain"]
     of_sample = medians["forward and backward"] / num_sequences / result["processes"]
     needed = plain_run + PUBLISHED_SAMPLES * of_sample
-    refresh_of_all = medians["refresh"] * PUBLISHED_SAMPLES / cell.capability_samples
+    # Its passes grow with the samples, what makes a basis of them does not.
+    passes = medians["refresh"] - medians["basis"]
+    refresh_of_all = passes * PUBLISHED_SAMPLES / cell.capability_samples + medians["basis"]
     run = plain_run + PUBLISHED_INTERVAL * medians.get("projection", 0.0) + refresh_of_all
     row = {
         "cell": _label(cell),
