@@ -137,8 +137,8 @@ def products(
         triangle of B D B^T; without a metric only the first and the third.
     """
     if rows_KN is None:
-        new_N = vector_N.new_N if isinstance(vector_N, Difference) else vector_N
-        rows_KN = new_N.new_empty(0, len(new_N))
+        target_N = _target(vector_N)
+        rows_KN = target_N.new_empty(0, len(target_N))
     if is_compiled and _is_faster_compiled(rows_KN):
         return torch.stack(_compiled(_dots)(*_for_any_shape(vector_N, rows_KN, metric)))
     return _sum([_dots(*block) for block in _blocks_of(vector_N, rows_KN, metric)])
@@ -181,7 +181,7 @@ def gram(rows_KN: Tensor) -> Tensor:
     """
     if not len(rows_KN):
         return torch.zeros(0, device=rows_KN.device)
-    return _sum([list(_triangle(_float(block.unbind()))) for block in _blocks(rows_KN)])
+    return _sum([list(_triangle(block.float().unbind())) for block in _blocks(rows_KN)])
 
 
 def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
@@ -219,6 +219,11 @@ def subtract_(
         return
     for block in _blocks_of(vector_N, rows_KN, metric):
         _subtract(*block, weights)
+
+
+def _target(vector_N: Vector) -> Tensor:
+    """What holds a change of the vector."""
+    return vector_N.new_N if isinstance(vector_N, Difference) else vector_N
 
 
 def _blocks(values_XN: Tensor) -> Sequence[Tensor]:
@@ -330,12 +335,12 @@ def _subtract(
     weights: Sequence[Tensor],
 ) -> None:
     """What `subtract_` does, to one block."""
-    is_update = isinstance(vector_N, Difference)
-    target = vector_N.new_N if isinstance(vector_N, Difference) else vector_N
+    target = _target(vector_N)
     rows = _float(rows)
     if metric is not None:
         target.addcdiv_(_combination(weights, rows), metric.inverse(), value=-1)
-    elif is_update:  # row by row, parts below the last digit of a weight would be lost
+    elif isinstance(vector_N, Difference):
+        # Row by row, parts below the last digit of a weight would be lost.
         target.sub_(_combination(weights, rows))
     else:  # one operation and one temporary less than with the sum
         left = target.float()
