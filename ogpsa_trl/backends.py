@@ -9,22 +9,29 @@ The mathematics above sees one interface, whatever the engine:
     shards                     the part of each flattened parameter that this process holds
     gradient(parameter)        its gradient there: flat, writable in place; None if it has none
     sum_over_shards(values)    per-parameter scalars, summed over the shards of its gradient
+    same_on_all(values)        numbers that decide a step, which replicas must not part by
     sum_over_processes(value)  sum over the batches of all processes
     from_first_process(make)   a value that must not differ between the processes
     from_all_processes(values) the lists of all processes as one
     preserved()                context: what happens inside leaves no trace in training
     other_passes()             context of passes that call other modules than training does
+    full_precision()           context of passes in float32, where the engine can make them
+    epsilon                    relative rounding of the passes in there
     accumulation(is_last)      context of one forward and backward pass that adds to the gradients
     backward(loss)             the engine's own backward pass, without an optimizer step
     clear_gradients()          forget the gradients
     around_step(context)       context of a training step: enters `context()` when its gradients
                                are final, before they are clipped; leaves it after the optimizer
+    abandon_step()             leaves that context where an exception has ended the step
     weights(parameter)         this process's shard of what the optimizer updates, writable in place
     optimizer_class            class of the optimizer
     publish_weights()          bring what was written there to the model
+    check_no_copy()            refuse an optimizer that holds another copy of them
     holds_weights              whether these weights are sharded as the gradients are; if not,
                                neither they nor the second moment can be asked for
+    has_length_before_step     whether the trainer has the gradient's length before the step
     second_moment(parameter)   this process's shard of Adam's second moment; None if there is none
+    learning_rates()           of every parameter in this step; 0 where the optimizer holds it not
 
 `TorchBackend` serves one process, DDP and FSDP2; DeepSpeed's ZeRO is in `zero`. Which engine has
 which backend, and what is refused, says `engines`.
@@ -34,19 +41,25 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ogpsa_trl import optimizers
+
+# Products in TF32 keep 10 bits.
+_EPSILON_OF_TF32 = 2.0**-10
 
 Value = TypeVar("Value")
 StepContext = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -72,6 +85,8 @@ class GradientBackend(ABC):
     """
 
     holds_weights = True
+    # Whether the trainer knows the length of the gradient before the optimizer's step.
+    has_length_before_step = False
 
     def __init__(
         self,
@@ -81,10 +96,13 @@ class GradientBackend(ABC):
         optimizer: Optimizer,
     ) -> None:
         self.accelerator = accelerator
+        self.model = model
         self.wrapped_model = wrapped_model
         self.optimizer: Any = optimizer
         # `named_parameters` lists tied weights once, under the first of their names.
-        self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad and self._is_held(p)
+        ]
         self.device = accelerator.device
         self.process_index = accelerator.process_index
         self.num_processes = accelerator.num_processes
@@ -95,6 +113,9 @@ class GradientBackend(ABC):
             group = self._shard_group(parameter)
             if group is not None:
                 self._shard_groups[group].append(index)
+        # Whether several processes hold the same entries: those of DDP, the replicas of HSDP.
+        num_shards = [group.size() for group in self._shard_groups] or [1]
+        self.is_replicated = min(num_shards) < self.num_processes
 
     @property
     def optimizer_class(self) -> type[Optimizer]:
@@ -105,6 +126,10 @@ class GradientBackend(ABC):
     def is_sharded(self) -> bool:
         """Whether a process may hold less than the whole of a gradient."""
         return bool(self._shard_groups)
+
+    def _is_held(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002
+        """Whether the optimizer updates a trainable parameter."""
+        return True
 
     @abstractmethod
     def _shard(self, parameter: nn.Parameter) -> Shard:
@@ -142,6 +167,12 @@ class GradientBackend(ABC):
         has updated the weights.
         """
 
+    def abandon_step(self) -> None:  # noqa: B027 - nothing to leave where a step is one call
+        """
+        Leave the context of a step that has ended before its optimizer's step did, as an exception
+        does. It leaves nothing on the optimizer.
+        """
+
     @abstractmethod
     def weights(self, parameter: nn.Parameter) -> Tensor:
         """This process's shard of the weights that the optimizer updates, shape [N], writable."""
@@ -157,6 +188,18 @@ class GradientBackend(ABC):
         (nothing before its first step), and where in that tensor, flattened, the shard starts.
         """
 
+    @abstractmethod
+    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The group of the optimizer that holds `parameter`."""
+
+    def learning_rates(self) -> list[float]:
+        """
+        The learning rates at which the optimizer makes its steps now, one for each parameter. An
+        optimizer that finds its own rates, and says so by `None`, counts as one of rate 1.
+        """
+        rates = (self._optimizer_group(parameter).get("lr") for _, parameter in self.parameters)
+        return [1.0 if rate is None else float(rate) for rate in rates]
+
     def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
         """
         This process's shard of Adam's second moment, shape [N], float32; None before its first
@@ -168,8 +211,36 @@ class GradientBackend(ABC):
         )
         return None if moment_N is None else moment_N.to(self.device)  # paged states are elsewhere
 
+    def check_no_copy(self) -> None:
+        """
+        After the optimizer's first step: make sure that it holds no copy of the weights. A
+        collective call.
+
+        Raises:
+            ValueError: it does. On every process.
+        """
+        distances = []
+        for _, parameter in self.parameters:
+            state, start = self._optimizer_state(parameter)
+            weights_N = self.weights(parameter)
+            distances += optimizers.distances_from_weights(state, weights_N, start=start)
+        optimizers.check_no_copy(self.optimizer_class, self.from_all_processes(distances))
+
     def other_passes(self) -> contextlib.AbstractContextManager[Any]:
         """Forward and backward passes that call other modules than those of training do."""
+        return contextlib.nullcontext()
+
+    @property
+    def epsilon(self) -> float:
+        """
+        The relative rounding of passes within `full_precision`: 0 in float32, that of bfloat16
+        where weights or the engine are in it.
+        """
+        is_float32 = all(p.dtype == torch.float32 for p in self.model.parameters())
+        return 0.0 if is_float32 else torch.finfo(torch.bfloat16).eps
+
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Forward and backward passes without mixed precision, where the engine can make them."""
         return contextlib.nullcontext()
 
     def sum_over_shards(self, values_PX: Tensor) -> Tensor:
@@ -179,6 +250,18 @@ class GradientBackend(ABC):
             dist.all_reduce(part, group=group)
             values_PX[indices] = part
         return values_PX
+
+    def same_on_all(self, values: Tensor) -> Tensor:
+        """
+        Numbers that decide a step, computed on every process, as the first process has them.
+
+        Replicas may add in another order (by the number of their threads, on another processor),
+        and what they hold would part by the rounding of every step. One broadcast where processes
+        hold the same entries; the shards of one replica need none.
+        """
+        if self.is_replicated and values.numel():
+            dist.broadcast(values, src=0)
+        return values
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """Sum a tensor over the data-parallel processes, one all-reduce."""
@@ -232,8 +315,21 @@ class TorchBackend(GradientBackend):
             its gradient), or is sharded in another way.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    has_length_before_step = True
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        wrapped_model: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        self._groups: dict[nn.Parameter, Mapping[str, Any]] = {}
+        if optimizer is not None:  # its own groups, of which schedules change the rates
+            self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        super().__init__(accelerator, model, wrapped_model, optimizer)
+        # Undoes what a step has put on the optimizer.
+        self._step = contextlib.ExitStack()
         whole = [name for name, p in self.parameters if not isinstance(p, DTensor)]
         if self.is_sharded and whole:
             raise ValueError(
@@ -241,6 +337,12 @@ class TorchBackend(GradientBackend):
                 " is not, so its gradient is not averaged. Freeze it, or take its module out of "
                 "`ignored_modules`."
             )
+
+    def _is_held(self, parameter: nn.Parameter) -> bool:
+        return self.optimizer is None or parameter in self._groups
+
+    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        return self._groups[parameter]
 
     def _shard(self, parameter: nn.Parameter) -> Shard:
         total = parameter.numel()
@@ -294,20 +396,54 @@ class TorchBackend(GradientBackend):
         for _, parameter in self.parameters:
             parameter.grad = None
 
+    @property
+    def epsilon(self) -> float:
+        """0 in float32; on a GPU, that of TF32."""
+        if not self._has_full_precision:
+            return torch.finfo(torch.bfloat16).eps
+        return 0.0 if self.device.type == "cpu" else _EPSILON_OF_TF32
+
+    @property
+    def _has_full_precision(self) -> bool:
+        """Kernels of FlashAttention know no float32, nor do weights that are not."""
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        return super().epsilon == 0 and "flash" not in str(attention)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """
+        Without autocast, and in FSDP2 with the parameters gathered as they are sharded. On a GPU
+        products are made in TF32: of float32 it has the speed for training, to 2^-10.
+        """
+        if not self._has_full_precision:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_autocast(self.model))
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    stack.enter_context(_gathered_in_float32(module))
+            if self.device.type != "cpu":
+                stack.callback(
+                    torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+                )
+                torch.set_float32_matmul_precision("high")
+            yield
+
     @contextlib.contextmanager
     def around_step(self, context: StepContext) -> Iterator[None]:
         """Clipping and the optimizer's step come later, in the training loop."""
         yield
         if not self.accelerator.sync_gradients:
             return
-        entered = context()
-        entered.__enter__()
+        self._step.enter_context(context())
+        handle = self.optimizer.register_step_post_hook(lambda *_: self._step.close())
+        self._step.callback(handle.remove)  # called first
 
-        def leave(*_: Any) -> None:
-            handle.remove()
-            entered.__exit__(None, None, None)
-
-        handle = self.optimizer.register_step_post_hook(leave)
+    def abandon_step(self) -> None:
+        # As by an exception, so that what follows the optimizer's step is left out.
+        abandoned = RuntimeError("The optimizer has not made its step.")
+        self._step.__exit__(RuntimeError, abandoned, None)
 
     def weights(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter.data).reshape(-1)  # a copy where it is not contiguous
@@ -318,6 +454,59 @@ class TorchBackend(GradientBackend):
     def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
         state = self.optimizer.state.get(parameter, {})
         return {key: _local(value) for key, value in state.items()}, 0
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """
+    Take off what `Accelerator.prepare_model` (1.15) has put around `forward`: autocast, and a cast
+    of the outputs; twice where `auto_find_batch_size` has started again.
+    """
+    own: Any = model.__dict__.get("forward")
+    forward = own
+    while isinstance(getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
+        forward = forward.__wrapped__.model_forward.__wrapped__
+    if forward is own:
+        yield
+        return
+    model.forward = MethodType(forward, model) if isinstance(own, MethodType) else forward
+    try:
+        yield
+    finally:
+        model.forward = own
+
+
+@contextlib.contextmanager
+def _gathered_in_float32(module: FSDPModule) -> Iterator[None]:
+    """
+    Let FSDP2 gather the parameters of one module without `MixedPrecisionPolicy`.
+
+    It has no switch for that (torch 2.13): the policy is read where a group of parameters is made,
+    and kept beside each parameter together with the tensor that it is gathered into.
+    """
+    state = module._get_fsdp_state()
+    group, policy = state._fsdp_param_group, state._mp_policy
+    params = [] if group is None else group.fsdp_params
+
+    def gather_by(new_policy: MixedPrecisionPolicy, gathered: Sequence[tuple[Any, Any]]) -> None:
+        module.reshard()
+        state._mp_policy = new_policy
+        if group is not None:
+            group.mp_policy = new_policy
+            group._init_mp_dtypes()
+        for param, (outputs, unsharded) in zip(params, gathered, strict=True):
+            param.all_gather_outputs = outputs
+            if unsharded is not None:
+                param._unsharded_param = unsharded
+            elif "_unsharded_param" in param.__dict__:
+                del param._unsharded_param
+
+    known = [(p.all_gather_outputs, p.__dict__.get("_unsharded_param")) for p in params]
+    gather_by(MixedPrecisionPolicy(), [([], None) for _ in params])
+    try:
+        yield
+    finally:
+        gather_by(policy, known)
 
 
 def _local(value: Any) -> Any:

@@ -26,8 +26,8 @@ from torch import Tensor
 from ogpsa_trl.backends import GradientBackend, Shard
 from ogpsa_trl.completeness import put_in_place
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data import Sample
-from ogpsa_trl.start import StartingPoint, is_sound
+from ogpsa_trl.data import CapabilityGroup, Sample
+from ogpsa_trl.start import StartingPoint, all_samples, is_sound
 from ogpsa_trl.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
@@ -92,27 +92,63 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
         )
 
 
-def save_start(start: StartingPoint, config: OGPSAConfig, folder: str) -> None:
-    """Write the starting point into a checkpoint folder. One process is enough."""
+def save_start(
+    start: StartingPoint, config: OGPSAConfig, folder: str, same: Path | None = None
+) -> Path:
+    """
+    Write the starting point into a checkpoint folder. One process is enough.
+
+    Args:
+        start: The starting point.
+        config: The settings.
+        folder: The folder.
+        same: A file that it was written to before. It never changes, so that another name for the
+            same bytes does, where the file system has such links.
+
+    Returns:
+        The file.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / START_FILE_NAME
+    if same is not None and _link(same, path):
+        return path
     settings = json.dumps(_settings(config, _START_SETTINGS))
     metadata = {"format": _FORMAT, "settings": settings, "shards": "{}"}
     tensors = {name: tensor.contiguous() for name, tensor in start.state_dict().items()}
-    _write(tensors, Path(folder) / START_FILE_NAME, metadata)
+    _write(tensors, path, metadata)
+    return path
+
+
+def _link(file: Path, path: Path) -> bool:
+    """Give a file another name, if that can be done."""
+    unfinished = _unfinished(path)
+    try:
+        unfinished.unlink(missing_ok=True)
+        unfinished.hardlink_to(file)
+    except OSError:  # its checkpoint was deleted, or is on another file system
+        return False
+    put_in_place(unfinished, path)
+    return True
 
 
 def load_start(
-    backend: GradientBackend, samples: list[Sample], config: OGPSAConfig, folder: str
+    backend: GradientBackend,
+    groups: Sequence[CapabilityGroup],
+    config: OGPSAConfig,
+    folder: str,
 ) -> StartingPoint | None:
     """
-    Read the starting point of a checkpoint folder, if it is of these samples and settings.
+    Read the starting point of a checkpoint folder, if it is of these groups and settings.
+
+    The samples in it have the tokens that it was measured on; a warning says where those of this
+    run are others.
 
     Otherwise, on any process, a warning is logged. A collective call: every process makes it.
 
     Raises:
         ValueError: the file is damaged.
     """
-    path = Path(folder) / START_FILE_NAME
+    path, samples = Path(folder) / START_FILE_NAME, all_samples(groups)
     start, reason = None, "there is none"
     if path.exists():
         with _open(path) as file:
@@ -122,6 +158,7 @@ def load_start(
                 state = {name: file.tensors.get_tensor(name) for name in file.names}
                 try:
                     start = StartingPoint.from_state(samples, state)
+                    _warn_of_other_tokens(samples, start.samples, folder)
                 except ValueError as error:
                     reason = str(error)
                 if not is_sound(state):
@@ -136,6 +173,17 @@ def load_start(
     return None
 
 
+def _warn_of_other_tokens(ours: list[Sample], saved: list[Sample], folder: str) -> None:
+    others = [a.name for a, b in zip(ours, saved, strict=True) if a.features != b.features]
+    if others:
+        logger.warning(
+            "%d capability samples have other tokens now than in %s (the first is %s), by other "
+            "data or a chat template that writes the date. Training goes on with those of the "
+            "checkpoint. To protect other data, begin a new run.",
+            len(others), folder, others[0],
+        )  # fmt: skip
+
+
 def is_on_all(backend: GradientBackend, is_here: bool) -> bool:
     """Whether something is there on every process. A collective call."""
     num = backend.sum_over_processes(torch.tensor(float(is_here), device=backend.device))
@@ -144,9 +192,13 @@ def is_on_all(backend: GradientBackend, is_here: bool) -> bool:
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Under another name first: a file with its name is whole."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = _unfinished(path)
     save_file(tensors, unfinished, metadata)
     put_in_place(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def _load(subspace: CapabilitySubspace, folder: Path) -> bool:

@@ -176,7 +176,8 @@ class OGPSAConfig:
         metadata={
             "help": "Adds this multiple of the mean capability gradient of a refresh to the "
             "gradient of the step after it, at least 0. 0 is off (paper). With `target: none` "
-            "and `refresh_interval: 1` it is replay of the capability data."
+            "and `refresh_interval: 1` it is replay of the capability data. Not with `target: "
+            "update`, which would take it out of the step again."
         },
     )
     basis_dtype: BasisDtype = field(
@@ -227,6 +228,12 @@ class OGPSAConfig:
                 f"`restoration` corrects the update, but `target` is {self.target!r}. Set `target: "
                 "update`, or `restoration: 0`; or begin with a preset of that target, such as "
                 "`preset: paper`."
+            )
+        if self.replay_weight and self.target == "update":
+            raise ValueError(
+                f"`replay_weight` ({self.replay_weight!r}) adds capability gradients, but `target` "
+                "is 'update', which removes what they do to the step. Set `replay_weight: 0`, or "
+                "begin with `preset: replay` or `preset: kl`."
             )
         if self.restoration_cap == 0:
             raise ValueError(

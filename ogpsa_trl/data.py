@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -34,7 +34,7 @@ class Sample:
 
     Attributes:
         name: Group and place in it: the same in every run with the same data and seed.
-        features: Tokens and masks, as TRL's collator takes them.
+        features: `input_ids`, and `labels` where they are others, as TRL's collator takes them.
         num_tokens: Tokens that count in the loss, at least 1.
     """
 
@@ -84,6 +84,11 @@ class Part:
     def num_tokens(self) -> int:
         """Tokens that count in the loss."""
         return sum(sample.num_tokens for sample in self.samples)
+
+    def sample(self, name: str, features: Features) -> Sample:
+        """A sample of these tokens."""
+        labels = self.collate([features])["labels"]
+        return Sample(name, features, int(trained_labels(labels).sum()))
 
     def num_batches_of(self, num_processes: int) -> int:
         """Batches of each process."""
@@ -281,10 +286,12 @@ def prepare_group(
     has_pad = tokenizer.pad_token_id is not None
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id if has_pad else 0)
     samples = []
-    for index, features in enumerate(_tokenise(name, chosen, preparation)):
+    features: Features
+    for index, features in enumerate(cast(Any, _tokenise(name, chosen, preparation))):
         num_tokens = int(trained_labels(collate([features])["labels"]).sum())
         if num_tokens > 0:
-            samples.append(Sample(f"{name}/{index}", dict(features), num_tokens))
+            used = {key: features[key] for key in ("input_ids", "labels") if key in features}
+            samples.append(Sample(f"{name}/{index}", used, num_tokens))
     if len(samples) < num_parts:
         raise ValueError(
             f"Capability group {name!r} must have at least {num_parts} samples with a token to "

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,21 +28,23 @@ class Diagnostics:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self.values: dict[str, list[float | Tensor]] = defaultdict(list)
+        # Sum and number of the values of every metric. A sum stays on its device.
+        self.sums: dict[str, tuple[float | Tensor, int]] = {}
         # When the values begin, and how much of the time since then went into refreshes.
         self.start = time.perf_counter()
         self.refresh_seconds = 0.0
 
     def begin(self) -> None:
         """Forget what was recorded: values and time count from now on."""
-        self.values.clear()
+        self.sums.clear()
         self.start = time.perf_counter()
         self.refresh_seconds = 0.0
 
     def record(self, **metrics: float | Tensor) -> None:
-        """Keep values as they are: a tensor is read from its device when it is logged."""
+        """Add values up where they are: a tensor is read from its device when it is logged."""
         for name, value in metrics.items():
-            self.values[f"ogpsa/{name}"].append(value)
+            total, count = self.sums.get(f"ogpsa/{name}", (0.0, 0))
+            self.sums[f"ogpsa/{name}"] = total + value, count + 1
 
     def record_groups(
         self, subspace: CapabilitySubspace, name: str, values: Sequence[float]
@@ -80,10 +81,12 @@ class Diagnostics:
             self.record(kept_gradients=float(sum(gradients.is_kept)))
         losses = self.record_groups(subspace, "capability_loss", gradients.losses)
         self.record_groups(subspace, "drift", refresh.drift)
-        if not refresh.predicted_change or not refresh.realised_change:
+        if refresh.realised_change is None:
+            return
+        realised = self.record_groups(subspace, "realised_change", refresh.realised_change)
+        if refresh.predicted_change is None:
             return
         predicted = self.record_groups(subspace, "predicted_change", refresh.predicted_change)
-        realised = self.record_groups(subspace, "realised_change", refresh.realised_change)
         is_kl = subspace.config.capability_loss == "kl"
         for name, loss in losses.items():
             if name in kept:
@@ -115,12 +118,9 @@ class Diagnostics:
 
     def take_means(self) -> dict[str, float]:
         """The means of what was recorded since the last call; nothing if there was no step."""
-        if not self.values:
+        if not self.sums:
             return {}
-        means = {
-            name: sum(float(value) for value in values) / len(values)
-            for name, values in self.values.items()
-        }
+        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         means["ogpsa/refresh_share"] = self.refresh_seconds / (time.perf_counter() - self.start)
         self.begin()
         return means

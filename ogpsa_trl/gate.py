@@ -1,17 +1,21 @@
 """CapabilityGate: measures held-out capability losses during training, and acts on their rise."""
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.checkpoint import is_on_all
+from ogpsa_trl.completeness import replace_text, unmark
 from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data import Part, Sample, named_groups, prepare_group
 from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
@@ -21,6 +25,8 @@ from ogpsa_trl.start import content
 from ogpsa_trl.trackers import record_settings
 
 logger = logging.getLogger(__name__)
+
+SAMPLES_NAME = "gate_samples.json"
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class CapabilityGate(TrainerCallback):
         self.trainer = trainer
         self.config = config or GateConfig()
         self.config.check_saving(trainer.args)
+        trainer.check_model()
         check_supported(trainer.accelerator, None, "none")
         is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         if self.config.gate_action == "best" and is_sharded and trainer.args.save_only_model:
@@ -196,6 +203,7 @@ class CapabilityGate(TrainerCallback):
         )
         self.start = self.last = None
         if state.global_step > 0:
+            self._load_samples()
             self.start = self._start_in(state.log_history)
         else:
             self._measure(state, control)
@@ -208,6 +216,7 @@ class CapabilityGate(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Before the trainer logs and saves what belongs to this step."""
+        self._save_samples(state, control)
         is_due = state.global_step % self.config.gate_interval == 0
         if is_due or control.should_save or control.should_training_stop:
             self._check(state, control)
@@ -219,6 +228,7 @@ class CapabilityGate(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
+        self._save_samples(state, control)
         if control.should_save:
             self._check(state, control)
 
@@ -330,6 +340,42 @@ class CapabilityGate(TrainerCallback):
             "data and settings that the run began with, begin anew, or train on without the gate "
             "(leave out `gate_datasets`)."
         )
+
+    def _save_samples(self, state: TrainerState, control: TrainerControl) -> None:
+        """Put the tokens into the folder of the checkpoint that the trainer makes next."""
+        if not (control.should_save and self.trainer.args.should_save):
+            return
+        folder = Path(self.trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        unmark(folder)
+        samples = {name: [s.features for s in part.samples] for name, part in self.parts.items()}
+        replace_text(folder / SAMPLES_NAME, json.dumps(samples))
+
+    def _load_samples(self) -> None:
+        """
+        Go on with the tokens of the checkpoint, where it has as many samples of the same groups: a
+        chat template may write the date, and the losses before training are of other tokens then.
+        """
+        path = Path(self.trainer.resumed_from or "") / SAMPLES_NAME
+        if not path.is_file():
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        ours = {name: len(part.samples) for name, part in self.parts.items()}
+        if {name: len(samples) for name, samples in saved.items()} != ours:
+            return
+        for name, part in self.parts.items():
+            samples = [
+                part.sample(f"gate/{name}/{index}", features)
+                for index, features in enumerate(saved[name])
+            ]
+            num = sum(a.features != b.features for a, b in zip(part.samples, samples, strict=True))
+            if num:
+                logger.warning(
+                    "Gate group %r: %d of its samples have other tokens now than in %s, by other "
+                    "data or a chat template that writes the date. The gate goes on with those of "
+                    "the checkpoint.", name, num, self.trainer.resumed_from,
+                )  # fmt: skip
+            self.parts[name] = replace(part, samples=samples)
 
     def _warn_of_samples_in_training(self) -> None:
         protected = {

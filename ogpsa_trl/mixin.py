@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import RichProgressCallback
 
+from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
@@ -41,7 +43,7 @@ from ogpsa_trl.gradients import capability_gradients, has_finite_gradients
 from ogpsa_trl.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
 from ogpsa_trl.model_card import PAPER, settings_section
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
-from ogpsa_trl.start import all_samples, content
+from ogpsa_trl.start import content
 from ogpsa_trl.subspace import CapabilitySubspace
 from ogpsa_trl.tiled_head import Score, TiledHead
 from ogpsa_trl.trackers import SettingsCallback
@@ -93,7 +95,14 @@ class OGPSAMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         self.capability_groups: list[CapabilityGroup] = []
+        self.tiled_head = TiledHead(lambda: self.model.get_output_embeddings())
         self.ogpsa_config = ogpsa_config or OGPSAConfig()
+        # The checkpoint that the run goes on from.
+        self.resumed_from: str | None = None
+        # Made when training begins.
+        self._backend: GradientBackend | None = None
+        # Where this run has written its starting point.
+        self._start_file: Path | None = None
         if capability_dataset is None:
             if ogpsa_config is not None:
                 raise ValueError(
@@ -113,7 +122,7 @@ class OGPSAMixin(Trainer):
             self._name, self._paper = f"OGPSA ({self._name})", PAPER
             self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
-        self._check_model()
+        self.check_model()
         check_supported(
             self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
         )
@@ -148,7 +157,6 @@ class OGPSAMixin(Trainer):
         )
         warn_of_uneven_groups(self.capability_groups)
         warn_of_samples_in_training(self.capability_groups, self.train_dataset)
-        self.tiled_head = TiledHead(lambda: self.model.get_output_embeddings())
         self.capability_loss = CapabilityLoss(
             self.ogpsa_config,
             self.capability_groups,
@@ -164,7 +172,7 @@ class OGPSAMixin(Trainer):
         self.add_callback(SettingsCallback(self, self.ogpsa_config, self.capability_groups))
         self.add_callback(SubspaceCallback(self))
 
-    def _check_model(self) -> None:
+    def check_model(self) -> None:
         """
         Refuse models and processors that no text can be scored with.
 
@@ -319,20 +327,19 @@ class OGPSAMixin(Trainer):
     @contextlib.contextmanager
     def _constrained_step(self) -> Iterator[None]:
         """Around clipping and the optimizer's step."""
-        if has_finite_gradients(self.subspace.backend):
-            self.num_lost_in_a_row = 0
-        else:
-            self._lose_gradient()
-        if self.ogpsa_config.target == "gradient":
+        target, backend = self.ogpsa_config.target, self.subspace.backend
+        if target == "gradient":
             self._project()
+        elif target == "none" or not backend.has_length_before_step:
+            self._count_gradient(is_finite=has_finite_gradients(backend))
         length = self.subspace.replay()
         if length is not None:
             self.diagnostics.record(replay_length=length)
-        if self.ogpsa_config.target == "update":
+        if target == "update":
             weights_before = copy_weights(self.subspace)
             yield
             self._project_update(weights_before)
-        elif self._is_logging_next() and self.subspace.backend.holds_weights:
+        elif self._is_logging_next() and backend.holds_weights:
             weights_before = copy_weights(self.subspace)
             yield
             share, changes = measure_update(self.subspace, weights_before)
@@ -341,14 +348,28 @@ class OGPSAMixin(Trainer):
         else:
             yield
 
-    def _lose_gradient(self) -> None:
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer has just read the whole gradient: that it is finite costs nothing more."""
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
+        if (
+            self.capability_groups
+            and self.ogpsa_config.target == "update"
+            and self.subspace.backend.has_length_before_step
+        ):
+            self._count_gradient(is_finite=math.isfinite(norm))
+        return norm
+
+    def _count_gradient(self, *, is_finite: bool) -> None:
         """
-        Take this step with a gradient of zero: moments and weight decay still move the weights, and
-        nothing that is not a number reaches them.
+        Take a step whose gradient is not finite with one of zero: moments and weight decay still
+        move the weights, and nothing that is not a number reaches them.
 
         Raises:
             FloatingPointError: it was so in too many steps in a row.
         """
+        if is_finite:
+            self.num_lost_in_a_row = 0
+            return
         self.num_lost_in_a_row += 1
         step = self.state.global_step
         if self.num_lost_in_a_row > _MOST_LOST_IN_A_ROW:
@@ -369,6 +390,9 @@ class OGPSAMixin(Trainer):
 
     def _project(self) -> None:
         projection = project(self.subspace)
+        self._count_gradient(is_finite=projection is not None)
+        if projection is None:
+            return
         self.diagnostics.record(
             cosine=projection.cosine, gradient_in_subspace=projection.share_inside
         )
@@ -402,20 +426,33 @@ class OGPSAMixin(Trainer):
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        self.resumed_from = resume_from_checkpoint
         if self.capability_groups:
             backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
+            self._backend = backend
             self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
-            self.capability_loss.start = None
+            self.capability_loss.begin(self.model)
+            self._start_file = None
             self.diagnostics.begin()
             if resume_from_checkpoint is not None:
                 load_subspace(self.subspace, resume_from_checkpoint)
-                self.capability_loss.start = load_start(
-                    backend,
-                    all_samples(self.capability_groups),
-                    self.ogpsa_config,
-                    resume_from_checkpoint,
-                )
+                self._load_start(backend, resume_from_checkpoint)
         return prepared
+
+    def _load_start(self, backend: GradientBackend, folder: str) -> None:
+        """Go on with the starting point of a checkpoint, and with the tokens that it is of."""
+        start = load_start(backend, self.capability_groups, self.ogpsa_config, folder)
+        if start is not None:
+            self.capability_loss.start = start
+            self.capability_groups[:] = start.groups_of(self.capability_groups)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """However it ends, nothing of this package is left on the optimizer."""
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._backend is not None:
+                self._backend.abandon_step()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -435,7 +472,7 @@ class OGPSAMixin(Trainer):
             return
         start = self.capability_loss.start
         if start is not None and self.args.should_save:
-            save_start(start, self.ogpsa_config, output_dir)
+            self._start_file = save_start(start, self.ogpsa_config, output_dir, self._start_file)
         if self.subspace.backend.is_sharded or self.args.should_save:
             save_subspace(self.subspace, output_dir)
 
@@ -461,12 +498,19 @@ class OGPSAMixin(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark(folder)
+                if self.args.push_to_hub:
+                    super()._push_from_checkpoint(str(folder))
                 rotate_checkpoints(
                     run_dir,
                     self.args.save_total_limit,
                     best_model_checkpoint=self.state.best_model_checkpoint,
                     use_mtime=True,
                 )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before the checkpoint is whole: see `_save_checkpoint`."""
+        if not self.capability_groups:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

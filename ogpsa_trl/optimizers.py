@@ -14,7 +14,7 @@ Shapes: N entries that are asked for.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -44,6 +44,12 @@ _SETTINGS = (
 
 _BITSANDBYTES_BLOCK = 256
 
+# Packages whose optimizers make the weights anew in every step, from copies of their own.
+_MAKES_WEIGHTS = {"schedulefree"}
+# A state whose distance from the weights is a smaller share of their length is taken for a copy. A
+# moment has the length of a gradient, and another direction.
+_DISTANCE_OF_COPY = 0.1
+
 
 def check_known(optimizer_class: type[Optimizer]) -> None:
     """
@@ -59,6 +65,69 @@ def check_known(optimizer_class: type[Optimizer]) -> None:
         "DeepSpeed store it (and takes SGD, which has none, as `euclidean`), but the optimizer is "
         f"{_package(optimizer_class)}.{optimizer_class.__name__}. Set `optim` to one of "
         f"{', '.join(_SETTINGS)}, or `metric: euclidean`."
+    )
+
+
+def check_keeps_no_weights(optimizer_class: type[Optimizer]) -> None:
+    """
+    Refuse optimizers that would take a correction of the weights back in their next step.
+
+    Raises:
+        ValueError: the class is known to.
+    """
+    if _package(optimizer_class) in _MAKES_WEIGHTS:
+        raise ValueError(_takes_back(optimizer_class, "of its own"))
+
+
+def distances_from_weights(
+    state: Mapping[str, Any], weights_N: Tensor, *, start: int
+) -> list[tuple[str, float, float]]:
+    """
+    Of every state that may be a copy of the weights: its name, its squared distance from them, and
+    their squared length.
+
+    Args:
+        state: What the optimizer stores for the tensor that holds these weights.
+        weights_N: The weights.
+        start: Where they begin in that tensor.
+    """
+    size = len(weights_N)
+    return [
+        (name, (part_N.float() - weights_N).square().sum().item(), weights_N.square().sum().item())
+        for name, value in state.items()
+        if type(value) is Tensor and value.is_floating_point() and value.numel() >= start + size > 0
+        for part_N in [value.reshape(-1)[start : start + size].to(weights_N.device)]
+    ]
+
+
+def check_no_copy(
+    optimizer_class: type[Optimizer], distances: Iterable[tuple[str, float, float]]
+) -> None:
+    """
+    Refuse an optimizer that stores a copy of the weights, after its first step.
+
+    Args:
+        optimizer_class: Its class.
+        distances: `distances_from_weights` of all parameters.
+
+    Raises:
+        ValueError: it does.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for name, distance, square in distances:
+        old_distance, old_square = sums.get(name, (0.0, 0.0))
+        sums[name] = old_distance + distance, old_square + square
+    for name, (distance, square) in sums.items():
+        if distance < _DISTANCE_OF_COPY**2 * square:
+            raise ValueError(_takes_back(optimizer_class, f"in its state {name!r}"))
+
+
+def _takes_back(optimizer_class: type[Optimizer], where: str) -> str:
+    return (
+        "`target: update` corrects the weights after the optimizer's step, but "
+        f"{_package(optimizer_class)}.{optimizer_class.__name__} holds weights {where}, from which "
+        "the next step makes them anew. Set `optim` to one of "
+        f"{', '.join(_SETTINGS)}, or begin with `preset: paper`, which projects the gradient."
     )
 
 

@@ -8,6 +8,10 @@ v is the gradient or the optimizer's update, B the basis of the capability subsp
 or the optimizer's metric, C the coordinates of the capability gradients. With D the identity and
 the constraint an equality, w = H^-1 p, and H is the identity up to the rounding of B.
 
+Of an update D is the learning rate of each parameter, divided in Adam's metric by the root of the
+second moment: what the optimizer moves little, a correction moves little, and what it did not move
+stays where it is.
+
 Shapes: P parameters, R capability gradients, K basis rows, N entries of a parameter on this
 process, B blocks (P of them in scope "parameter", 1 in scope "model").
 """
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ogpsa_trl import blockwise, constraints, linalg
+from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.subspace import CapabilitySubspace
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -60,12 +65,17 @@ class _Products:
     gram_BKK: Tensor  # B D B^T
     metric_squares_P: Tensor  # v D^-1 v^T of every parameter
     metric_square: Tensor  # and of all
+    rates_P: Tensor | None  # Factors of D; None where it is the identity
 
 
 @torch.no_grad()
-def project(subspace: CapabilitySubspace) -> Projection:
+def project(subspace: CapabilitySubspace) -> Projection | None:
     """
     Make the gradient keep the constraint, in place. A collective call.
+
+    Returns:
+        What it did; `None` where the gradient, or the square of its length, is not finite. It is
+        then as it was.
 
     Raises:
         RuntimeError: this process has no gradient of any parameter.
@@ -78,8 +88,11 @@ def project(subspace: CapabilitySubspace) -> Projection:
             "step would not be projected. Check that the loss depends on trained parameters; "
             "if it does, please report the engine and its version."
         )
+    products = _products(subspace, gradients)
+    if not products.square.isfinite():
+        return None
     # A step goes along minus the gradient, so what the constraint is about has the other sign.
-    return _project(subspace, gradients, is_descent=True)
+    return _project(subspace, gradients, products, is_descent=True)
 
 
 @torch.no_grad()
@@ -97,8 +110,17 @@ def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -
     Args:
         subspace: The subspace.
         weights_before: The copied weights.
+
+    Raises:
+        ValueError: in the first step, that the optimizer would take the correction back.
     """
-    projection = _project(subspace, _updates(subspace, weights_before), is_descent=False)
+    if not subspace.is_optimizer_checked:
+        subspace.backend.check_no_copy()
+        subspace.is_optimizer_checked = True
+    updates = _updates(subspace, weights_before)
+    metrics = _metrics(subspace) if subspace.config.metric == "optimizer" else None
+    products = _products(subspace, updates, metrics, _relative_rates(subspace.backend))
+    projection = _project(subspace, updates, products, metrics, is_descent=False)
     subspace.backend.publish_weights()
     return projection
 
@@ -114,7 +136,7 @@ def measure_update(
         The share of its squared length that lies in the subspace, in [0, 1]; and what it should
         change each capability loss by, to first order, in nats, shape [R].
     """
-    products = _products(subspace, _updates(subspace, weights_before), None)
+    products = _products(subspace, _updates(subspace, weights_before))
     inside = linalg.square(products.with_rows_BK, subspace.inverse_gram)
     return inside / products.square, _changes(subspace, products.with_rows_BK)
 
@@ -129,29 +151,36 @@ def _updates(
 
 
 def _project(
-    subspace: CapabilitySubspace, vectors: Sequence[blockwise.Vector | None], *, is_descent: bool
+    subspace: CapabilitySubspace,
+    vectors: Sequence[blockwise.Vector | None],
+    products: _Products,
+    metrics: Sequence[blockwise.AdamMetric | None] | None = None,
+    *,
+    is_descent: bool,
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from them."""
     config, backend = subspace.config, subspace.backend
-    floors_P = _floors(subspace) if config.metric == "optimizer" else None
-    products = _products(subspace, vectors, floors_P)
     weights_BK = _weights(subspace, products, is_descent=is_descent)
     removed = linalg.square(weights_BK, products.gram_BKK)
     restoration = None
     if config.restoration:
         restoring_BK, restoration = _restoring(subspace, products, weights_BK)
         weights_BK = weights_BK + restoring_BK
+    weights_BK = backend.same_on_all(weights_BK)
     changes = None
     if not is_descent:
         left_BK = products.with_rows_BK - linalg.times(products.gram_BKK, weights_BK)
         changes = _changes(subspace, left_BK)
-        subspace.predicted_change = subspace.predicted_change + changes
+        subspace.count_step(changes)
+    weights_PK = weights_BK.expand(len(vectors), -1)
+    if products.rates_P is not None:
+        weights_PK = products.rates_P[:, None] * weights_PK
     for index, (rows_KN, vector_N, weights_K) in enumerate(
-        zip(subspace.basis, vectors, weights_BK.expand(len(vectors), -1), strict=True)
+        zip(subspace.basis, vectors, weights_PK, strict=True)
     ):
         if rows_KN is None or vector_N is None:
             continue
-        metric = _metric(subspace, index, floors_P)
+        metric = None if metrics is None else metrics[index]
         blockwise.subtract_(
             vector_N, rows_KN, weights_K, metric, is_compiled=config.compile_projection
         )
@@ -176,11 +205,17 @@ def _project(
 def _products(
     subspace: CapabilitySubspace,
     vectors: Sequence[blockwise.Vector | None],
-    floors_P: Tensor | None,
+    metrics: Sequence[blockwise.AdamMetric | None] | None = None,
+    rates_P: Tensor | None = None,
 ) -> _Products:
     """
-    The products of the vectors of all parameters with the basis and with themselves, in Adam's
-    metric with these floors, or the identity.
+    The products of the vectors of all parameters with the basis and with themselves, in a metric.
+
+    Args:
+        subspace: The subspace.
+        vectors: The gradient, or the update, of each parameter.
+        metrics: Adam's metric for each parameter. `None`: the identity.
+        rates_P: The factors of an update's metric. `None`: the identity.
     """
     num_rows = subspace.inverse_gram.shape[-1]
     numbers = [
@@ -189,33 +224,44 @@ def _products(
         else blockwise.products(
             rows_KN,
             vector_N,
-            _metric(subspace, index, floors_P),
+            None if metrics is None else metrics[index],
             is_compiled=subspace.config.compile_projection,
         )
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.
-    width = blockwise.num_products(num_rows, has_metric=floors_P is not None)
+    width = blockwise.num_products(num_rows, has_metric=metrics is not None)
     table_PX = linalg.table(numbers, width, subspace.backend.device)
-    table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a step sends
+    table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a projection sends
     of_each = blockwise.Products.from_table(table_PX, num_rows)
     with_rows_BK = subspace.merge(of_each.with_rows_PK)
-    square = of_each.square_P.sum().clamp_min(_TINY)
-    if floors_P is None or of_each.inverse_square_P is None or of_each.gram_PKK is None:
-        squares_P = of_each.square_P
-        return _Products(with_rows_BK, squares_P, square, subspace.gram, squares_P, square)
-    inverse_squares_P = torch.where(floors_P.isfinite(), of_each.inverse_square_P, 0.0)
-    metric_square = inverse_squares_P.sum().clamp_min(_TINY)
-    gram_BKK = subspace.merge(of_each.gram_PKK)
+    squares_P, square = of_each.square_P, of_each.square_P.sum().clamp_min(_TINY)
+    if rates_P is None:
+        return _Products(with_rows_BK, squares_P, square, subspace.gram, squares_P, square, None)
+    # What the optimizer did not move is not moved.
+    rates_P = torch.where(squares_P > 0, rates_P, 0.0)
+    gram_PKK, inverse_squares_P = subspace.gram_PKK, squares_P
+    if of_each.gram_PKK is not None and of_each.inverse_square_P is not None:
+        gram_PKK, inverse_squares_P = of_each.gram_PKK, of_each.inverse_square_P
+    # Where D is zero nothing was moved, or no gradient has come yet.
+    metric_squares_P = torch.where(
+        (rates_P > 0) & inverse_squares_P.isfinite(), inverse_squares_P / rates_P, 0.0
+    )
     return _Products(
-        with_rows_BK, of_each.square_P, square, gram_BKK, inverse_squares_P, metric_square
+        with_rows_BK,
+        squares_P,
+        square,
+        subspace.merge(rates_P[:, None, None] * gram_PKK),
+        metric_squares_P,
+        metric_squares_P.sum().clamp_min(_TINY),
+        rates_P,
     )
 
 
 def _weights(subspace: CapabilitySubspace, products: _Products, *, is_descent: bool) -> Tensor:
     """The weights of the basis rows that a step has to lose, shape [B, K]."""
     config = subspace.config
-    if config.constraint == "equality" and config.metric == "euclidean":
+    if config.constraint == "equality" and products.rates_P is None:
         # Nothing leaves the device.
         return linalg.times(subspace.inverse_gram, products.with_rows_BK)
     # Along minus a gradient, what would rise falls.
@@ -240,9 +286,8 @@ def _restoring(
 ) -> tuple[Tensor, Restoration]:
     """Weights that take back a part of the rise of each capability loss, shape [B, K]."""
     config = subspace.config
-    per_step = config.restoration / config.refresh_interval
     weights_BK, square = constraints.restoration_weights(
-        per_step * subspace.drift.clamp_min(0).cpu(),
+        config.restoration * subspace.share_of_step() * subspace.drift.clamp_min(0).cpu(),
         products.gram_BKK.cpu(),
         subspace.coordinates.cpu(),
     )
@@ -261,28 +306,31 @@ def _restoring(
     return scale * weights_BK, Restoration(ratio, (scale < 1).float())
 
 
-def _floors(subspace: CapabilitySubspace) -> Tensor | None:
-    """Those of Adam's metric, shape [P]; None where no gradient has left a second moment yet."""
+def _relative_rates(backend: GradientBackend) -> Tensor:
+    """The learning rates, relative to the largest: a common factor changes no projection."""
+    rates_P = torch.tensor(backend.learning_rates(), device=backend.device)
+    return rates_P / rates_P.max().clamp_min(_TINY)
+
+
+def _metrics(subspace: CapabilitySubspace) -> list[blockwise.AdamMetric | None] | None:
+    """
+    Adam's metric for each parameter, from one reading of its state: entries that are stored in 8
+    bits are held in 32 until the step has ended. None where no gradient has left a second moment.
+    """
     backend = subspace.backend
-    moments = (backend.second_moment(parameter) for _, parameter in backend.parameters)
+    moments = [backend.second_moment(parameter) for _, parameter in backend.parameters]
     sums = [None if moment_N is None else moment_N.sum()[None] for moment_N in moments]
     sums_PX = backend.sum_over_shards(linalg.table(sums, 1, backend.device))
     totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
-    means_P = (sums_PX / totals_PX.to(backend.device)).flatten()
-    return blockwise.adam_floors(means_P) if means_P.any() else None
-
-
-def _metric(
-    subspace: CapabilitySubspace, index: int, floors_P: Tensor | None
-) -> blockwise.AdamMetric | None:
-    """Adam's metric for one parameter; None for the identity."""
-    if floors_P is None:
+    means_P = backend.same_on_all((sums_PX / totals_PX.to(backend.device)).flatten())
+    if not means_P.any():
         return None
-    _, parameter = subspace.backend.parameters[index]
-    moment_N = subspace.backend.second_moment(parameter)
-    if moment_N is None:  # its floor is infinite
-        moment_N = floors_P.new_zeros(()).expand(subspace.backend.shards[index].size)
-    return blockwise.AdamMetric(moment_N, floors_P[index])
+    floors_P = blockwise.adam_floors(means_P)
+    nothing = floors_P.new_zeros(())  # where it is missing the floor is infinite
+    return [
+        blockwise.AdamMetric(nothing.expand(shard.size) if moment_N is None else moment_N, floor)
+        for moment_N, shard, floor in zip(moments, backend.shards, floors_P, strict=True)
+    ]
 
 
 def _hold(

@@ -5,20 +5,27 @@ Drift is counted from it, and with `capability_loss: kl` it is all that is kept 
 model: no second model is held, and it is the same for full training, for an adapter and under any
 engine.
 
+In bfloat16 a divergence has a floor, far above that of a first step: what rounding makes of equal
+models. It is measured beside the starting point, and counts as the loss at the start.
+
 Shapes: S samples of all groups, T trained tokens of them, K tokens told apart, X outcomes (see
 `divergence`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.data import Batch, CapabilityGroup, Part, Sample
 from ogpsa_trl.gradients import deterministic
+
+# Names of the entries of a saved starting point that are tokens or masks of the samples.
+_FEATURE = "features."
 
 # What is measured of one sample: the entries of `StartingPoint`, without the number of samples.
 Measured = Mapping[str, Tensor]
@@ -29,7 +36,7 @@ class StartingPoint:
     """
     Attributes:
         samples: All samples, in the order of the tensors.
-        losses: Their summed losses, in nats, shape [S], float64.
+        losses: Their summed losses, in nats, shape [S], float64; with `kl`, the floor of it.
         tokens: With `kl`, the tokens told apart, shape [T, K], int32, on the CPU.
         log_probs: And their log-probabilities, shape [T, X], float32.
     """
@@ -60,9 +67,28 @@ class StartingPoint:
             torch.cat([self.log_probs[:0], *(self.log_probs[row] for row in rows)]),
         )
 
+    def groups_of(self, groups: Sequence[CapabilityGroup]) -> list[CapabilityGroup]:
+        """The groups, with the samples that this starting point is of."""
+        samples = iter(self.samples)
+        return [replace(group, samples=[next(samples) for _ in group.samples]) for group in groups]
+
+    def set_floor(self, group: CapabilityGroup, floor: float) -> None:
+        """Count the loss of a group from a floor, in nats per token."""
+        for sample in group.samples:
+            self.losses[self._rows[sample.name][0]] = floor * sample.num_tokens
+
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors, with what tells other samples apart."""
-        state = {"losses": self.losses, "fingerprints": _fingerprints(self.samples)}
+        """All of it as tensors, with the samples and their tokens."""
+        names = "\n".join(sample.name for sample in self.samples).encode()
+        state = {
+            "losses": self.losses,
+            "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
+            "num_tokens": torch.tensor([sample.num_tokens for sample in self.samples]),
+            "lengths": torch.tensor([len(s.features["input_ids"]) for s in self.samples]),
+        }
+        for name in self.samples[0].features:
+            values = [value for sample in self.samples for value in sample.features[name]]
+            state[f"{_FEATURE}{name}"] = torch.tensor(values, dtype=torch.int32)
         if self.tokens is not None and self.log_probs is not None:
             state |= {"tokens": self.tokens, "log_probs": self.log_probs}
         return state
@@ -70,15 +96,37 @@ class StartingPoint:
     @classmethod
     def from_state(cls, samples: list[Sample], state: Mapping[str, Tensor]) -> "StartingPoint":
         """
-        The starting point that `state_dict` gave.
+        The starting point that `state_dict` gave, of the samples that it was measured on. Samples
+        of the same names may have other tokens by now: a chat template may write the date.
+
+        Args:
+            samples: Those of this run.
+            state: What `state_dict` gave. Those of older versions hold no tokens.
 
         Raises:
             ValueError: it is of other samples.
         """
-        expected = _fingerprints(samples)
-        if not torch.equal(state["fingerprints"], expected):
-            raise ValueError("It is of other capability samples.")
-        return cls(samples, state["losses"], state.get("tokens"), state.get("log_probs"))
+        values = (state["losses"], state.get("tokens"), state.get("log_probs"))
+        if "fingerprints" in state:
+            if not torch.equal(state["fingerprints"], _fingerprints(samples)):
+                raise ValueError("It is of other capability samples.")
+            return cls(samples, *values)
+        names = bytes(state["names"].tolist()).decode().split("\n")
+        if names != [sample.name for sample in samples]:
+            raise ValueError("It is of other capability groups, or of another number of samples.")
+        lengths = state["lengths"].tolist()
+        features: dict[str, Any] = {
+            name.removeprefix(_FEATURE): [part.tolist() for part in tensor.split(lengths)]
+            for name, tensor in state.items()
+            if name.startswith(_FEATURE)
+        }
+        measured = [
+            Sample(name, dict(zip(features, parts, strict=True)), num_tokens)
+            for name, num_tokens, *parts in zip(
+                names, state["num_tokens"].tolist(), *features.values(), strict=True
+            )
+        ]
+        return cls(measured, *values)
 
     @classmethod
     def from_losses(
@@ -136,6 +184,42 @@ def measure_start(
     state = {name: [entry[name] for entry in entries] for name in entries[0]}
     losses = torch.stack(state.pop("losses")).double()
     return StartingPoint(samples, losses, **{name: torch.cat(v) for name, v in state.items()})
+
+
+@torch.no_grad()
+def measure_floor(
+    backend: GradientBackend, part: Part, sum_loss: Callable[[Batch], Tensor], epsilon: float
+) -> float:
+    """
+    The token-mean divergence, in nats, that rounding alone makes of the starting model: that of
+    passes whose embeddings are moved by one rounding from those in which it was measured. What
+    follows is then rounded in other ways too, as after a step of training. A collective call.
+
+    Measured for two models of 260 thousand and 135 million parameters, in bfloat16: 4e-4 and 1e-3,
+    from .7 to 2 times what steps show that are too small to see.
+
+    Args:
+        backend: The engine.
+        part: Samples to measure it on.
+        sum_loss: The summed divergence of a batch.
+        epsilon: The relative rounding.
+    """
+    generator = torch.Generator(backend.device).manual_seed(0)  # training draws as it would
+
+    def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        noise = torch.rand(output.shape, generator=generator, device=output.device) * 2 - 1
+        return (output.float() * (1 + epsilon * noise)).to(output.dtype)
+
+    total = torch.zeros((), device=backend.device)
+    embeddings: Any = backend.model.get_input_embeddings  # pyright: ignore[reportCallIssue]
+    hook = embeddings().register_forward_hook(move)
+    try:
+        with deterministic(backend.wrapped_model):
+            for batch in part.batches_of(backend.process_index, backend.num_processes):
+                total += sum_loss(batch)
+    finally:
+        hook.remove()
+    return backend.sum_over_processes(total).item() / part.num_tokens
 
 
 def all_samples(groups: Sequence[CapabilityGroup]) -> list[Sample]:

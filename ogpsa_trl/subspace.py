@@ -34,8 +34,8 @@ class Refresh:
 
     Attributes:
         drift: Since the first refresh of the run.
-        predicted_change: What the updates since the last refresh should have done, to first order;
-            zero where the update is not projected, and so not known. `None` at the first.
+        predicted_change: What the updates since the last refresh should have done, to first order.
+            `None` at the first, and where the update is not projected, and so not known.
         realised_change: Since the last refresh. `None` at the first.
     """
 
@@ -49,6 +49,8 @@ _SMALL_STATE = (
     "gram", "inverse_gram", "coordinates", "mean_coordinates", "mean_square", "rank",
     "weights", "rises", "drift", "predicted_change", "is_waiting", "was_held",
 )  # fmt: skip
+# What older checkpoints lack; it then stays as it is at the start.
+_NEW_STATE = ("num_steps", "interval")
 
 
 class CapabilitySubspace:
@@ -72,6 +74,7 @@ class CapabilitySubspace:
         self.config = config
         if config.target == "update":
             self._check_weights()
+            optimizers.check_keeps_no_weights(backend.optimizer_class)
         if config.metric == "optimizer":
             optimizers.check_known(backend.optimizer_class)
         if config.compile_projection:
@@ -82,6 +85,8 @@ class CapabilitySubspace:
         # B B^T and its inverse, shape [B, K, K].
         self.gram = torch.zeros(1, 0, 0)
         self.inverse_gram = torch.zeros(1, 0, 0)
+        # What each parameter adds to B B^T, shape [P, K, K]. Not saved: it is computed from B.
+        self.gram_PKK = torch.zeros(num_parameters, 0, 0)
         # The capability gradients in the basis, shape [B, R, K].
         self.coordinates = torch.zeros(1, 0, 0)
         # The mean capability gradient: its coordinates in the basis, shape [B, K], and its squared
@@ -95,11 +100,17 @@ class CapabilitySubspace:
         # gradients are averaged; what the updates since then should have changed it by.
         self.weights = self.rises = torch.zeros(0)
         self.drift = self.predicted_change = torch.zeros(0)
+        # Steps since the last refresh, and how many there were between the last two: as many are
+        # expected until the next.
+        self.num_steps = torch.tensor(0)
+        self.interval = torch.tensor(config.refresh_interval)
         # The mean capability gradient has not been replayed yet.
         self.is_fresh = False
         # Per parameter, on the CPU: its direction is not known yet; it was held once.
         self.is_waiting = torch.zeros(num_parameters, dtype=torch.bool)
         self.was_held = torch.zeros(num_parameters, dtype=torch.bool)
+        # The optimizer's state was looked at after its first step.
+        self.is_optimizer_checked = config.metric == "optimizer"  # of known ones it is known
         # A refresh is needed before the next step: there is no basis yet, or a parameter was held.
         self.is_due = True
 
@@ -176,7 +187,8 @@ class CapabilitySubspace:
             lambda: linalg.orthonormal_weights(gram_BRR, self.config.rank, self.dtype)
         )
         self._store(gradients.rows, weights_BKR)
-        stored_BKK = self.merge(self._sum_grams(self.basis, weights_BKR.shape[1]))
+        self.gram_PKK = self._sum_grams(self.basis, weights_BKR.shape[1])
+        stored_BKK = self.merge(self.gram_PKK)
         self.gram = self.small(stored_BKK)
         self.inverse_gram = self.small(
             self.backend.from_first_process(lambda: linalg.inverse_gram(stored_BKK))
@@ -204,16 +216,36 @@ class CapabilitySubspace:
     def _watch_losses(self, rises_R: Tensor, is_first: bool) -> Refresh:
         """Compare the losses with those at the start of training and at the last refresh."""
         predicted = realised = None
-        if is_first:
-            self.drift = torch.zeros(len(rises_R), device=self.backend.device)
-        else:
-            predicted = self.predicted_change.tolist()
+        if not is_first:
             realised = (rises_R - self.rises.cpu().double()).tolist()
-        share = self.config.capability_ema
+            if self.config.target == "update":
+                predicted = self.predicted_change.tolist()
         self.rises = self.small(rises_R)
-        self.drift = share * self.drift + (1 - share) * self.rises
+        old_drift = self.rises if is_first else self.drift
+        share = self.config.capability_ema
+        self.drift = share * old_drift + (1 - share) * self.rises
         self.predicted_change = torch.zeros_like(self.rises)
+        if self.num_steps > 0:
+            self.interval = self.num_steps
+            self.num_steps = torch.zeros_like(self.interval)
         return Refresh(rises_R.tolist(), predicted, realised)
+
+    def count_step(self, changes_R: Tensor) -> None:
+        """
+        A projected update has been made.
+
+        Args:
+            changes_R: What it should change each loss by, in nats.
+        """
+        self.num_steps = self.num_steps + 1
+        self.predicted_change = self.predicted_change + changes_R
+
+    def share_of_step(self) -> float:
+        """
+        The share of a rise that the next step takes back: equal ones in as many steps as there were
+        between the last two refreshes, and nothing where there are more.
+        """
+        return 1 / int(self.interval) if self.num_steps < self.interval else 0.0
 
     @torch.no_grad()
     def replay(self) -> Tensor | None:
@@ -244,7 +276,7 @@ class CapabilitySubspace:
         names = [name for name, _ in self.backend.parameters]
         rows = zip(names, self.basis, strict=True)
         state = {f"basis.{name}": rows_KN for name, rows_KN in rows if rows_KN is not None}
-        state |= {name: getattr(self, name).contiguous() for name in _SMALL_STATE}
+        state |= {name: getattr(self, name).contiguous() for name in _SMALL_STATE + _NEW_STATE}
         return state | {"is_due": torch.tensor(self.is_due)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -258,7 +290,7 @@ class CapabilitySubspace:
         num_rows = state["gram"].shape[-1] if "gram" in state else 0
         sizes = {f"basis.{name}": (num_rows, shard.size) for (name, _), shard in parameters}
         missing = sorted({*_SMALL_STATE, "is_due"} - state.keys())
-        unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, "is_due"})
+        unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, *_NEW_STATE, "is_due"})
         misfits = sorted(
             name for name in sizes.keys() & state.keys() if state[name].shape != sizes[name]
         )
@@ -271,6 +303,8 @@ class CapabilitySubspace:
         for name in _SMALL_STATE:
             on_cpu = state[name].dtype == torch.bool
             setattr(self, name, state[name].clone() if on_cpu else state[name].to(device))
+        for name in _NEW_STATE:
+            setattr(self, name, state.get(name, getattr(self, name)).clone())
         names = [f"basis.{name}" for name, _ in self.backend.parameters]
         self.basis = [state[name].to(device) if name in state else None for name in names]
         self.is_due = bool(state["is_due"])
@@ -282,9 +316,9 @@ class CapabilitySubspace:
         them. A collective call; the processes may differ in the answer.
         """
         num_rows = self.gram.shape[-1]
-        gram_BKK = self.gram
         if num_rows:
-            gram_BKK = self.merge(self._sum_grams(self.basis, num_rows))
+            self.gram_PKK = self._sum_grams(self.basis, num_rows)
+        gram_BKK = self.merge(self.gram_PKK) if num_rows else self.gram
         is_finite = all(bool(getattr(self, name).isfinite().all()) for name in _SMALL_STATE)
         return (
             is_finite
@@ -308,7 +342,8 @@ class CapabilitySubspace:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
         triangles = [None if rows is None else blockwise.gram(rows) for rows in rows_PKN]
         triangle_PX = linalg.table(triangles, linalg.triangle_size(size), self.backend.device)
-        return linalg.symmetric(self.backend.sum_over_shards(triangle_PX), size)
+        triangle_PX = self.backend.same_on_all(self.backend.sum_over_shards(triangle_PX))
+        return linalg.symmetric(triangle_PX, size)
 
     def merge(self, values: Tensor) -> Tensor:
         """[P, ...] -> [B, ...]: the parameters of one block add up."""

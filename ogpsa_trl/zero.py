@@ -83,6 +83,14 @@ class Zero12Backend(DeepSpeedBackend):
     A parameter may lie in it with all, some or none of its entries.
     """
 
+    def __init__(self, accelerator: Accelerator, engine: Any) -> None:
+        self._group_of = {
+            parameter: index
+            for index, parameters in enumerate(engine.optimizer.bit16_groups)
+            for parameter in parameters
+        }
+        super().__init__(accelerator, engine)
+
     def _shard(self, parameter: nn.Parameter) -> Shard:
         mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         if mapping is None:
@@ -113,6 +121,9 @@ class Zero12Backend(DeepSpeedBackend):
 
     def publish_weights(self) -> None:
         self.optimizer.update_lp_params()
+
+    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        return self.optimizer.param_groups[self._group_of[parameter]]
 
     def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
         mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
@@ -164,7 +175,7 @@ class Zero1BF16Backend(DeepSpeedBackend):
     def weights(self, parameter: nn.Parameter) -> Tensor:
         raise NotImplementedError("The weights of this optimizer are not sharded as its gradients.")
 
-    publish_weights = _optimizer_state = weights  # pyright: ignore[reportAssignmentType]
+    publish_weights = _optimizer_state = _optimizer_group = weights  # pyright: ignore[reportAssignmentType]
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -228,6 +239,10 @@ class Zero3Backend(DeepSpeedBackend):
         group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         return self.optimizer.optimizer.state.get(flat, {}), start
+
+    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        group, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        return self.optimizer.param_groups[self.optimizer.sub_group_to_group_id[group]]
 
     def clear_gradients(self) -> None:
         """

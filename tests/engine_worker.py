@@ -7,6 +7,7 @@ With CHECKPOINTS, the output folder of a launch with another number of processes
 from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -50,7 +51,6 @@ SETTINGS = {
     "inequality": {"target": "update", "metric": "optimizer", "constraint": "inequality"},
     "feedback": {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
-        "replay_weight": 0.5,
     },
     "replay": {"target": "none", "replay_weight": 0.5},
     # Here, but not in the one process that it is compared with.
@@ -181,36 +181,55 @@ def engine_arguments(engine, bf16):
 
 
 class ProjectionProbe:
-    """What projections send, and the largest cosine they leave between step and basis rows."""
+    """All that a step of ours sends, and the largest cosine it leaves between step and basis."""
 
     def __init__(self, trainer):
         self.trainer, self.largest, self.sent_bytes = trainer, 0.0, []
         self.project, self.project_update = trainer._project, trainer._project_update
+        self.constrained_step = trainer._constrained_step
         trainer._project, trainer._project_update = self.on_gradient, self.on_update
+        trainer._constrained_step = self.on_step
+
+    @contextlib.contextmanager
+    def on_step(self):
+        step = self.constrained_step()
+        with self.counted():
+            step.__enter__()
+        yield
+        with self.counted():
+            step.__exit__(None, None, None)
 
     def on_gradient(self):
-        self.counted(self.project)
+        self.project()
         backend = self.trainer.subspace.backend
         self.measure([backend.gradient(p) for _, p in backend.parameters])
 
     def on_update(self, weights_before):
-        self.counted(self.project_update, weights_before)
+        self.project_update(weights_before)
         backend = self.trainer.subspace.backend
         weights = [backend.weights(p) for _, p in backend.parameters]
         self.measure(
             [after - before for after, before in zip(weights, weights_before, strict=True)]
         )
 
-    def counted(self, project, *args):
-        all_reduce = torch.distributed.all_reduce
+    @contextlib.contextmanager
+    def counted(self):
+        originals = {n: getattr(torch.distributed, n) for n in ("all_reduce", "broadcast")}
 
-        def counting(tensor, *args, **kwargs):
-            self.sent_bytes.append(tensor.nbytes)
-            return all_reduce(tensor, *args, **kwargs)
+        def counting(original):
+            def send(tensor, *args, **kwargs):
+                self.sent_bytes.append(tensor.nbytes)
+                return original(tensor, *args, **kwargs)
 
-        torch.distributed.all_reduce = counting
-        project(*args)
-        torch.distributed.all_reduce = all_reduce
+            return send
+
+        for name, original in originals.items():
+            setattr(torch.distributed, name, counting(original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch.distributed, name, original)
 
     def measure(self, vectors):
         subspace = self.trainer.subspace
@@ -222,7 +241,9 @@ class ProjectionProbe:
                 vector = vector.double()
                 row[:-1] = rows.double() @ vector
                 row[-1] = vector @ vector
+        num_sent = len(self.sent_bytes)
         products = backend.sum_over_shards(products).double()
+        del self.sent_bytes[num_sent:]  # this was the probe's
         if model_wide:
             products = products.sum(dim=0, keepdim=True)
         cosines = products[:, :-1].abs() / products[:, -1:].sqrt().clamp_min(1e-30)

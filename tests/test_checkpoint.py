@@ -50,6 +50,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
         device=torch.device("cpu"),
         sum_over_processes=lambda value: value * num_processes if others_agree else value,
         sum_over_shards=lambda values: triangles_of_all().view_as(values),
+        same_on_all=lambda values: values,
     )
     return CapabilitySubspace(backend, paper())
 

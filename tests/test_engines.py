@@ -123,28 +123,40 @@ def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launche
     assert (basis_bytes == rank * held * bytes_per_entry).all()
 
 
+def messages(engine, config, rank, num_parameters):
+    """How many numbers a logged step sends: tables of shards, decisions of replicas."""
+    num_blocks = num_parameters if config.scope == "parameter" else 1
+
+    def table(width):
+        return [num_parameters * width] if engine != "ddp" else []
+
+    def decision(size):
+        return [size] if engine in ("ddp", "hsdp") and size else []
+
+    if config.target == "gradient":
+        # That the gradient is finite is seen in the same table. Then the update is measured.
+        return [*table(rank + 1), *decision(num_blocks * rank), *table(rank + 1)]
+    # The engines of torch have the trainer's own norm to see it in.
+    is_finite = table(1) if config.target == "none" or engine.startswith("zero") else []
+    if config.target == "none":
+        return [*is_finite, *table(rank + 1)]
+    sent = is_finite
+    if config.metric == "optimizer":  # the mean of every second moment, and the rows' own products
+        sent += [*table(1), *decision(num_parameters)]
+        sent += table(rank + 2 + rank * (rank + 1) // 2)
+    else:
+        sent += table(rank + 1)
+    return [*sent, *decision(num_blocks * rank)]
+
+
 @every_cell
-def test_a_step_sends_one_stacked_all_reduce(engine, cell, launched):
-    """
-    Products with each row, and the square, of every parameter; nothing where all is whole. The
-    optimizer's metric needs the mean of every second moment first, and the rows' own products.
-    """
+def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, launched):
     result = load(launched(engine), name_of(cell))
-    config, bytes_per_entry = config_of(cell), 4
+    config, bytes_per_number = config_of(cell), 4
     # The divergence has no gradient at the start, and so no direction.
     ranks = [0 if config.capability_loss == "kl" else 2, 2, 2]
-    numbers = [
-        number
-        for rank in ([] if config.target == "none" else ranks)
-        for number in (
-            [1, rank + 2 + rank * (rank + 1) // 2] if config.metric == "optimizer" else [rank + 1]
-        )
-    ]
-    if engine == "ddp":
-        assert not any(result["sent_bytes"])
-    else:
-        expected = [result["num_parameters"] * number * bytes_per_entry for number in numbers]
-        assert result["sent_bytes"] == expected
+    sizes = [n for rank in ranks for n in messages(engine, config, rank, result["num_parameters"])]
+    assert result["sent_bytes"] == [size * bytes_per_number for size in sizes]
 
 
 @pytest.mark.parametrize("name", ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "bf16"])

@@ -185,7 +185,7 @@ def test_resume_is_bitwise(stage, base_model_path, tmp_path):
     def make():
         config = paper(
             target="update", metric="optimizer", restoration=1.0, capability_ema=0.5,
-            replay_weight=0.5, refresh_interval=2, scope="model",
+            refresh_interval=2, scope="model",
         )  # fmt: skip
         return make_trainer(
             stage, base_model_path, tmp_path, capability=capability_groups(), config=config,

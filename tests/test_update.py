@@ -225,7 +225,10 @@ def test_where_every_parameter_is_held_all_is_removed(metric):
         weights=lambda _: weights_N,
         optimizer_class=torch.optim.AdamW,
         second_moment=lambda _: torch.full((10,), 100.0),
+        learning_rates=lambda: [1e-3],
         sum_over_shards=lambda values: values,
+        same_on_all=lambda values: values,
+        check_no_copy=lambda: None,
         publish_weights=lambda: None,
     )
     config = OGPSAConfig.from_preset("preserve", metric=metric, restoration=0.0)
