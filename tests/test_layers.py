@@ -82,7 +82,7 @@ LAYERS = {
         "torch datasets transformers",
     ),
     "evaluation.harness": (
-        "evaluation.intervals evaluation.results",
+        "evaluation.intervals evaluation.results evaluation.generation",
         "numpy torch transformers lm_eval",
     ),
     "evaluation.arguments": (
