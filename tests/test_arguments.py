@@ -1,26 +1,75 @@
 """The keys of a run: YAML and command line, and that no misspelt or useless key is ignored."""
 
+import bz2
 import functools
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, config
+from datasets.arrow_writer import ArrowWriter
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
 from ogpsa_trl import GateConfig, OGPSAConfig
+from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig
 from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.evaluation.arguments import (
+    HarmfulDatasetConfig,
+    OverRefusalDatasetConfig,
+    PreferenceDatasetConfig,
+)
+from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
 ROWS = WORLD.capability_groups(4)
 QUESTION = {"knowledge": "A is B .", "question": "what is A ?", "right_answer": "B"}
+
+
+def to_arrow(rows, path):
+    with ArrowWriter(path=str(path), features=rows.features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+
+
+def to_tsv(rows, path):
+    rows.to_csv(path, sep="\t")
+
+
+def to_zip(rows, path):
+    rows.to_json(f"{path}.jsonl")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(f"{path}.jsonl", "rows.jsonl")
+
+
+def packed(write, module):
+    def write_packed(rows, path):
+        write(rows, f"{path}.unpacked")
+        with module.open(path, "wb") as file:
+            file.write(Path(f"{path}.unpacked").read_bytes())
+
+    return write_packed
+
+
+# Some of what `datasets` reads, each another way of writing the same rows.
 SUFFIXES = {
-    ".json": Dataset.to_json, ".jsonl": Dataset.to_json, ".csv": Dataset.to_csv,
-    ".parquet": Dataset.to_parquet,
+    ".json": Dataset.to_json, ".jsonl": Dataset.to_json, ".ndjson": Dataset.to_json,
+    ".JSONL": Dataset.to_json, ".v1.2.jsonl": Dataset.to_json, ".csv": Dataset.to_csv,
+    ".tsv": to_tsv, ".parquet": Dataset.to_parquet, ".gpq": Dataset.to_parquet, ".arrow": to_arrow,
+    ".jsonl.gz": packed(Dataset.to_json, gzip), ".json.gz": packed(Dataset.to_json, gzip),
+    ".jsonl.bz2": packed(Dataset.to_json, bz2), ".jsonl.xz": packed(Dataset.to_json, lzma),
+    ".csv.gz": packed(Dataset.to_csv, gzip), ".tsv.gz": packed(to_tsv, gzip),
+    ".jsonl.zip": to_zip, ".zip": to_zip,
+    # A pattern, for `datasets`, and a name that it passes over in a folder.
+    " [1] *?.jsonl": Dataset.to_json, "/.hidden.jsonl": Dataset.to_json,
 }  # fmt: skip
 
 
@@ -431,7 +480,8 @@ class TestGate:
 class TestDataFiles:
     @pytest.mark.parametrize("suffix", SUFFIXES)
     def test_are_read_by_their_path(self, parse, tmp_path, suffix):
-        file = tmp_path / f"facts{suffix}"
+        file = Path(f"{tmp_path}/facts{suffix}")
+        file.parent.mkdir(exist_ok=True)
         SUFFIXES[suffix](ROWS["skills"], file)
         entries = [{"path": str(file)}]
         run = parse({"datasets": entries, "capability_datasets": entries})
@@ -455,6 +505,55 @@ class TestDataFiles:
         with assert_refused(f"no file .*{missing}"):
             run = parse({key: missing if key == "dataset_name" else [{"path": missing}]})
             run.train.capability_groups()
+            run.safety_datasets()
+
+    @pytest.mark.parametrize("entry_type", [
+        GroupedDatasetConfig, LookAlikeDatasetConfig, HarmfulDatasetConfig,
+        OverRefusalDatasetConfig, PreferenceDatasetConfig,
+    ])  # fmt: skip
+    def test_are_read_in_the_lists_of_every_command(self, tmp_path, entry_type):
+        SUFFIXES[".tsv.gz"](ROWS["skills"], tmp_path / "facts.tsv.gz")
+        entry = entry_type(str(tmp_path / "facts.tsv.gz"))
+        assert texts(load_groups([entry], "a list")[entry.group]) == texts(ROWS["skills"])
+
+    def test_of_lines_are_texts(self, parse, tmp_path):
+        (tmp_path / "facts.txt").write_text("A is B .\nB is C .\n")
+        entries = [{"path": str(tmp_path / "facts.txt")}]
+        [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
+        assert rows.to_list() == [{"text": "A is B ."}, {"text": "B is C ."}]
+
+    @pytest.mark.parametrize("key", ["dataset_name", "datasets", "capability_datasets"])
+    @pytest.mark.parametrize("name", ["facts", "facts.old", "facts.jsonl.old.1"])
+    def test_with_an_ending_that_says_nothing_need_a_builder(self, parse, tmp_path, key, name):
+        file = tmp_path / name
+        ROWS["skills"].to_json(file)
+        if name == "facts.jsonl.old.1":  # one ending of several is enough
+            entries = [{"path": str(file)}]
+        else:
+            with assert_refused(f"{name}' is a file, but its ending does not say .* `path: json`"):
+                run = parse({key: str(file) if key == "dataset_name" else [{"path": str(file)}]})
+                run.train.capability_groups()
+                run.safety_datasets()
+            entries = [{"path": "json", "data_files": str(file)}]
+        assert texts(parse({"datasets": entries}).safety_datasets()["train"])
+
+    @pytest.mark.parametrize("suffix", [".zip", ".jsonl.zip", ".jsonl.gz", ".jsonl.xz", ".parquet"])
+    def test_that_are_damaged_are_named(self, parse, tmp_path, suffix):
+        file = tmp_path / f"facts{suffix}"
+        SUFFIXES[suffix](ROWS["skills"], file)
+        file.write_bytes(file.read_bytes()[:30])
+        with assert_refused(f"facts{suffix}.* cannot be loaded"):
+            parse({"datasets": [{"path": str(file)}]}).safety_datasets()
+
+    @pytest.mark.parametrize("name", ["fact.jsonl.gz", "fact.tsv", "fact.parquet", "fact.arrow"])
+    def test_of_any_ending_that_are_missing_are_named(self, parse, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        with assert_refused(f"no file 'data/{name}'.*`hf://datasets/data/{name}`"):
+            parse({"datasets": [{"path": f"data/{name}"}]}).safety_datasets()
+
+    def test_on_the_hub_may_have_the_name_of_a_file(self, parse):
+        run = parse({"datasets": [{"path": "hf://datasets/org/data.jsonl"}]})
+        with assert_refused("'hf://datasets/org/data.jsonl' .* cannot be loaded"):  # no network
             run.safety_datasets()
 
     def test_may_be_given_to_a_builder_as_trl_does(self, parse, capability):
@@ -496,6 +595,22 @@ class TestGroups:
         [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
         # No row is used twice: three quarters are at most the four rows that there are.
         assert texts(rows) == texts(ROWS["skills"]) + texts(ROWS["language"])[:1]
+
+    @pytest.mark.parametrize("shares", [(1, 1), (0.75, 0.25), (0.1, 0.7), (3, 1e-3)])
+    def test_have_the_shares_that_trl_gives_them(self, parse, capability, shares):
+        paths = [entry["path"] for entry in capability["capability_datasets"]]
+        entries = [{"path": p, "fraction": f} for p, f in zip(paths, shares, strict=True)]
+        [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
+        of_trl = [
+            DatasetConfig("json", data_files=e["path"], fraction=e["fraction"]) for e in entries
+        ]
+        assert texts(rows) == texts(get_dataset(DatasetMixtureConfig(of_trl))["train"])
+
+    def test_with_a_share_need_one_for_all(self, parse, capability):
+        first, second = capability["capability_datasets"]
+        entries = [first | {"fraction": 0.75, "group": "a"}, second | {"group": "a"}]
+        with assert_refused("`fraction` .* of all entries of a mixture, but .*language.jsonl"):
+            parse({"capability_datasets": entries}).train.capability_groups()
 
     def test_take_the_columns_asked_for(self, parse, capability):
         entry = capability["capability_datasets"][0] | {"columns": ["prompt"]}
