@@ -15,7 +15,15 @@ from typing import Any, NoReturn, get_type_hints
 from trl.scripts.utils import DatasetConfig, TrlParser
 
 from ogpsa_trl.shipped import find_config
-from ogpsa_trl.values import Range, check_choice, check_ranges, check_type, shown, type_hints
+from ogpsa_trl.values import (
+    Range,
+    check_choice,
+    check_ranges,
+    check_type,
+    expanded_words,
+    shown,
+    type_hints,
+)
 from ogpsa_trl.yaml_file import load_mapping
 
 
@@ -123,11 +131,11 @@ def _source(dataclass_type: type, key: str) -> str:
 def split_config(args: Sequence[str]) -> list[str]:
     """
     The command line in the only form that TRL knows: `--config=file` as two words, and a path where
-    `--config` has the name of a file that comes with the project.
+    `--config` has the name of a file that comes with the project. `~` is the home folder.
     """
     words = [
         part
-        for word in args
+        for word in expanded_words(args)
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     for index, word in enumerate(words[:-1]):

@@ -13,19 +13,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, config
 from datasets.arrow_writer import ArrowWriter
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
 from ogpsa_trl import GateConfig, OGPSAConfig
-from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig
+from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig, parse_capability_set
 from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.evaluation.arguments import (
     HarmfulDatasetConfig,
     OverRefusalDatasetConfig,
     PreferenceDatasetConfig,
+    parse_evaluation,
 )
+from ogpsa_trl.launch import separated
 from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
+from ogpsa_trl.parsing import config_values, split_config
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
@@ -475,6 +479,109 @@ class TestGate:
     def test_unknown_keys_of_its_entries_are_errors(self, parse):
         with assert_refused("Unknown key `colums` in entry 1 of `gate_datasets`"):
             parse({"gate_datasets": [{"path": "org/a", "colums": ["text"]}]})
+
+
+class TestHome:
+    """`~` is the home folder in every value, as in a shell."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        ROWS["skills"].to_json(tmp_path / "skills.jsonl")
+        ROWS["skills"].to_json(tmp_path / "data" / "skills.jsonl")
+        return str(tmp_path)
+
+    @pytest.mark.parametrize("is_in_line", [False, True])
+    @pytest.mark.parametrize(
+        ("part", "key"),
+        [
+            ("model", "model_name_or_path"), ("training", "output_dir"), ("training", "run_name"),
+            ("training", "resume_from_checkpoint"), ("training", "chat_template_path"),
+            ("script", "dataset_name"),
+        ],
+    )  # fmt: skip
+    def test_is_the_same_in_every_key(self, parse, home, part, key, is_in_line):
+        lines = [["", f"--{key}=~/x"], ["", f"--{key}", "~/x"]] if is_in_line else [[f"{key}: ~/x"]]
+        for text, *line in lines:
+            text = text if key == "output_dir" and not line else f"{text}\noutput_dir: out"
+            run = parse_run([*self.file(home, f"use_cpu: true\n{text}"), *self.model(key), *line])
+            assert getattr(getattr(run, part), key) == f"{home}/x"
+
+    @staticmethod
+    def file(home, text):
+        Path(home, "run.yaml").write_text(text)
+        return ["--config=~/run.yaml"]
+
+    @staticmethod
+    def model(key):
+        return [] if key == "model_name_or_path" else ["--model_name_or_path", "toy"]
+
+    def test_is_the_same_at_any_depth(self, home):
+        """What takes a mapping may hold paths: arguments of the model, files by their split."""
+        values = {
+            "deepspeed": "~/ds.json", "fsdp_config": "~/fsdp.json",
+            "model_init_kwargs": {"cache_dir": "~/cache", "list": ["~/a", 1, None]},
+            "env": {"HF_HOME": "~/hf"},
+            "datasets": [{"path": "~/a.jsonl", "data_files": {"train": "~/b"}, "data_dir": "~"}],
+        }  # fmt: skip
+        file = Path(home, "run.yaml")
+        file.write_text(yaml.safe_dump(values))
+        expected = json.loads(json.dumps(values).replace("~", home))
+        assert config_values(["--config", str(file)]) == expected
+
+    @pytest.mark.parametrize("text", ["a~/b", "~ is text", "~5 steps", "~", "~nobody-here/x"])
+    def test_stands_for_itself_elsewhere(self, parse, text):
+        expected = text if text != "~" else os.environ["HOME"]
+        assert parse({"run_name": text}).training.run_name == expected
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"path": "~/skills.jsonl"},
+            {"path": "json", "data_files": "~/skills.jsonl"},
+            {"path": "json", "data_files": ["~/skills.jsonl"]},
+            {"path": "json", "data_files": {"train": "~/skills.jsonl"}},
+            {"path": "json", "data_dir": "~/data"},
+            {"path": "~/data"},
+        ],
+    )
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets", "gate_datasets"])
+    def test_is_where_data_are_found(self, parse, key, entry):
+        run = parse({key: [entry]})
+        if key == "datasets":
+            rows = run.safety_datasets()["train"]
+        else:
+            groups = run.train.capability_groups if key[0] == "c" else run.train.gate_groups
+            [rows] = groups().values()
+        assert texts(rows) == texts(ROWS["skills"])
+
+    def test_is_the_same_for_the_other_commands(self, home):
+        model = ["--model_name_or_path=~/toy", "--output_dir", "~/out"]
+        evaluation = parse_evaluation([
+            *model, "--base_model_name_or_path", "~/base", "--tokenizer_name_or_path=~/tokens",
+            "--capability_datasets", "~/skills.jsonl",
+        ])  # fmt: skip
+        names = (
+            evaluation.model_name_or_path, evaluation.base_model_name_or_path,
+            evaluation.tokenizer_name_or_path, evaluation.output_dir,
+            evaluation.capability_datasets[0].data_files,
+        )  # fmt: skip
+        ends = ("toy", "base", "tokens", "out", "skills.jsonl")
+        assert names == tuple(f"{home}/{end}" for end in ends)
+        arguments, config = parse_capability_set([*model, "--capability_datasets=~/skills.jsonl"])
+        names = (
+            config.model_name_or_path, arguments.output_dir,
+            arguments.capability_datasets[0].data_files,
+        )  # fmt: skip
+        assert names == tuple(f"{home}/{end}" for end in ("toy", "out", "skills.jsonl"))
+
+    def test_is_the_same_among_the_options_of_the_launch(self, home):
+        engine = Path(home, "engine.yaml")
+        engine.write_text("distributed_type: 'NO'\n")
+        line = ["--accelerate_config=~/engine.yaml", "--log_dir=~/logs", "--dataset_name=~/x"]
+        launch, training = separated(split_config(line), launch_command_parser())
+        assert launch == ["--config_file", str(engine), "--log_dir", f"{home}/logs"]
+        assert training == [f"--dataset_name={home}/x"]
 
 
 class TestDataFiles:

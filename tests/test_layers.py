@@ -66,7 +66,7 @@ LAYERS = {
     "formats": ("data mixture values", "datasets jinja2 pyarrow trl"),
     "user_errors": ("completeness", "jinja2 safetensors transformers"),
     "launch": ("command_line parsing shipped", "yaml accelerate torch.distributed"),
-    "cli": ("__init__ launch shipped user_errors", ""),
+    "cli": ("__init__ launch shipped user_errors values", ""),
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
