@@ -1,8 +1,8 @@
 """
 Flat keys from one YAML file and the command line, every one of them known by name.
 
-An unknown key is an error that names the nearest known one, because a misspelt setting that is
-silently ignored costs a run.
+An unknown key is an error that names its successor, or the nearest known one, because a misspelt
+setting that is silently ignored costs a run.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl.scripts.utils import DatasetConfig, TrlParser
 
+from ogpsa_trl.renamed_keys import answer_to
 from ogpsa_trl.shipped import find_config
 from ogpsa_trl.values import (
     Range,
@@ -208,10 +209,13 @@ def check_keys(
 
 
 def unknown_key(key: str, where: str, known: Sequence[str]) -> str:
-    """What is wrong, and the nearest known key."""
-    nearest = difflib.get_close_matches(key[:_LONGEST], known, n=1, cutoff=0.0)[0]
+    """What is wrong, and what the key is called now, or the nearest known key."""
     name = key if len(key) <= _LONGEST and key.isprintable() else shown(key)
-    return f"Unknown key `{name}` in {where}. The nearest known key is `{nearest}`."
+    answer = answer_to(key, known)
+    if answer is None:
+        nearest = difflib.get_close_matches(key[:_LONGEST], known, n=1, cutoff=0.0)[0]
+        answer = f"The nearest known key is `{nearest}`."
+    return f"Unknown key `{name}` in {where}. {answer}"
 
 
 # Characters of a key that is shown as it is.

@@ -18,10 +18,11 @@ from datasets import Dataset, config
 from datasets.arrow_writer import ArrowWriter
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
-from ogpsa_trl import GateConfig, OGPSAConfig
+from ogpsa_trl import GateConfig, OGPSAConfig, renamed_keys
 from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig, parse_capability_set
-from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.command_line import parse_run, training_options
 from ogpsa_trl.evaluation.arguments import (
+    EvaluationArguments,
     HarmfulDatasetConfig,
     OverRefusalDatasetConfig,
     PreferenceDatasetConfig,
@@ -29,7 +30,7 @@ from ogpsa_trl.evaluation.arguments import (
 )
 from ogpsa_trl.launch import separated
 from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
-from ogpsa_trl.parsing import config_values, split_config
+from ogpsa_trl.parsing import FlatParser, config_values, split_config
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
@@ -261,6 +262,67 @@ class TestUnknownKeys:
             parse({"stage": stage, key: 1})
         with assert_refused(f"`{key}` in the command line {message}"):
             parse({"stage": stage}, f"--{key}", "1")
+
+    @pytest.mark.parametrize(("key", "answer"), [
+        ("torch_dtype", "write `dtype`"),
+        ("evaluation_strategy", "write `eval_strategy`"),
+        ("no_cuda", "write `use_cpu`"),
+        ("max_seq_length", "write `max_length`"),
+        ("warmup_ratio", "write `warmup_steps: SHARE`"),
+        ("group_by_length", "write `train_sampling_strategy: group_by_length`"),
+        ("push_to_hub_model_id", "write `hub_model_id`"),
+        ("max_prompt_length", "no such key any more. Prompt and completion are cut as one"),
+        ("overwrite_output_dir", "no such key any more. Nothing that is in the folder"),
+        ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
+        ("tokenizer", "no such key any more. It is that of the model"),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    def test_that_were_renamed_or_removed_are_answered_with_that(self, parse, stage, key, answer):
+        with assert_refused(f"Unknown key `{key}` in .*run.yaml. .*{answer}"):
+            parse({"stage": stage, key: "x"})
+        with assert_refused(f"Unknown key `{key}` in the command line. .*{answer}"):
+            parse({"stage": stage}, f"--{key.replace('_', '-')}", "x")
+
+    def test_that_were_renamed_in_the_other_stage_are_not_named(self, parse):
+        with assert_refused("Unknown key `rpo_alpha` .* write `loss_weights: "):
+            parse({"stage": "dpo", "rpo_alpha": 1.0})
+        with assert_refused("Unknown key `rpo_alpha` .* The nearest known key is"):
+            parse({"stage": "sft", "rpo_alpha": 1.0})
+
+    def test_that_were_renamed_are_answered_by_every_command(self):
+        line = ["--torch_dtype", "bfloat16"]
+        launcher = launch_command_parser()
+        for parse in (
+            parse_evaluation,
+            parse_capability_set,
+            lambda line: separated(line, launcher),
+        ):
+            with assert_refused("Unknown key `torch_dtype` .* write `dtype`"):
+                parse(line)
+        with assert_refused("Unknown key `tokenizer` .* write `tokenizer_name_or_path`"):
+            parse_evaluation(["--tokenizer", "x"])
+        with assert_refused("Unknown key `warmup_ratio` .* The nearest known key is"):
+            parse_evaluation(["--warmup_ratio", "0.1"])
+
+    def test_that_have_a_successor_are_not_known_and_the_successor_is(self):
+        """In the installed versions; any other would be sent from one unknown key to the next."""
+        options = training_options() | FlatParser((EvaluationArguments,), "").option_names()
+        known = {option.removeprefix("--") for option in options}
+        assert known.isdisjoint(renamed_keys._SUCCESSORS.keys() | renamed_keys._GONE.keys())
+        for successor in renamed_keys._SUCCESSORS.values():
+            for part in successor.split("` and `"):
+                assert part.partition(":")[0] in known, part
+
+    @pytest.mark.parametrize("key", renamed_keys._SUCCESSORS)
+    def test_that_have_a_successor_with_a_value_have_one_that_is_allowed(self, parse, key):
+        successor = renamed_keys._SUCCESSORS[key]
+        if ":" not in successor:
+            return
+        text = "\n".join(successor.split("` and `"))
+        for word, value in {"SHARE": "0.1", "NUMBER": "5", "ALPHA": "2.0"}.items():
+            text = text.replace(word, value)
+        stage = "dpo" if "loss_weights" in text else "sft"
+        parse(f"stage: {stage}\neval_steps: 1\n{text}")
 
     def test_come_before_values_that_are_not_allowed(self, parse):
         """A misspelt key may be why: without `use_cpu` TRL's defaults need a GPU."""

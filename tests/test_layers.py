@@ -55,7 +55,8 @@ LAYERS = {
     "values": ("", ""),
     "ranges": ("values", ""),
     "yaml_file": ("values", "yaml"),
-    "parsing": ("shipped values yaml_file", "trl"),
+    "renamed_keys": ("", ""),
+    "parsing": ("renamed_keys shipped values yaml_file", "trl"),
     "arguments": ("config mixture", "datasets trl"),
     "checks": ("arguments config mixture", "trl"),
     "command_line": (
