@@ -37,10 +37,11 @@ LAYERS = {
     "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
+    "model_kind": ("", "transformers"),
     "trackers": ("config data", "transformers wandb trackio"),
     "mixin": (
         "config engines data group_warnings gradients start tiled_head capability_loss subspace "
-        "projection completeness checkpoint diagnostics callback model_card trackers",
+        "projection completeness checkpoint diagnostics callback model_card model_kind trackers",
         "torch datasets transformers trl tqdm",
     ),
     "trainers": ("data mixin", "torch trl"),
@@ -220,6 +221,7 @@ def test_training_libraries_stay_where_training_is():
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
         "data", "callback", "completeness", "trackers", "mixin", "trainers", "gate", "mixture",
+        "model_kind",
         "parsing", "checks", "arguments", "command_line", "paths", "formats", "user_errors",
         "run_report.settings",
     }  # fmt: skip
