@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from trl.scripts.utils import ScriptArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
@@ -123,9 +123,4 @@ class RunArguments:
         entry = ConvertibleDatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
         entry.check_file()
         with loading(f"`dataset_name` {self.script.dataset_name!r}"):
-            return load_dataset(
-                entry.path,
-                name=entry.name,
-                data_files=entry.data_files,
-                streaming=self.script.dataset_streaming,
-            )
+            return entry.load(None, streaming=self.script.dataset_streaming)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from ogpsa_trl import __version__
 from ogpsa_trl.shipped import shipped_root
+from ogpsa_trl.values import expanded_words
 
 COMMANDS = {
     "train": "SFT or DPO from a YAML file, with or without OGPSA, launched by accelerate",
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         _end_without_command(command)
     _check_installed(command)
+    args = expanded_words(args)
     if command == "train":
         from ogpsa_trl.launch import launch_training
         from ogpsa_trl.user_errors import user_errors

@@ -42,6 +42,7 @@ from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
 from ogpsa_trl.gradients import capability_gradients, has_finite_gradients
 from ogpsa_trl.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
 from ogpsa_trl.model_card import PAPER, settings_section
+from ogpsa_trl.model_kind import check_no_encoder
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import content
 from ogpsa_trl.subspace import CapabilitySubspace
@@ -177,8 +178,8 @@ class OGPSAMixin(Trainer):
         Refuse models and processors that no text can be scored with.
 
         Raises:
-            ValueError: there is no language-modeling head, or no tokenizer; or the model would be
-                copied to several devices of this process.
+            ValueError: there is no language-modeling head, an encoder, or no tokenizer; or the
+                model would be copied to several devices of this process.
         """
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -187,6 +188,8 @@ class OGPSAMixin(Trainer):
                 "`accelerate launch --config_file configs/accelerate/ddp.yaml`, or set "
                 "`CUDA_VISIBLE_DEVICES=0`."
             )
+        if hasattr(self.model, "config"):
+            check_no_encoder(self.model.config, type(self.model).__name__)
         if self.model.get_output_embeddings() is None:
             raise ValueError(
                 "The capability loss is that of a language model, but "

@@ -1,25 +1,28 @@
 """
 Data set entries of the YAML file, and how a mixture of them is loaded.
 
-TRL's data set schema and loader, with two additions: an entry may name a local file as its `path`,
-and a `conversion` from the columns of a well-known data set.
+TRL's data set schema, with two additions: an entry may name a local file as its `path`, and a
+`conversion` from the columns of a well-known data set.
 """
 
+import glob
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any, cast
+from zipfile import BadZipFile
 
-from datasets import concatenate_datasets
+from datasets import concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
+from datasets.load import infer_module_for_data_files_list
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 from ogpsa_trl.conversions import CONVERSIONS, AnyDataset
-
-# Builders of `datasets` for local files, by suffix.
-_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 # Beginnings of a `path` that is no name on the Hub.
 _LOCAL = ("/", "./", "../", "~")
@@ -30,7 +33,8 @@ class ConvertibleDatasetConfig(DatasetConfig):
     """
     One entry of `datasets`: TRL's data set schema, and a conversion into TRL's formats.
 
-    `path` may also name a file (.json, .jsonl, .parquet, .csv).
+    `path` may also name a file that `datasets` can read, by its ending: .jsonl, .csv, .parquet,
+    .jsonl.gz and others.
 
     Args:
         conversion (`str`, *optional*): A name in `ogpsa_trl.conversions`. `None` leaves the columns
@@ -50,28 +54,74 @@ class ConvertibleDatasetConfig(DatasetConfig):
                 f"`fraction` must be a number above 0, but got {self.fraction!r}. Leave the entry "
                 "out if none of it is to be used."
             )
-        suffix = Path(self.path).suffix
-        if suffix in _FILE_BUILDERS and os.path.isfile(self.path):
-            self.data_files, self.path = self.path, _FILE_BUILDERS[suffix]
+        # Whether `path` named a file, and what its builder has to know of it.
+        self._is_file, self._options = os.path.isfile(self.path), {}
+        if self._is_file:
+            builder, self._options = _builder_of(self.path)
+            if builder is not None:
+                self.data_files, self.path = self.path, builder
 
     def check_file(self) -> None:
         """
-        Raise where `path` names a file or folder that is not there; the Hub would not know it.
+        Raise where `path` names a file or folder that is not there, or that cannot be read; the Hub
+        would not know it.
 
         Raises:
             ValueError: it does, or it is a builder that has no files to build from.
         """
-        is_local = Path(self.path).suffix in _FILE_BUILDERS or self.path.startswith(_LOCAL)
+        if self._is_file and not self.data_files:
+            raise ValueError(
+                f"{self.path!r} is a file, but its ending does not say how to read it. Rename it, "
+                "or name the builder of `datasets` that can: `path: json`, for example, with the "
+                "file as `data_files`."
+            )
+        is_local = self.path.startswith(_LOCAL) or (
+            not self.path.startswith("hf://") and _builder_of(self.path)[0] is not None
+        )
         if is_local and not os.path.exists(self.path):
             raise ValueError(
                 f"There is no file {self.path!r} in {Path.cwd()}. Correct the path, or make the "
-                "file first."
+                f"file first.{self._on_the_hub()}"
             )
-        if self.path in _FILE_BUILDERS.values() and not (self.data_files or self.data_dir):
+        if self.path in _PACKAGED_DATASETS_MODULES and not (self.data_files or self.data_dir):
             raise ValueError(
                 f"`path: {self.path}` needs `data_files`, but there are none, and the files of the "
                 "working directory are not meant. Name the file as `path`, or add `data_files`."
             )
+
+    def _on_the_hub(self) -> str:
+        if self.path.count("/") != 1 or self.path.startswith(_LOCAL):
+            return ""
+        return f" If it is a data set on the Hub, write `hf://datasets/{self.path}`."
+
+    def load(self, split: str | None, *, streaming: bool) -> Any:
+        """
+        What `datasets` makes of the entry.
+
+        Args:
+            split: Which split. `None`: all, by their names.
+            streaming: Whether to read it as a stream.
+        """
+        files: Any = self.data_files
+        if self._is_file:
+            files = glob.escape(files)  # a name, not a pattern
+        return load_dataset(
+            self.path,
+            name=self.name,
+            data_dir=self.data_dir,
+            data_files=files,
+            split=split,
+            streaming=streaming,
+            **self._options,
+        )
+
+
+def _builder_of(path: str) -> tuple[str | None, dict[str, Any]]:
+    """The builder of `datasets` that reads files of this name, and its options; `None` if none."""
+    try:
+        return infer_module_for_data_files_list(cast(Any, [path]))
+    except (OSError, *_DAMAGED):  # a missing or damaged archive may hold anything
+        return "json", {}
 
 
 @dataclass
@@ -138,13 +188,36 @@ def load_mixture(
                 f"{entry.fraction} for {entry.path!r}. Convert the data beforehand, or remove it."
             )
     parts = [load_entry(entry, where, streaming=mixture.streaming) for entry in entries]
+    if any(entry.fraction is not None for entry in entries):
+        parts = _in_shares(parts, entries, where)
     with loading(f"The mixture in {where}"):
-        if any(entry.fraction is not None for entry in entries):
-            return get_dataset(mixture)  # its arithmetic; what it loads is in the cache
         mixed: Any = concatenate_datasets(cast(Any, parts))
         if mixture.test_split_size is None:
             return {"train": mixed}
         return mixed.train_test_split(test_size=mixture.test_split_size)
+
+
+def _in_shares(
+    parts: Sequence[Any], entries: Sequence[ConvertibleDatasetConfig], where: str
+) -> list[Any]:
+    """
+    The first rows of each part, as many as make the `fraction`s their shares of the largest mixture
+    that uses no row twice. As TRL's `get_dataset` does.
+    """
+    fractions: list[float] = []
+    for entry in entries:
+        if entry.fraction is None:
+            raise ValueError(
+                f"`fraction` must be a key of all entries of a mixture, but {describe(entry)} in "
+                f"{where} has none. Add it, or remove the others."
+            )
+        fractions.append(entry.fraction)
+    weights = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    return [
+        part.select(range(round(weight * total)))
+        for part, weight in zip(parts, weights, strict=True)
+    ]
 
 
 def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) -> AnyDataset:
@@ -154,12 +227,10 @@ def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) 
     Raises:
         ValueError: it cannot be loaded, or has not the columns that its conversion reads.
     """
-    whole: Any = {"fraction": None}
-    single = DatasetMixtureConfig(
-        datasets=[DatasetConfig(**_of_trl(entry) | whole)], streaming=streaming
-    )
     with loading(f"{describe(entry)} in {where}"):
-        loaded = get_dataset(single)["train"]
+        loaded = entry.load(entry.split, streaming=streaming)
+        if entry.columns is not None:
+            loaded = loaded.select_columns(entry.columns)
     if entry.conversion is None:
         return loaded
     try:
@@ -212,7 +283,7 @@ def loading(what: str) -> Iterator[None]:
         yield
     except StopIteration as error:  # an empty file of JSON lines
         raise ValueError(f"{what} cannot be loaded: it is empty. Check the file.") from error
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError, *_DAMAGED) as error:
         # Its own text says only that there was an error, and the text of that can be long.
         reason = str(error.__cause__ or error)
         reason = reason if len(reason) < _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
@@ -224,11 +295,10 @@ def loading(what: str) -> Iterator[None]:
 
 _LONGEST_REASON = 500
 
+# Of compressed files, beside `OSError`.
+_DAMAGED = (EOFError, BadZipFile, LZMAError, zlib.error)
+
 
 def describe(entry: DatasetConfig) -> str:
     """What a user knows an entry by."""
     return f"{entry.data_files or entry.path!r} (split {entry.split!r})"
-
-
-def _of_trl(entry: ConvertibleDatasetConfig) -> dict[str, Any]:
-    return {field.name: getattr(entry, field.name) for field in fields(DatasetConfig)}

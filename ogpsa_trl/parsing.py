@@ -1,8 +1,8 @@
 """
 Flat keys from one YAML file and the command line, every one of them known by name.
 
-An unknown key is an error that names the nearest known one, because a misspelt setting that is
-silently ignored costs a run.
+An unknown key is an error that names its successor, or the nearest known one, because a misspelt
+setting that is silently ignored costs a run.
 """
 
 import difflib
@@ -14,8 +14,17 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl.scripts.utils import DatasetConfig, TrlParser
 
+from ogpsa_trl.renamed_keys import answer_to
 from ogpsa_trl.shipped import find_config
-from ogpsa_trl.values import Range, check_choice, check_ranges, check_type, shown, type_hints
+from ogpsa_trl.values import (
+    Range,
+    check_choice,
+    check_ranges,
+    check_type,
+    expanded_words,
+    shown,
+    type_hints,
+)
 from ogpsa_trl.yaml_file import load_mapping
 
 
@@ -123,11 +132,11 @@ def _source(dataclass_type: type, key: str) -> str:
 def split_config(args: Sequence[str]) -> list[str]:
     """
     The command line in the only form that TRL knows: `--config=file` as two words, and a path where
-    `--config` has the name of a file that comes with the project.
+    `--config` has the name of a file that comes with the project. `~` is the home folder.
     """
     words = [
         part
-        for word in args
+        for word in expanded_words(args)
         for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     for index, word in enumerate(words[:-1]):
@@ -200,10 +209,13 @@ def check_keys(
 
 
 def unknown_key(key: str, where: str, known: Sequence[str]) -> str:
-    """What is wrong, and the nearest known key."""
-    nearest = difflib.get_close_matches(key[:_LONGEST], known, n=1, cutoff=0.0)[0]
+    """What is wrong, and what the key is called now, or the nearest known key."""
     name = key if len(key) <= _LONGEST and key.isprintable() else shown(key)
-    return f"Unknown key `{name}` in {where}. The nearest known key is `{nearest}`."
+    answer = answer_to(key, known)
+    if answer is None:
+        nearest = difflib.get_close_matches(key[:_LONGEST], known, n=1, cutoff=0.0)[0]
+        answer = f"The nearest known key is `{nearest}`."
+    return f"Unknown key `{name}` in {where}. {answer}"
 
 
 # Characters of a key that is shown as it is.

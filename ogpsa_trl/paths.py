@@ -39,7 +39,7 @@ def check_model_path(
     Raises:
         ValueError: it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_file():
         raise ValueError(
             f"{key} must be a folder or a name on the Hub, but {path!r} is a file. Name the folder "

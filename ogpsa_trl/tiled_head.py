@@ -13,9 +13,12 @@ Shapes: T positions, V tokens of the vocabulary, H width, B rows, L length.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 Projection = Callable[[Tensor], Tensor]
@@ -35,10 +38,10 @@ class TiledHead:
     """
     The head of a causal language model.
 
-    A model may do more to logits than its head does: scale, cap, mask or cut them. Known numbers in
-    place of the logits show that. Such a model, or one that does not call its head with hidden
-    states of shape [B, L, H], gives its logits as always, and only the scores are computed tile by
-    tile.
+    A model may do more to logits than its head does: scale, cap, mask or cut them, or add a bias
+    that is zero until it is trained. Known numbers in place of the logits show that, and what they
+    go through. Such a model, or one that does not call its head with hidden states of shape
+    [B, L, H], gives its logits as always, and only the scores are computed tile by tile.
 
     Args:
         find: Gives the module from hidden states to logits. Engines and adapters may replace it.
@@ -83,6 +86,7 @@ class TiledHead:
     @torch.no_grad()
     def _returns_what_the_head_does(self, logits: Callable[[], Tensor]) -> bool:
         sent: list[Tensor] = []
+        copies = _Copies()
 
         def forward(project: Projection, hidden_BLH: Tensor) -> Tensor:
             if hidden_BLH.dim() != 3:
@@ -91,11 +95,13 @@ class TiledHead:
             # Whole numbers that bfloat16 has too, one for each word.
             numbers_V = torch.arange(len(logits_V), device=logits_V.device) % 128 - 64
             sent.append(numbers_V.float().view(1, 1, -1))
-            return sent[0]
+            # Not before: the layers of the model may hold what no mode can follow.
+            stack.enter_context(copies)
+            return copies.first(sent[0].clone())
 
-        with self._replaced(forward):
+        with contextlib.ExitStack() as stack, self._replaced(forward):
             returned = logits()
-        return bool(sent) and torch.equal(returned.float(), sent[0])
+        return bool(sent) and copies.holds(returned) and torch.equal(returned.float(), sent[0])
 
     @contextlib.contextmanager
     def _replaced(self, forward: Callable[[Projection, Tensor], Tensor]) -> Iterator[None]:
@@ -110,6 +116,54 @@ class TiledHead:
             del head.forward
             if own is not None:
                 head.forward = own
+
+
+class _Copies(TorchDispatchMode):
+    """
+    Knows which tensors are copies of a first one: views, casts, and what it was written into.
+
+    What is computed with it is none, even where that changes nothing for now: a bias may be zero,
+    and a scale one, until they are trained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By the memory that they lie in. The tensors are kept, so that it is not used again.
+        self._tensors: dict[int, Tensor] = {}
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The tensor that copies are of."""
+        self._add(tensor)
+        return tensor
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is a copy."""
+        return type(value) is Tensor and _memory(value) in self._tensors
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Views need no rule: they lie in the same memory.
+        result = func(*args, **(kwargs or {}))
+        copied = [leaf for leaf in tree_leaves((args, kwargs)) if self.holds(leaf)]
+        if func.overloadpacket is torch.ops.aten.copy_ and self.holds(args[1]):
+            self._add(args[0])
+        elif func._schema.is_mutable:  # perhaps not all of them are written to: no matter
+            for tensor in copied:
+                self._tensors.pop(_memory(tensor), None)
+        elif copied and func.overloadpacket in _COPYING:
+            self._add(result)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        self._tensors[_memory(tensor)] = tensor
+
+
+_COPYING = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _select(values_BLX: Tensor, is_scored_BL: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ middle of a run, or not at all.
 
 import difflib
 import math
+import os
+import re
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +35,25 @@ _short.maxlong = 60
 def shown(value: Any) -> str:
     """A value as it stands in a message, cut where it is long."""
     return _short.repr(value)
+
+
+def expanded(text: str) -> str:
+    """
+    A value, with the home folder in place of `~`.
+
+    In every text that begins with `~/`, whatever its key: shells do so for words of their own, but
+    not behind `--key=`, and YAML does not at all.
+    """
+    return os.path.expanduser(text) if _HOME.match(text) else text
+
+
+def expanded_words(words: Iterable[str]) -> list[str]:
+    """The words of a command line, where a value may stand behind `--key=`."""
+    parts = (w.partition("=") if w.startswith("--") else ("", "", w) for w in words)
+    return [option + equals + expanded(value) for option, equals, value in parts]
+
+
+_HOME = re.compile(r"~[\w.-]*(/[^\0]*)?\Z")  # `~name/` is the home folder of another user
 
 
 class Range(NamedTuple):

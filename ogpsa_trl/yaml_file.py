@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from ogpsa_trl.values import shown
+from ogpsa_trl.values import expanded, shown
 
 
 def load_mapping(path: str) -> dict[str, Any]:
     """
-    Read a file that `--config` names.
+    Read a file that `--config` names. `~` at the beginning of a text is the home folder.
 
     Raises:
         ValueError: there is no such file, it cannot be read, it is no YAML, a key stands twice in
@@ -36,7 +36,7 @@ def load_mapping(path: str) -> dict[str, Any]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             _check_that_keys_differ(root)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"The file {path!r} is not valid YAML: {error}") from error
     except RecursionError as error:
@@ -56,6 +56,15 @@ def load_mapping(path: str) -> dict[str, Any]:
         )
     return values
 
+
+class _Loader(yaml.SafeLoader):
+    """Knows the home folder."""
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        return expanded(self.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 # What PyYAML raises where a value does not have the form that its tag promises.
 _WRONG_SCALARS = (ValueError, KeyError, AttributeError, OverflowError)

@@ -42,6 +42,7 @@ from ogpsa_trl.capability_set.report import (
     training_entries,
 )
 from ogpsa_trl.capability_set.rows import choose_rows, complete_rows, known_prompts, write_group
+from ogpsa_trl.model_kind import check_causal
 from ogpsa_trl.paths import check_model_path, check_output_folder
 from ogpsa_trl.user_errors import user_errors
 
@@ -62,6 +63,11 @@ def main(arguments: CapabilitySetArguments, model_config: ModelConfig) -> dict[s
     with user_errors():
         check_output_folder(arguments.output_dir)
         check_model_path(str(model_config.model_name_or_path))
+        check_causal(
+            str(model_config.model_name_or_path),
+            revision=model_config.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
         tokenizer = AutoTokenizer.from_pretrained(
             str(model_config.model_name_or_path),
             revision=model_config.model_revision,

@@ -37,6 +37,7 @@ from ogpsa_trl.evaluation.suite import (
     score_model,
     with_preference_over_base,
 )
+from ogpsa_trl.model_kind import check_causal
 from ogpsa_trl.paths import check_model_path, check_output_folder
 from ogpsa_trl.user_errors import user_errors
 
@@ -68,8 +69,11 @@ def main(arguments: EvaluationArguments) -> list[Result]:
     models = {when: (name, revision) for when, (name, revision) in models.items() if name}
     with user_errors():
         check_output_folder(arguments.output_dir)
-        for name, _ in models.values():
+        for name, revision in models.values():
             check_model_path(str(name), "A model of an evaluation", adapter=True)
+            check_causal(
+                str(name), revision=revision, trust_remote_code=arguments.trust_remote_code
+            )
         tokenizers = {
             when: load_tokenizer(arguments, str(name), revision)
             for when, (name, revision) in models.items()

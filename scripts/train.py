@@ -26,6 +26,7 @@ from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.completeness import checkpoint_to_resume, saving
 from ogpsa_trl.engines import check_arguments
 from ogpsa_trl.formats import check_chat_template, check_group, check_stage_format, check_tokens
+from ogpsa_trl.model_kind import check_causal
 from ogpsa_trl.paths import check_model_path, check_output_folder, check_template_path
 from ogpsa_trl.run_report import save_run_settings, write_report
 from ogpsa_trl.user_errors import FirstStep, user_errors
@@ -133,6 +134,7 @@ def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, Capab
     data = load_data(run)
     processing_class = load_processing_class(run)
     check_data(run, data, processing_class)
+    check_model(run)
     trainer = TRAINERS[run.train.stage](
         run.model.model_name_or_path,
         args=args,
@@ -153,6 +155,26 @@ def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, Capab
         gate = CapabilityGate(trainer, data.gate, run.gate)
         trainer.add_callback(gate)
     return trainer, gate
+
+
+def check_model(run: RunArguments) -> None:
+    """
+    Refuse a model that capability losses cannot be measured on; plain training is up to TRL.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    protects = run.train.ogpsa and run.train.capability_datasets
+    if protects or run.train.gate_datasets:
+        ways = ["set `ogpsa: false` to train plain TRL"] if protects else []
+        ways += ["leave out `gate_datasets`"] if run.train.gate_datasets else []
+        check_causal(
+            str(run.model.model_name_or_path),
+            way_out=f", or {' and '.join(ways)}",
+            as_saved=True,
+            revision=run.training.model_init_kwargs["revision"],
+            trust_remote_code=run.training.trust_remote_code,
+        )
 
 
 def load_data(run: RunArguments) -> Data:

@@ -1,26 +1,80 @@
 """The keys of a run: YAML and command line, and that no misspelt or useless key is ignored."""
 
+import bz2
 import functools
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, config
+from datasets.arrow_writer import ArrowWriter
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
-from ogpsa_trl import GateConfig, OGPSAConfig
-from ogpsa_trl.command_line import parse_run
+from ogpsa_trl import GateConfig, OGPSAConfig, renamed_keys
+from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig, parse_capability_set
+from ogpsa_trl.command_line import parse_run, training_options
+from ogpsa_trl.evaluation.arguments import (
+    EvaluationArguments,
+    HarmfulDatasetConfig,
+    OverRefusalDatasetConfig,
+    PreferenceDatasetConfig,
+    parse_evaluation,
+)
+from ogpsa_trl.launch import separated
+from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
+from ogpsa_trl.parsing import FlatParser, config_values, split_config
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
 ROWS = WORLD.capability_groups(4)
 QUESTION = {"knowledge": "A is B .", "question": "what is A ?", "right_answer": "B"}
+
+
+def to_arrow(rows, path):
+    with ArrowWriter(path=str(path), features=rows.features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+
+
+def to_tsv(rows, path):
+    rows.to_csv(path, sep="\t")
+
+
+def to_zip(rows, path):
+    rows.to_json(f"{path}.jsonl")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(f"{path}.jsonl", "rows.jsonl")
+
+
+def packed(write, module):
+    def write_packed(rows, path):
+        write(rows, f"{path}.unpacked")
+        with module.open(path, "wb") as file:
+            file.write(Path(f"{path}.unpacked").read_bytes())
+
+    return write_packed
+
+
+# Some of what `datasets` reads, each another way of writing the same rows.
 SUFFIXES = {
-    ".json": Dataset.to_json, ".jsonl": Dataset.to_json, ".csv": Dataset.to_csv,
-    ".parquet": Dataset.to_parquet,
+    ".json": Dataset.to_json, ".jsonl": Dataset.to_json, ".ndjson": Dataset.to_json,
+    ".JSONL": Dataset.to_json, ".v1.2.jsonl": Dataset.to_json, ".csv": Dataset.to_csv,
+    ".tsv": to_tsv, ".parquet": Dataset.to_parquet, ".gpq": Dataset.to_parquet, ".arrow": to_arrow,
+    ".jsonl.gz": packed(Dataset.to_json, gzip), ".json.gz": packed(Dataset.to_json, gzip),
+    ".jsonl.bz2": packed(Dataset.to_json, bz2), ".jsonl.xz": packed(Dataset.to_json, lzma),
+    ".csv.gz": packed(Dataset.to_csv, gzip), ".tsv.gz": packed(to_tsv, gzip),
+    ".jsonl.zip": to_zip, ".zip": to_zip,
+    # A pattern, for `datasets`, and a name that it passes over in a folder.
+    " [1] *?.jsonl": Dataset.to_json, "/.hidden.jsonl": Dataset.to_json,
 }  # fmt: skip
 
 
@@ -208,6 +262,67 @@ class TestUnknownKeys:
             parse({"stage": stage, key: 1})
         with assert_refused(f"`{key}` in the command line {message}"):
             parse({"stage": stage}, f"--{key}", "1")
+
+    @pytest.mark.parametrize(("key", "answer"), [
+        ("torch_dtype", "write `dtype`"),
+        ("evaluation_strategy", "write `eval_strategy`"),
+        ("no_cuda", "write `use_cpu`"),
+        ("max_seq_length", "write `max_length`"),
+        ("warmup_ratio", "write `warmup_steps: SHARE`"),
+        ("group_by_length", "write `train_sampling_strategy: group_by_length`"),
+        ("push_to_hub_model_id", "write `hub_model_id`"),
+        ("max_prompt_length", "no such key any more. Prompt and completion are cut as one"),
+        ("overwrite_output_dir", "no such key any more. Nothing that is in the folder"),
+        ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
+        ("tokenizer", "no such key any more. It is that of the model"),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    def test_that_were_renamed_or_removed_are_answered_with_that(self, parse, stage, key, answer):
+        with assert_refused(f"Unknown key `{key}` in .*run.yaml. .*{answer}"):
+            parse({"stage": stage, key: "x"})
+        with assert_refused(f"Unknown key `{key}` in the command line. .*{answer}"):
+            parse({"stage": stage}, f"--{key.replace('_', '-')}", "x")
+
+    def test_that_were_renamed_in_the_other_stage_are_not_named(self, parse):
+        with assert_refused("Unknown key `rpo_alpha` .* write `loss_weights: "):
+            parse({"stage": "dpo", "rpo_alpha": 1.0})
+        with assert_refused("Unknown key `rpo_alpha` .* The nearest known key is"):
+            parse({"stage": "sft", "rpo_alpha": 1.0})
+
+    def test_that_were_renamed_are_answered_by_every_command(self):
+        line = ["--torch_dtype", "bfloat16"]
+        launcher = launch_command_parser()
+        for parse in (
+            parse_evaluation,
+            parse_capability_set,
+            lambda line: separated(line, launcher),
+        ):
+            with assert_refused("Unknown key `torch_dtype` .* write `dtype`"):
+                parse(line)
+        with assert_refused("Unknown key `tokenizer` .* write `tokenizer_name_or_path`"):
+            parse_evaluation(["--tokenizer", "x"])
+        with assert_refused("Unknown key `warmup_ratio` .* The nearest known key is"):
+            parse_evaluation(["--warmup_ratio", "0.1"])
+
+    def test_that_have_a_successor_are_not_known_and_the_successor_is(self):
+        """In the installed versions; any other would be sent from one unknown key to the next."""
+        options = training_options() | FlatParser((EvaluationArguments,), "").option_names()
+        known = {option.removeprefix("--") for option in options}
+        assert known.isdisjoint(renamed_keys._SUCCESSORS.keys() | renamed_keys._GONE.keys())
+        for successor in renamed_keys._SUCCESSORS.values():
+            for part in successor.split("` and `"):
+                assert part.partition(":")[0] in known, part
+
+    @pytest.mark.parametrize("key", renamed_keys._SUCCESSORS)
+    def test_that_have_a_successor_with_a_value_have_one_that_is_allowed(self, parse, key):
+        successor = renamed_keys._SUCCESSORS[key]
+        if ":" not in successor:
+            return
+        text = "\n".join(successor.split("` and `"))
+        for word, value in {"SHARE": "0.1", "NUMBER": "5", "ALPHA": "2.0"}.items():
+            text = text.replace(word, value)
+        stage = "dpo" if "loss_weights" in text else "sft"
+        parse(f"stage: {stage}\neval_steps: 1\n{text}")
 
     def test_come_before_values_that_are_not_allowed(self, parse):
         """A misspelt key may be why: without `use_cpu` TRL's defaults need a GPU."""
@@ -428,10 +543,114 @@ class TestGate:
             parse({"gate_datasets": [{"path": "org/a", "colums": ["text"]}]})
 
 
+class TestHome:
+    """`~` is the home folder in every value, as in a shell."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        ROWS["skills"].to_json(tmp_path / "skills.jsonl")
+        ROWS["skills"].to_json(tmp_path / "data" / "skills.jsonl")
+        return str(tmp_path)
+
+    @pytest.mark.parametrize("is_in_line", [False, True])
+    @pytest.mark.parametrize(
+        ("part", "key"),
+        [
+            ("model", "model_name_or_path"), ("training", "output_dir"), ("training", "run_name"),
+            ("training", "resume_from_checkpoint"), ("training", "chat_template_path"),
+            ("script", "dataset_name"),
+        ],
+    )  # fmt: skip
+    def test_is_the_same_in_every_key(self, parse, home, part, key, is_in_line):
+        lines = [["", f"--{key}=~/x"], ["", f"--{key}", "~/x"]] if is_in_line else [[f"{key}: ~/x"]]
+        for text, *line in lines:
+            text = text if key == "output_dir" and not line else f"{text}\noutput_dir: out"
+            run = parse_run([*self.file(home, f"use_cpu: true\n{text}"), *self.model(key), *line])
+            assert getattr(getattr(run, part), key) == f"{home}/x"
+
+    @staticmethod
+    def file(home, text):
+        Path(home, "run.yaml").write_text(text)
+        return ["--config=~/run.yaml"]
+
+    @staticmethod
+    def model(key):
+        return [] if key == "model_name_or_path" else ["--model_name_or_path", "toy"]
+
+    def test_is_the_same_at_any_depth(self, home):
+        """What takes a mapping may hold paths: arguments of the model, files by their split."""
+        values = {
+            "deepspeed": "~/ds.json", "fsdp_config": "~/fsdp.json",
+            "model_init_kwargs": {"cache_dir": "~/cache", "list": ["~/a", 1, None]},
+            "env": {"HF_HOME": "~/hf"},
+            "datasets": [{"path": "~/a.jsonl", "data_files": {"train": "~/b"}, "data_dir": "~"}],
+        }  # fmt: skip
+        file = Path(home, "run.yaml")
+        file.write_text(yaml.safe_dump(values))
+        expected = json.loads(json.dumps(values).replace("~", home))
+        assert config_values(["--config", str(file)]) == expected
+
+    @pytest.mark.parametrize("text", ["a~/b", "~ is text", "~5 steps", "~", "~nobody-here/x"])
+    def test_stands_for_itself_elsewhere(self, parse, text):
+        expected = text if text != "~" else os.environ["HOME"]
+        assert parse({"run_name": text}).training.run_name == expected
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"path": "~/skills.jsonl"},
+            {"path": "json", "data_files": "~/skills.jsonl"},
+            {"path": "json", "data_files": ["~/skills.jsonl"]},
+            {"path": "json", "data_files": {"train": "~/skills.jsonl"}},
+            {"path": "json", "data_dir": "~/data"},
+            {"path": "~/data"},
+        ],
+    )
+    @pytest.mark.parametrize("key", ["datasets", "capability_datasets", "gate_datasets"])
+    def test_is_where_data_are_found(self, parse, key, entry):
+        run = parse({key: [entry]})
+        if key == "datasets":
+            rows = run.safety_datasets()["train"]
+        else:
+            groups = run.train.capability_groups if key[0] == "c" else run.train.gate_groups
+            [rows] = groups().values()
+        assert texts(rows) == texts(ROWS["skills"])
+
+    def test_is_the_same_for_the_other_commands(self, home):
+        model = ["--model_name_or_path=~/toy", "--output_dir", "~/out"]
+        evaluation = parse_evaluation([
+            *model, "--base_model_name_or_path", "~/base", "--tokenizer_name_or_path=~/tokens",
+            "--capability_datasets", "~/skills.jsonl",
+        ])  # fmt: skip
+        names = (
+            evaluation.model_name_or_path, evaluation.base_model_name_or_path,
+            evaluation.tokenizer_name_or_path, evaluation.output_dir,
+            evaluation.capability_datasets[0].data_files,
+        )  # fmt: skip
+        ends = ("toy", "base", "tokens", "out", "skills.jsonl")
+        assert names == tuple(f"{home}/{end}" for end in ends)
+        arguments, config = parse_capability_set([*model, "--capability_datasets=~/skills.jsonl"])
+        names = (
+            config.model_name_or_path, arguments.output_dir,
+            arguments.capability_datasets[0].data_files,
+        )  # fmt: skip
+        assert names == tuple(f"{home}/{end}" for end in ("toy", "out", "skills.jsonl"))
+
+    def test_is_the_same_among_the_options_of_the_launch(self, home):
+        engine = Path(home, "engine.yaml")
+        engine.write_text("distributed_type: 'NO'\n")
+        line = ["--accelerate_config=~/engine.yaml", "--log_dir=~/logs", "--dataset_name=~/x"]
+        launch, training = separated(split_config(line), launch_command_parser())
+        assert launch == ["--config_file", str(engine), "--log_dir", f"{home}/logs"]
+        assert training == [f"--dataset_name={home}/x"]
+
+
 class TestDataFiles:
     @pytest.mark.parametrize("suffix", SUFFIXES)
     def test_are_read_by_their_path(self, parse, tmp_path, suffix):
-        file = tmp_path / f"facts{suffix}"
+        file = Path(f"{tmp_path}/facts{suffix}")
+        file.parent.mkdir(exist_ok=True)
         SUFFIXES[suffix](ROWS["skills"], file)
         entries = [{"path": str(file)}]
         run = parse({"datasets": entries, "capability_datasets": entries})
@@ -455,6 +674,55 @@ class TestDataFiles:
         with assert_refused(f"no file .*{missing}"):
             run = parse({key: missing if key == "dataset_name" else [{"path": missing}]})
             run.train.capability_groups()
+            run.safety_datasets()
+
+    @pytest.mark.parametrize("entry_type", [
+        GroupedDatasetConfig, LookAlikeDatasetConfig, HarmfulDatasetConfig,
+        OverRefusalDatasetConfig, PreferenceDatasetConfig,
+    ])  # fmt: skip
+    def test_are_read_in_the_lists_of_every_command(self, tmp_path, entry_type):
+        SUFFIXES[".tsv.gz"](ROWS["skills"], tmp_path / "facts.tsv.gz")
+        entry = entry_type(str(tmp_path / "facts.tsv.gz"))
+        assert texts(load_groups([entry], "a list")[entry.group]) == texts(ROWS["skills"])
+
+    def test_of_lines_are_texts(self, parse, tmp_path):
+        (tmp_path / "facts.txt").write_text("A is B .\nB is C .\n")
+        entries = [{"path": str(tmp_path / "facts.txt")}]
+        [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
+        assert rows.to_list() == [{"text": "A is B ."}, {"text": "B is C ."}]
+
+    @pytest.mark.parametrize("key", ["dataset_name", "datasets", "capability_datasets"])
+    @pytest.mark.parametrize("name", ["facts", "facts.old", "facts.jsonl.old.1"])
+    def test_with_an_ending_that_says_nothing_need_a_builder(self, parse, tmp_path, key, name):
+        file = tmp_path / name
+        ROWS["skills"].to_json(file)
+        if name == "facts.jsonl.old.1":  # one ending of several is enough
+            entries = [{"path": str(file)}]
+        else:
+            with assert_refused(f"{name}' is a file, but its ending does not say .* `path: json`"):
+                run = parse({key: str(file) if key == "dataset_name" else [{"path": str(file)}]})
+                run.train.capability_groups()
+                run.safety_datasets()
+            entries = [{"path": "json", "data_files": str(file)}]
+        assert texts(parse({"datasets": entries}).safety_datasets()["train"])
+
+    @pytest.mark.parametrize("suffix", [".zip", ".jsonl.zip", ".jsonl.gz", ".jsonl.xz", ".parquet"])
+    def test_that_are_damaged_are_named(self, parse, tmp_path, suffix):
+        file = tmp_path / f"facts{suffix}"
+        SUFFIXES[suffix](ROWS["skills"], file)
+        file.write_bytes(file.read_bytes()[:30])
+        with assert_refused(f"facts{suffix}.* cannot be loaded"):
+            parse({"datasets": [{"path": str(file)}]}).safety_datasets()
+
+    @pytest.mark.parametrize("name", ["fact.jsonl.gz", "fact.tsv", "fact.parquet", "fact.arrow"])
+    def test_of_any_ending_that_are_missing_are_named(self, parse, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        with assert_refused(f"no file 'data/{name}'.*`hf://datasets/data/{name}`"):
+            parse({"datasets": [{"path": f"data/{name}"}]}).safety_datasets()
+
+    def test_on_the_hub_may_have_the_name_of_a_file(self, parse):
+        run = parse({"datasets": [{"path": "hf://datasets/org/data.jsonl"}]})
+        with assert_refused("'hf://datasets/org/data.jsonl' .* cannot be loaded"):  # no network
             run.safety_datasets()
 
     def test_may_be_given_to_a_builder_as_trl_does(self, parse, capability):
@@ -496,6 +764,22 @@ class TestGroups:
         [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
         # No row is used twice: three quarters are at most the four rows that there are.
         assert texts(rows) == texts(ROWS["skills"]) + texts(ROWS["language"])[:1]
+
+    @pytest.mark.parametrize("shares", [(1, 1), (0.75, 0.25), (0.1, 0.7), (3, 1e-3)])
+    def test_have_the_shares_that_trl_gives_them(self, parse, capability, shares):
+        paths = [entry["path"] for entry in capability["capability_datasets"]]
+        entries = [{"path": p, "fraction": f} for p, f in zip(paths, shares, strict=True)]
+        [rows] = parse({"capability_datasets": entries}).train.capability_groups().values()
+        of_trl = [
+            DatasetConfig("json", data_files=e["path"], fraction=e["fraction"]) for e in entries
+        ]
+        assert texts(rows) == texts(get_dataset(DatasetMixtureConfig(of_trl))["train"])
+
+    def test_with_a_share_need_one_for_all(self, parse, capability):
+        first, second = capability["capability_datasets"]
+        entries = [first | {"fraction": 0.75, "group": "a"}, second | {"group": "a"}]
+        with assert_refused("`fraction` .* of all entries of a mixture, but .*language.jsonl"):
+            parse({"capability_datasets": entries}).train.capability_groups()
 
     def test_take_the_columns_asked_for(self, parse, capability):
         entry = capability["capability_datasets"][0] | {"columns": ["prompt"]}

@@ -116,13 +116,16 @@ class TestCommands:
         [
             (["evaluate", "--config", "x"], "evaluate.py", ["--config", "x"]),
             (["report", "runs/sft"], "report.py", ["runs/sft"]),
+            (["report", "~/sft", "--output=~/page.html"], "report.py",
+             ["/home/me/sft", "--output=/home/me/page.html"]),
             (["capability", "--config", "x"], "build_capability_set.py", ["--config", "x"]),
             (["benchmark", "--steps", "2"], "benchmark_tradeoff.py", ["--steps", "2"]),
             (["benchmark", "tradeoff"], "benchmark_tradeoff.py", []),
             (["benchmark", "overhead", "--grid"], "benchmark_overhead.py", ["--grid"]),
         ],
-    )
+    )  # fmt: skip
     def test_run_scripts_by_name_and_leave_no_trace(self, line, script, rest, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
         before = list(sys.argv), list(sys.path)
         runs = []
         monkeypatch.setattr(

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import config
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
 from ogpsa_trl.evaluation.arguments import parse_evaluation
@@ -142,6 +143,21 @@ class TestScores:
         sorry = scores["answers/sorry"]
         assert (sorry.values.form, sorry.values.items) == ("aggregate", (True,) * 3)
         assert (sorry.values.value, sorry.higher_is_better) == (1.0, False)
+
+    def test_of_a_model_that_mixes_up_rows_are_made_one_by_one(
+        self, tasks, the_package_evaluate, monkeypatch
+    ):
+        config = RwkvConfig(vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=2)
+        model, num_rows = RwkvForCausalLM(config), []
+        generate = model.generate
+
+        def counted(**inputs):
+            num_rows.append(len(inputs["input_ids"]))
+            return generate(**inputs)
+
+        monkeypatch.setattr(model, "generate", counted)
+        harness.harness_scores(model, TOKENIZER, ["answers"], include_path=tasks, limit=3)
+        assert num_rows == [1, 1, 1]
 
     def test_leave_generators_and_tokenizer_alone(self, tasks):
         padding = TOKENIZER.padding_side

@@ -37,10 +37,11 @@ LAYERS = {
     "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
     "callback": ("config subspace", "transformers"),
     "model_card": ("config data", ""),
+    "model_kind": ("", "transformers"),
     "trackers": ("config data", "transformers wandb trackio"),
     "mixin": (
         "config engines data group_warnings gradients start tiled_head capability_loss subspace "
-        "projection completeness checkpoint diagnostics callback model_card trackers",
+        "projection completeness checkpoint diagnostics callback model_card model_kind trackers",
         "torch datasets transformers trl tqdm",
     ),
     "trainers": ("data mixin", "torch trl"),
@@ -55,7 +56,8 @@ LAYERS = {
     "values": ("", ""),
     "ranges": ("values", ""),
     "yaml_file": ("values", "yaml"),
-    "parsing": ("shipped values yaml_file", "trl"),
+    "renamed_keys": ("", ""),
+    "parsing": ("renamed_keys shipped values yaml_file", "trl"),
     "arguments": ("config mixture", "datasets trl"),
     "checks": ("arguments config mixture", "trl"),
     "command_line": (
@@ -66,7 +68,7 @@ LAYERS = {
     "formats": ("data mixture values", "datasets jinja2 pyarrow trl"),
     "user_errors": ("completeness", "jinja2 safetensors transformers"),
     "launch": ("command_line parsing shipped", "yaml accelerate torch.distributed"),
-    "cli": ("__init__ launch shipped user_errors", ""),
+    "cli": ("__init__ launch shipped user_errors values", ""),
     "toy": ("", "datasets"),
     "toy_model": ("toy", "torch tokenizers transformers"),
     "toy_pretrain": ("toy toy_model", "torch transformers tqdm"),
@@ -82,7 +84,7 @@ LAYERS = {
         "torch datasets transformers",
     ),
     "evaluation.harness": (
-        "evaluation.intervals evaluation.results",
+        "evaluation.intervals evaluation.results evaluation.generation",
         "numpy torch transformers lm_eval",
     ),
     "evaluation.arguments": (
@@ -219,6 +221,7 @@ def test_training_libraries_stay_where_training_is():
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
         "data", "callback", "completeness", "trackers", "mixin", "trainers", "gate", "mixture",
+        "model_kind",
         "parsing", "checks", "arguments", "command_line", "paths", "formats", "user_errors",
         "run_report.settings",
     }  # fmt: skip

@@ -1,7 +1,20 @@
 """The keyword judge, and what greedy answers are."""
 
+from collections import Counter
+
 import pytest
-from transformers import GenerationConfig
+import torch
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from ogpsa_trl.evaluation.generation import Answer, greedy_answers
 from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, is_refusal
@@ -61,6 +74,61 @@ def test_an_answer_is_complete_with_its_end(max_new_tokens, is_complete):
     model.generation_config.pad_token_id = TOKENIZER.eos_token_id
     answers = greedy_answers(model, TOKENIZER, PROMPTS, max_new_tokens=max_new_tokens)
     assert answers == [Answer("sure : take it then", is_complete)] * 8
+
+
+SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+NARROW = {"hidden_size": 32, "num_hidden_layers": 2}
+
+
+class WithoutMask(GPT2LMHeadModel):
+    """Attends to all tokens, and numbers them from the first one, whatever it is told."""
+
+    def forward(self, input_ids, past_key_values=None, **_):
+        return super().forward(input_ids, past_key_values=past_key_values)
+
+
+GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES)
+MODELS = {
+    "rotary positions": lambda: tiny_model(),
+    "learned positions": lambda: GPT2LMHeadModel(GPT2),
+    "positions by the mask": lambda: OPTForCausalLM(
+        OPTConfig(ffn_dim=64, num_attention_heads=2, word_embed_proj_dim=32, **NARROW, **SIZES)
+    ),
+    "no mask": lambda: WithoutMask(GPT2),
+    "a state": lambda: RwkvForCausalLM(RwkvConfig(context_length=64, **NARROW, **SIZES)),
+    "a state and convolutions": lambda: MambaForCausalLM(MambaConfig(**NARROW, **SIZES)),
+}
+# Prompts with the end of an answer in them, one answer that ends in the middle of them, and lengths
+# far from each other.
+UNEVEN = [
+    *PROMPTS,
+    "add",
+    "add 1 <eos> add 2 <eos>",
+    "<eos> <eos> <eos> <eos> add",
+    "add 1 2 3 " * 6,
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_do_not_depend_on_the_size_of_the_batch(name):
+    """Also where a model cannot be told to pass over what stands in front of a prompt."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)  # answers depend on the prompt
+    # What half of the answers have at some place, so that they end at different times.
+    endless = greedy_answers(model, TOKENIZER, UNEVEN, max_new_tokens=12)
+    counts = Counter(i for answer in endless for i in set(TOKENIZER(answer.text)["input_ids"]))
+    end = min(counts, key=lambda token: (abs(counts[token] - len(UNEVEN) / 2), token))
+    model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, end]
+    one_by_one, *others = (
+        greedy_answers(model, TOKENIZER, UNEVEN, batch_size=batch_size, max_new_tokens=12)
+        for batch_size in (1, 2, 5, 100)
+    )
+    assert others == [one_by_one] * 3
+    assert len(set(one_by_one)) > 1
+    assert {answer.is_complete for answer in one_by_one} == {True, False}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -66,6 +66,56 @@ class WithVirtualTokens(LlamaForCausalLM):
         return super().forward(torch.cat([in_front, input_ids], dim=1), **kwargs)
 
 
+class Neutral(LlamaForCausalLM):
+    """Does to its logits what leaves them as they are, for now: with a tensor that may change."""
+
+    def __init__(self, config, tensor, change):
+        super().__init__(config)
+        self.tensor = torch.nn.Parameter(tensor) if tensor.is_floating_point() else None
+        self.register_buffer("numbers", None if self.tensor is not None else tensor)
+        self.change = change
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        tensor = self.numbers if self.tensor is None else self.tensor
+        output.logits = self.change(output.logits, tensor)
+        return output
+
+
+def neutral(tensor, change):
+    return lambda: Neutral(LlamaConfig(**SIZES), tensor, change)
+
+
+ZEROS, ONES = torch.zeros(NUM_WORDS), torch.ones(NUM_WORDS)
+# As they are at the start of training; `make` gives the parameters other values.
+NEUTRAL = {
+    "zero bias": neutral(ZEROS, lambda logits, bias: logits + bias),
+    "zero bias, in place": neutral(ZEROS, lambda logits, bias: logits.add_(bias)),
+    "zero bias of one word": neutral(ZEROS[:1], lambda logits, bias: logits + bias),
+    "zero bias, after a cast": neutral(
+        ZEROS, lambda logits, bias: (logits.double() + bias).float()
+    ),
+    "zero bias, written into a copy": neutral(
+        ZEROS, lambda logits, bias: torch.empty_like(logits).copy_(logits + bias)
+    ),
+    "scale of one": neutral(ONES, lambda logits, scale: logits * scale),
+    "temperature of one": neutral(ONES[:1], lambda logits, scale: logits / scale),
+    "bias in a buffer": neutral(ZEROS.long(), lambda logits, bias: logits + bias),
+    "mask of none": neutral(ZEROS.long(), lambda logits, mask: logits.masked_fill(mask > 0, -1e9)),
+    "identity matrix": neutral(torch.eye(NUM_WORDS), lambda logits, matrix: logits @ matrix),
+}
+COPYING = {
+    "cast": neutral(ZEROS, lambda logits, _: logits.double().float()),
+    "cast to less": neutral(ZEROS, lambda logits, _: logits.bfloat16()),
+    "view of a copy": neutral(ZEROS, lambda logits, _: logits.mT.contiguous().mT[:, :, :]),
+    "written into another": neutral(
+        ZEROS, lambda logits, _: torch.empty_like(logits).copy_(logits)
+    ),
+    "something else made of it": neutral(
+        ZEROS, lambda logits, bias: logits if (logits + bias).sum() > -1e30 else bias
+    ),
+}
+
 MODELS = {
     "plain": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
@@ -168,6 +218,30 @@ def test_a_model_that_changes_its_logits_is_found_out_once(name):
         head.scores(logits, is_scored, score)
         assert len(num_passes) == expected
     assert head.is_plain == (name in PLAIN)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_what_leaves_logits_as_they_are_only_for_now_is_no_copy(name):
+    """A bias that is zero at the start of training is another one later."""
+    torch.manual_seed(0)
+    model, (ids, is_scored) = NEUTRAL[name](), make_batch(3, 0.5)
+    head = TiledHead(model.get_output_embeddings)
+    scored(model, ids, is_scored, head)
+    assert head.is_plain is False
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    scores = scored(model, ids, is_scored, head)
+    expected = literally_scored(model, ids, is_scored)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_a_model_that_copies_its_logits_is_plain(name):
+    """As engines do with the outputs of modules: casts, views, copies."""
+    model, (ids, is_scored) = COPYING[name](), make_batch(3, 0.5)
+    head = TiledHead(model.get_output_embeddings)
+    scored(model, ids, is_scored, head)
+    assert head.is_plain
 
 
 @pytest.mark.parametrize("name", MODELS)

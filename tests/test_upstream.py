@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from transformers import Trainer
+from transformers import RwkvConfig, RwkvForCausalLM, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
@@ -338,3 +338,11 @@ class TestDeepSpeed:
         assert "param.partition_numel = partition_numel" in text
         reads = "param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel"
         assert reads in source(Stage3.partition_grads)
+
+
+def test_rwkv_mixes_up_the_rows_of_a_batch():
+    """Where it goes on from its state. When this fails, `generation._ONE_BY_ONE` can go."""
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2)).eval()
+    state = model(torch.ones(3, 2, dtype=torch.long), use_cache=True).state
+    step = model(torch.ones(3, 1, dtype=torch.long), state=state, use_cache=True)
+    assert step.logits.shape == (3, 3, 9)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ogpsa_trl.evaluation.generation import rows_at_once
 from ogpsa_trl.evaluation.intervals import SampleValues, mean_of, ratio_of, statistic_of
 from ogpsa_trl.evaluation.results import Measured
 
@@ -77,7 +78,9 @@ def harness_scores(
     with _seeded(seed), _quiet():
         manager = _task_manager(tasks, include_path)
         # It sets the padding token of what it gets.
-        lm = wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        own_tokenizer = copy.deepcopy(tokenizer)
+        batch_size = rows_at_once(model, batch_size)
+        lm = wrapper(pretrained=model, tokenizer=own_tokenizer, batch_size=batch_size)
         for name in tasks:
             loaded = manager.load([name])
             leaves = loaded["tasks"]

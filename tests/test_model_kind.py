@@ -1,0 +1,161 @@
+"""What is no causal language model is refused by its name, before its weights are loaded."""
+
+import json
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    BertConfig,
+    Florence2Config,
+    LlamaConfig,
+    LlavaConfig,
+    T5Config,
+    T5GemmaConfig,
+    TrainingArguments,
+    ViTConfig,
+)
+
+import build_capability_set
+import train
+from ogpsa_trl.capability_set.arguments import parse_capability_set
+from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.evaluation.arguments import parse_evaluation
+from ogpsa_trl.model_kind import check_causal
+from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
+from runs import WORLD, capability_groups
+from test_any_trainer import OGPSATrainer, token_data
+
+TOKENIZER = toy_tokenizer()
+ENCODER_DECODERS = {
+    "BartForConditionalGeneration": BartConfig(), "T5ForConditionalGeneration": T5Config(),
+    "T5GemmaForConditionalGeneration": T5GemmaConfig(),
+    "Florence2ForConditionalGeneration": Florence2Config(),  # its text model is one
+}  # fmt: skip
+WITHOUT_HEAD = {
+    "LlamaForSequenceClassification": LlamaConfig(), "BertForMaskedLM": BertConfig(),
+    "ViTForImageClassification": ViTConfig(),
+}  # fmt: skip
+CAUSAL = {"LlamaForCausalLM": LlamaConfig(), "SomethingOfItsOwn": LlamaConfig()}
+
+
+def saved(folder, architecture, config):
+    """A folder with a tokenizer, and with a configuration in place of a model."""
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("as_saved", [True, False])
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
+def test_encoder_decoder_models_are_refused(architecture, as_saved, tmp_path):
+    config = ENCODER_DECODERS[architecture]
+    name = saved(tmp_path / "model", architecture, config)
+    message = rf"'.*model' \({architecture}\) is an encoder-decoder model .*'{config.model_type}'"
+    with pytest.raises(ValueError, match=message):
+        check_causal(name, as_saved=as_saved)
+
+
+@pytest.mark.parametrize("as_saved", [True, False])
+@pytest.mark.parametrize("architecture", WITHOUT_HEAD)
+def test_models_without_a_head_for_language_are_refused(architecture, as_saved, tmp_path):
+    name = saved(tmp_path / "model", architecture, WITHOUT_HEAD[architecture])
+    with pytest.raises(ValueError, match=f"is {architecture} .* has no language-modeling head"):
+        check_causal(name, as_saved=as_saved)
+
+
+@pytest.mark.parametrize("as_saved", [True, False])
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_causal_models_are_not(architecture, as_saved, tmp_path):
+    check_causal(saved(tmp_path, architecture, CAUSAL[architecture]), as_saved=as_saved)
+
+
+def test_what_counts_is_the_class_that_is_loaded(tmp_path):
+    """TRL loads the class that was saved; the other commands load a causal language model."""
+    vision = saved(tmp_path / "vision", "LlavaForConditionalGeneration", LlavaConfig())
+    check_causal(vision, as_saved=True)
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration .* no language-modeling"):
+        check_causal(vision)
+    base = saved(tmp_path / "base", "LlamaModel", LlamaConfig())
+    check_causal(base)
+    with pytest.raises(ValueError, match=r"LlamaModel .* no language-modeling head"):
+        check_causal(base, as_saved=True)
+
+
+def test_of_an_adapter_its_base_model_counts(tmp_path):
+    base = saved(tmp_path / "base", "T5ForConditionalGeneration", T5Config())
+    (tmp_path / "adapter").mkdir()
+    content = json.dumps({"base_model_name_or_path": base})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"base' .* is an encoder-decoder model"):
+        check_causal(str(tmp_path / "adapter"))
+
+
+class TestCommands:
+    @pytest.fixture
+    def line(self, tmp_path):
+        name = saved(tmp_path / "bart", "BartForConditionalGeneration", BartConfig())
+        capability_groups()["skills"].to_json(tmp_path / "skills.jsonl")
+        WORLD.safety_sft().select(range(8)).to_json(tmp_path / "sft.jsonl")
+        return [
+            "--model_name_or_path", name, "--output_dir", str(tmp_path / "out"),
+            "--capability_datasets", str(tmp_path / "skills.jsonl"),
+        ]  # fmt: skip
+
+    def train(self, line, tmp_path, *more):
+        data = ["--dataset_name", str(tmp_path / "sft.jsonl"), "--use_cpu", "--bf16", "false"]
+        return train.prepare(parse_run([*line, *data, *more]))
+
+    def test_training_refuses_them_with_capability_data(self, line, tmp_path):
+        with pytest.raises(ValueError, match=r"encoder-decoder.* or set `ogpsa: false` to train"):
+            self.train(line, tmp_path)
+
+    def test_training_refuses_them_with_a_gate(self, line, tmp_path):
+        line = [word.replace("capability_datasets", "gate_datasets") for word in line]
+        with pytest.raises(ValueError, match=r"encoder-decoder .*, or leave out `gate_datasets`"):
+            self.train(line, tmp_path)
+
+    def test_plain_training_is_up_to_trl(self, line, tmp_path):
+        with pytest.raises(OSError, match=r"safetensors"):  # the weights, which are not there
+            self.train(line, tmp_path, "--ogpsa", "false")
+
+    def test_an_evaluation_refuses_them(self, line, evaluate_script):
+        with pytest.raises(SystemExit, match=r"error: The model must be .* an encoder-decoder"):
+            evaluate_script.main(parse_evaluation(line))
+
+    def test_a_capability_set_refuses_them(self, line):
+        with pytest.raises(SystemExit, match=r"error: The model must be .* an encoder-decoder"):
+            build_capability_set.main(*parse_capability_set(line))
+
+
+SIZES = {
+    "vocab_size": len(TOKENIZER), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8,
+    "decoder_ffn_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+class TestTrainers:
+    def make(self, model, tmp_path, capability):
+        return OGPSATrainer(
+            model=model,
+            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=token_data(),
+            processing_class=TOKENIZER,
+            capability_dataset=capability,
+        )
+
+    def test_refuse_them_with_capability_data_only(self, tmp_path):
+        model = BartForConditionalGeneration(BartConfig(**SIZES))
+        self.make(model, tmp_path, None)
+        message = "BartForConditionalGeneration is an encoder-decoder model .*'bart'"
+        with pytest.raises(ValueError, match=message):
+            self.make(model, tmp_path, capability_groups())
+
+    def test_take_a_decoder_of_one(self, tmp_path):
+        self.make(BartForCausalLM(BartConfig(**SIZES)), tmp_path, capability_groups())
+        model = AutoModelForCausalLM.from_config(tiny_llama_config(32, 1, 2, 32))
+        self.make(model, tmp_path, capability_groups())
