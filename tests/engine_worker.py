@@ -433,6 +433,59 @@ def train_in_bf16(engine, model_path, folder, num_processes):
     }
 
 
+# Of `bf16: true`: steps that are far below what bfloat16 tells apart, and steps that are not.
+BF16_RATES = {"small": 1e-5, "large": 1e-2}
+
+
+def bf16_options(rate, **options):
+    return {
+        "learning_rate": BF16_RATES[rate], "adam_epsilon": 1e-8, "max_steps": 6,
+        "save_strategy": "no", **options,
+    }  # fmt: skip
+
+
+def train_default_in_bf16(engine, model_path, folder, num_processes):
+    """Plain TRL and the default: what became of the weights, and how often restoration was capped."""
+    results = {}
+    for rate in BF16_RATES:
+        for kind in ("plain", "preserve"):
+            trainer = make(
+                engine, ("sft", "full", "preserve", "acc2"), model_path, folder / rate / kind,
+                num_processes, ogpsa=kind == "preserve", **bf16_options(rate, bf16=True),
+            )  # fmt: skip
+            trainer.train()
+            results[f"{rate} {kind}"] = full_weights(trainer), capped_steps(trainer)
+    return results
+
+
+def capped_steps(trainer):
+    return [
+        entry["ogpsa/restoration_capped"]
+        for entry in trainer.state.log_history
+        if "ogpsa/restoration_capped" in entry
+    ]
+
+
+def train_with_roundings(engine, model_path, folder, num_processes):
+    """
+    As if the processes ran on processors that add in another order: the largest difference of their
+    weights from those of the first.
+    """
+    make_table, scale = linalg.table, 1 + 1e-6 * int(os.environ["RANK"])
+    linalg.table = lambda *args: make_table(*args) * scale
+    results = {}
+    for cell in (("sft", "full", "preserve", "acc2"), ("sft", "full", "paper", "acc2")):
+        trainer = make(
+            engine, cell, model_path, folder / name_of(cell), num_processes, save_strategy="no"
+        )
+        trainer.train()
+        weights = torch.cat([w.flatten() for w in full_weights(trainer).values()])
+        by_process = gathered(trainer, weights)
+        results[name_of(cell)] = (by_process - by_process[0]).abs().max().item()
+    linalg.table = make_table
+    return results
+
+
 def train_in_8_bits(engine, model_path, folder, num_processes):
     """
     Per optimizer: the largest difference of the second moments of one step from those of AdamW, on
@@ -499,6 +552,13 @@ def main(engine, model_path, output_dir, checkpoints=None):
         errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
         save("errors", errors)
         save("bf16", train_in_bf16(engine, model_path, folder / "bf16", num_processes))
+        if engine != "zero1":  # its weights are not where its gradients are
+            folder = Path(output_dir) / "bf16-default"
+            result = train_default_in_bf16(engine, model_path, folder, num_processes)
+            save("bf16-default", result)
+        if engine in ("ddp", "hsdp"):
+            folder = Path(output_dir) / "roundings"
+            save("roundings", train_with_roundings(engine, model_path, folder, num_processes))
         save("8-bit", train_in_8_bits(engine, model_path, folder / "8-bit", num_processes))
     # gloo may abort a process that ends while another still reads from it.
     torch.distributed.barrier()

@@ -1,6 +1,7 @@
 """OGPSA in front of trainers other than those of SFT and DPO, TRL's and a plain one."""
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from trl import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ogpsa_trl import (
+    GateConfig,
     OGPSAConfig,
     OGPSAGRPOTrainer,
     OGPSAKTOTrainer,
@@ -31,6 +33,7 @@ from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
     CosineCallback,
     capability_groups,
+    gated,
     literal_nll,
     max_difference,
     paper,
@@ -122,6 +125,17 @@ class TestAnyTrainer:
         assert max_difference(weights(trainer), parents[kind]) == 0
         start = weights(make(kind, base_model_path, tmp_path))
         assert max_difference(start, parents[kind]) > 0
+
+    def test_a_gate_needs_no_capability_data(self, kind, parents, base_model_path, tmp_path):
+        trainer = make(kind, base_model_path, tmp_path)
+        gate = gated(trainer, capability_groups(), GateConfig(gate_interval=1))
+        trainer.train()
+        assert max_difference(weights(trainer), parents[kind]) == 0
+        tokenizer, last = trainer.processing_class, gate.last
+        with torch.no_grad():
+            for name, rows in capability_groups().items():
+                expected = literal_nll(trainer.model.eval(), tokenizer, rows).item()
+                assert last.losses[name] == pytest.approx(expected, abs=1e-5)
 
     def test_refreshes_leave_no_trace(self, kind, parents, base_model_path, tmp_path):
         """Neither in the gradients nor in the random numbers that completions are drawn with."""

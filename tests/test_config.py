@@ -176,6 +176,16 @@ def test_restoration_is_of_updates():
     assert OGPSAConfig(restoration=1, target="update").restoration == 1
 
 
+def test_replay_is_of_gradients():
+    assert_refused(
+        "`replay_weight` (0.5) adds capability gradients, but `target` is 'update', which removes "
+        "what they do to the step. Set `replay_weight: 0`, or begin with `preset: replay` or "
+        "`preset: kl`.",
+        replay_weight=0.5,
+    )
+    assert OGPSAConfig.from_preset("replay", replay_weight=2).replay_weight == 2
+
+
 def test_the_cap_of_the_restoration_is_above_zero():
     assert_refused(
         "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` to switch the "

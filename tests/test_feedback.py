@@ -1,11 +1,14 @@
 """Restoration, averaging and replay: what is fed back from the measured capability losses."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ogpsa_trl import OGPSAConfig, SubspaceCallback
+from ogpsa_trl.subspace import CapabilitySubspace
 from runs import (
     assert_resume_is_bitwise,
     capability_groups,
@@ -73,6 +76,47 @@ class TestRestoration:
         assert ratios[0] == 0 and capped[0] == 0  # nothing has risen yet
         assert max(ratios) == pytest.approx(0.1, rel=1e-4)
         assert max(capped) == 1
+
+    @pytest.mark.parametrize("is_own_schedule", [False, True])
+    def test_it_counts_the_steps_between_refreshes(
+        self, is_own_schedule, base_model_path, tmp_path
+    ):
+        """Whoever decides when: what was known at a refresh is taken back once until the next."""
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, capability=capability_groups(),
+            config=OGPSAConfig(
+                samples_per_refresh=None, capability_loss="nll", metric="euclidean",
+                capability_ema=0.0, restoration_cap=1000.0,
+                refresh_interval=1 if is_own_schedule else 3,
+            ),
+            max_steps=13, learning_rate=0.3,
+        )  # fmt: skip
+        if is_own_schedule:
+            trainer.remove_callback(SubspaceCallback)
+            trainer.add_callback(SubspaceCallback(trainer, refresh_interval=3))
+        trainer.train()
+        entries = [e for e in trainer.state.log_history if "ogpsa/predicted_change/skills" in e]
+        drifts = {e["step"]: e for e in trainer.state.log_history if "ogpsa/drift/skills" in e}
+        assert [entry["step"] for entry in entries] == [4, 7, 10, 13]
+        for entry in entries[1:]:
+            for group in capability_groups():
+                drift = drifts[entry["step"] - 3][f"ogpsa/drift/{group}"]
+                predicted = entry[f"ogpsa/predicted_change/{group}"]
+                assert predicted == pytest.approx(-max(drift, 0), rel=1e-3, abs=1e-6)
+
+    def test_a_refresh_out_of_turn_is_not_restored_more_than_once(self):
+        """After one step of its own, as after a held parameter, the share is a whole."""
+        subspace = CapabilitySubspace(
+            SimpleNamespace(parameters=[], device=torch.device("cpu")),
+            paper(refresh_interval=4),
+        )
+        shares = []
+        for step in range(9):
+            if step in (4, 5):
+                subspace._watch_losses(torch.zeros(0).double(), is_first=step == 4)
+            shares.append(subspace.share_of_step())
+            subspace.count_step(torch.zeros(0))
+        assert shares == [0.25] * 4 + [0.25] + [1.0, 0.0, 0.0, 0.0]
 
     def test_it_keeps_the_losses_closer_to_the_start(self, base_model_path, tmp_path):
         """The reason for it: second-order terms make losses rise that no step raises at first."""
@@ -158,6 +202,20 @@ class TestReplay:
 
 
 class TestPrediction:
+    @pytest.mark.parametrize("preset", ["paper", "replay", "kl"])
+    def test_nothing_is_predicted_where_the_update_is_not_projected(
+        self, preset, base_model_path, tmp_path, caplog
+    ):
+        config = OGPSAConfig.from_preset(preset, refresh_interval=1)
+        trainer, _, _ = trained(
+            "sft", base_model_path, tmp_path, capability=capability_groups(), config=config,
+            **ADAMW | {"max_steps": 3, "learning_rate": 3e-2},
+        )  # fmt: skip
+        keys = {key for entry in trainer.state.log_history for key in entry}
+        assert "ogpsa/realised_change/skills" in keys
+        assert "ogpsa/predicted_change/skills" not in keys
+        assert "first-order model" not in caplog.text
+
     def test_small_steps_change_the_losses_as_predicted(self, base_model_path, tmp_path):
         """Inequality leaves steps that lower a loss, so that there is something to predict."""
         trainer, _ = run(

@@ -31,7 +31,7 @@ LAYERS = {
     "subspace": ("linalg blockwise optimizers backends config gradients", "torch"),
     "tiled_head": ("", "torch"),
     "capability_loss": ("backends config data divergence start tiled_head", "torch"),
-    "projection": ("linalg blockwise constraints subspace", "torch"),
+    "projection": ("linalg blockwise constraints backends subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
     "completeness": ("", "transformers safetensors"),
     "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
@@ -40,13 +40,13 @@ LAYERS = {
     "model_kind": ("", "transformers"),
     "trackers": ("config data", "transformers wandb trackio"),
     "mixin": (
-        "config engines data group_warnings gradients start tiled_head capability_loss subspace "
+        "config backends engines data group_warnings gradients start tiled_head capability_loss subspace "
         "projection completeness checkpoint diagnostics callback model_card model_kind trackers",
         "torch datasets transformers trl tqdm",
     ),
     "trainers": ("data mixin", "torch trl"),
     "gate": (
-        "backends checkpoint config data engines gradients start trackers mixin",
+        "backends checkpoint completeness config data engines gradients start trackers mixin",
         "torch datasets transformers",
     ),
     "__init__": ("config callback mixin trainers gate", ""),

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from laws import counted_programs
 from ogpsa_trl import OGPSAConfig, blockwise
 from ogpsa_trl.backends import Shard
+from ogpsa_trl.optimizers import check_keeps_no_weights
 from ogpsa_trl.projection import project_update
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import (
     assert_resume_is_bitwise,
     capability_groups,
@@ -274,6 +276,36 @@ class TestErrors:
         weight = trainer.model.model.layers[0].mlp.up_proj.weight
         weight.data = weight.data.t().contiguous().t()
         with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj.weight' is not contig"):
+            trainer.train()
+
+    def test_optimizers_that_are_known_to_hold_weights(self):
+        optimizer_class = type("AdamWScheduleFree", (torch.optim.Optimizer,), {})
+        optimizer_class.__module__ = "schedulefree.adamw_schedulefree"
+        with pytest.raises(ValueError, match=r"schedulefree.AdamWScheduleFree holds weights of it"):
+            check_keeps_no_weights(optimizer_class)
+
+    @pytest.mark.parametrize("key", ["z", "master"])
+    def test_optimizers_that_turn_out_to_hold_weights(self, key, tmp_path):
+        """Noticed in the first step, by a state that lies beside the weights."""
+
+        class OwnCopy(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        copy = self.state[p].setdefault(key, p.detach().clone())
+                        p.copy_(copy.sub_(p.grad * group["lr"]))
+
+        model = tiny_model(seed=0)
+        trainer = make_trainer(
+            "sft", model, tmp_path, capability=capability_groups(),
+            config=OGPSAConfig(metric="euclidean"),
+            more={
+                "processing_class": toy_tokenizer(),
+                "optimizers": (OwnCopy(model.parameters(), lr=0.1), None),
+            },
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=rf"OwnCopy holds weights in its state {key!r}"):
             trainer.train()
 
     def test_optimizers_with_another_state(self, base_model_path, tmp_path):
