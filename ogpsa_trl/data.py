@@ -166,6 +166,7 @@ class Preparation:
         chat_template: Overrides the tokenizer's chat template.
         dataset_text_field: Column of plain text.
         dataset_num_proc: Worker processes.
+        context: Tokens that the model has positions for; `None` where nothing limits them.
     """
 
     processing_class: Any
@@ -177,6 +178,28 @@ class Preparation:
     chat_template: str | None = None
     dataset_text_field: str = "text"
     dataset_num_proc: int | None = None
+    context: int | None = None
+
+    @property
+    def num_tokens_kept(self) -> int | None:
+        """The most tokens of a sample; `None` keeps all."""
+        limits = [limit for limit in (self.max_length, self.context) if limit is not None]
+        return min(limits, default=None)
+
+
+def context_of(config: Any) -> int | None:
+    """
+    How many tokens a model can read: as many as it has positions in a table.
+
+    With rotary positions it can read on, for better or worse, and TRL lets it.
+
+    Args:
+        config: The model's configuration.
+    """
+    config = config.get_text_config()
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def named_groups(
@@ -274,7 +297,7 @@ def prepare_group(
         raise ValueError(
             f"{source.first} must have at least {num_parts} samples with a token to "
             f"learn from (`gradients_per_group`), but has {len(samples)}: the others of its "
-            f"{len(chosen)} have none within `max_length` {preparation.max_length}. Raise "
+            f"{len(chosen)} have none within `max_length` {preparation.num_tokens_kept}. Raise "
             "`max_length` or `num_samples`, lower `gradients_per_group`, or look for empty "
             "completions."
         )
@@ -282,7 +305,21 @@ def prepare_group(
     logger.info(
         "%s: %d samples, %d tokens in the loss", source.first, len(samples), group.num_tokens
     )
+    _warn_of_cut_samples(source, samples, preparation)
     return group
+
+
+def _warn_of_cut_samples(source: Source, samples: list[Sample], preparation: Preparation) -> None:
+    """TRL cuts training data at `max_length` only, and lets the model fail beyond its context."""
+    if preparation.context is None or preparation.max_length == preparation.num_tokens_kept:
+        return
+    is_full = [len(sample.features["input_ids"]) >= preparation.context for sample in samples]
+    if any(is_full):
+        logger.warning(
+            "%s: %d of its %d samples fill the %d tokens that the model can read, and are cut there"
+            " if they are longer. Take shorter texts, or cut them where it makes sense.",
+            source.first, sum(is_full), len(samples), preparation.context,
+        )  # fmt: skip
 
 
 def _choose(
@@ -357,7 +394,7 @@ def _prepare(dataset: Dataset, preparation: Preparation, where: str) -> Dataset:
         chat_template=preparation.chat_template,
         completion_only_loss=completion_only_loss,
         assistant_only_loss=preparation.assistant_only_loss,
-        max_length=preparation.max_length,
+        max_length=preparation.num_tokens_kept,
         truncation_mode=preparation.truncation_mode,
         dataset_text_field=preparation.dataset_text_field,
         dataset_num_proc=preparation.dataset_num_proc,

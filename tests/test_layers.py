@@ -94,7 +94,7 @@ LAYERS = {
         "trl",
     ),
     "evaluation.sets": (
-        "columns row_values rows rendering formats mixture evaluation.arguments "
+        "columns row_values rows rendering data formats mixture evaluation.arguments "
         "evaluation.measures",
         "torch datasets transformers trl",
     ),

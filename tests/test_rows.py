@@ -1,23 +1,27 @@
 """Rows: whatever stands in them is read as TRL reads it, or named by data set and number."""
 
 import json
+import logging
 import re
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset, config, load_dataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ogpsa_trl import CapabilityGate
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.rows import choose_rows, known_prompts
 from ogpsa_trl.columns import Source
-from ogpsa_trl.data import Preparation, prepare_group
+from ogpsa_trl.data import Preparation, context_of, prepare_group
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
-from ogpsa_trl.evaluation.sets import load_sets
+from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.sets import length_for, load_sets
 from ogpsa_trl.rendering import check_rendering, prepared
 from ogpsa_trl.row_values import RowError
 from ogpsa_trl.rows import check_rows, readable
-from ogpsa_trl.toy_model import CHAT_TEMPLATE, toy_tokenizer
-from runs import make_trainer, safety_data
+from ogpsa_trl.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
+from runs import make_trainer, paper, safety_data
 
 TOKENIZER = toy_tokenizer()
 WHERE = "group 'facts' of `some_datasets`"
@@ -518,3 +522,65 @@ class TestCapabilitySets:
         rows = [{"messages": [ASKED, ANSWER], "text": None, "tools": None, "images": None}] * 3
         [group] = choose_rows(self.arguments(rows, tmp_path), TOKENIZER)
         assert group.rows == [{"prompt": [ASKED], "completion": [ANSWER]}] * 3
+
+
+def short_model():
+    """A GPT-2 with positions for 16 tokens."""
+    size = len(TOKENIZER)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=16, vocab_size=size)
+    )
+    model.config.eos_token_id = model.config.bos_token_id = TOKENIZER.eos_token_id
+    return model
+
+
+class TestContext:
+    """No sample is longer than what the model has positions for."""
+
+    ROWS = Dataset.from_dict({"text": ["add 1 2 => 3 " * 10, "the cat sees a dog"]})
+
+    def test_a_table_of_positions_ends_rotary_ones_do_not(self):
+        assert context_of(short_model().config) == 16
+        assert context_of(tiny_model().config) is None
+
+    @pytest.mark.parametrize("max_length", [None, 12, 1024])
+    def test_samples_are_cut_with_a_warning(self, max_length, tmp_path, caplog):
+        def lengths(samples):
+            return sorted(len(sample.features["input_ids"]) for sample in samples)
+
+        kept = 12 if max_length == 12 else 16
+        data = Dataset.from_dict({"text": ["the cat sees a dog"] * 8})
+        trainer = make_trainer(
+            "sft", short_model(), tmp_path, data=data, max_length=max_length, capability=self.ROWS,
+            config=paper(num_samples=2), more={"processing_class": toy_tokenizer()},
+        )  # fmt: skip
+        gate = CapabilityGate(trainer, {"facts": self.ROWS})
+        [group] = trainer.capability_groups
+        assert lengths(group.samples) == lengths(gate.parts["facts"].samples) == [6, kept]
+        warned = [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
+        assert len(warned) == (0 if kept == 12 else 2)
+        for message, where in zip(warned, ("Capability group", "Gate group"), strict=False):
+            assert message.startswith(where)
+            assert "1 of its 2 samples fill the 16 tokens" in message
+
+    def test_a_likelihood_is_taken_of_what_can_be_read(self):
+        values = group_nll(short_model(), TOKENIZER, "facts", self.ROWS, max_length=1024)
+        assert sorted(values.columns[1]) == [5, 15]
+
+    def test_an_evaluation_keeps_to_the_shortest_of_its_models(self, tmp_path, caplog):
+        short_model().save_pretrained(tmp_path / "short")
+        tiny_model().save_pretrained(tmp_path / "tiny")
+        (tmp_path / "adapter").mkdir()
+        adapter = {"base_model_name_or_path": str(tmp_path / "short")}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+
+        def length(*names):
+            models = {str(tmp_path / name): None for name in names}
+            return length_for(40, models, trust_remote_code=False)
+
+        caplog.set_level(logging.WARNING)
+        assert length("tiny") == 40
+        assert not caplog.records
+        assert length("tiny", "short") == length("adapter") == 16
+        assert "`max_length` (40) is above the 16 tokens" in caplog.text

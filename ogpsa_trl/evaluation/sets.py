@@ -1,16 +1,20 @@
 """The data of an evaluation: loaded, chosen and checked once, before any model is loaded."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl.data_utils import maybe_extract_prompt
 
 from ogpsa_trl.columns import Source
+from ogpsa_trl.data import context_of
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
 from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens, tokenise
 from ogpsa_trl.formats import check_data, first_row
@@ -127,6 +131,35 @@ def load_sets(
         groups("over_refusal_datasets", prompts),
         groups("preference_datasets", pairs),
     )
+
+
+def length_for(
+    max_length: int, models: Mapping[str, str | None], *, trust_remote_code: bool
+) -> int:
+    """
+    `max_length`, or less where a model cannot read as much; known without its weights.
+
+    Args:
+        max_length: Tokens of a sample.
+        models: Names and revisions; a PEFT adapter stands for its base model.
+        trust_remote_code: Whether code that comes with a model is run.
+    """
+    for name, revision in models.items():
+        adapter = find_adapter_config_file(name, revision=revision)
+        if adapter is not None:
+            base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+            name, revision = base, None
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        context = context_of(config)
+        if context is not None and context < max_length:
+            logger.warning(
+                "`max_length` (%d) is above the %d tokens that %s can read: %d is used.",
+                max_length, context, name, context,
+            )  # fmt: skip
+            max_length = context
+    return max_length
 
 
 def _prompt(prompt: Text, is_chat: bool) -> Text:
