@@ -12,13 +12,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
+import pyarrow
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from trl.data_utils import is_conversational, is_conversational_from_value, maybe_extract_prompt
+from trl.data_utils import maybe_extract_prompt
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+
+from ogpsa_trl.columns import Source
+from ogpsa_trl.rendering import check_rendering, prepared
+from ogpsa_trl.rows import check_rows, readable
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +171,7 @@ class Preparation:
         chat_template: Overrides the tokenizer's chat template.
         dataset_text_field: Column of plain text.
         dataset_num_proc: Worker processes.
+        context: Tokens that the model has positions for; `None` where nothing limits them.
     """
 
     processing_class: Any
@@ -177,6 +183,28 @@ class Preparation:
     chat_template: str | None = None
     dataset_text_field: str = "text"
     dataset_num_proc: int | None = None
+    context: int | None = None
+
+    @property
+    def num_tokens_kept(self) -> int | None:
+        """The most tokens of a sample; `None` keeps all."""
+        limits = [limit for limit in (self.max_length, self.context) if limit is not None]
+        return min(limits, default=None)
+
+
+def context_of(config: Any) -> int | None:
+    """
+    How many tokens a model can read: as many as it has positions in a table.
+
+    With rotary positions it can read on, for better or worse, and TRL lets it.
+
+    Args:
+        config: The model's configuration.
+    """
+    config = config.get_text_config()
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def named_groups(
@@ -223,37 +251,6 @@ def named_groups(
     return dict(data)
 
 
-def check_group_format(name: str, row: Mapping[str, Any], text_field: str) -> None:
-    """
-    Refuse capability data that TRL cannot make tokens of.
-
-    Args:
-        name: The group.
-        row: Its first row, not tokenised.
-        text_field: Column of plain text.
-
-    Raises:
-        ValueError: the columns are those of no known format.
-    """
-    columns = set(row)
-    known = [{"input_ids"}, {"messages"}, {text_field}, {"prompt", "completion"}]
-    known.append({"chosen", "rejected"})
-    if not any(needed <= columns for needed in known) and not is_conversational_from_value(
-        dict(row)
-    ):
-        raise ValueError(
-            f"Capability group {name!r} must have a column `messages`, `{text_field}` or "
-            "`input_ids`, or the columns `prompt` and `completion` (or `chosen` and `rejected`), "
-            f"but has {sorted(columns)}. Rename its columns with `Dataset.rename_column` (in YAML: "
-            "add a `conversion`)."
-        )
-    if "prompt" in columns and not columns & {"completion", "chosen", "input_ids"}:
-        raise ValueError(
-            f"Capability group {name!r} has a column `prompt` but no `completion`. Add one, or "
-            "leave `prompt` out with `Dataset.remove_columns` (in YAML: `columns: [messages]`)."
-        )
-
-
 def prepare_group(
     name: str,
     dataset: Dataset | IterableDataset,
@@ -263,6 +260,7 @@ def prepare_group(
     num_parts: int,
     batch_size: int,
     seed: int,
+    where: str | None = None,
 ) -> CapabilityGroup:
     """
     Choose, tokenise and batch the samples of a group.
@@ -276,74 +274,117 @@ def prepare_group(
         num_parts: Disjoint parts, each of which gives one gradient.
         batch_size: Largest number of sequences in a batch.
         seed: Of the random choice.
+        where: What the user knows the group as. `None`: a capability group of this name.
 
     Raises:
-        ValueError: no samples, no known format, or fewer samples with a trainable token than parts.
+        ValueError: no samples, no known format, a row that cannot be read or that the chat template
+            refuses, or fewer samples with a trainable token than parts.
     """
-    chosen = _choose(name, dataset, num_samples, seed)
+    where = where or f"capability group {name!r}"
+    source = Source(
+        where,
+        "group",
+        preparation.dataset_text_field,
+        preparation.assistant_only_loss,
+        len(preparation.tokenizer),
+    )
+    chosen, numbers = _choose(source, dataset, num_samples, seed)
     tokenizer = preparation.tokenizer
     # Padding is masked, so any token does where TRL has set none (with a collator of the user's).
     has_pad = tokenizer.pad_token_id is not None
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id if has_pad else 0)
     samples = []
     features: Features
-    for index, features in enumerate(cast(Any, _tokenise(name, chosen, preparation))):
+    tokenised: Any = _tokenise(source, chosen, numbers, preparation)
+    for index, features in enumerate(tokenised):
         num_tokens = int(trained_labels(collate([features])["labels"]).sum())
         if num_tokens > 0:
             used = {key: features[key] for key in ("input_ids", "labels") if key in features}
             samples.append(Sample(f"{name}/{index}", used, num_tokens))
     if len(samples) < num_parts:
         raise ValueError(
-            f"Capability group {name!r} must have at least {num_parts} samples with a token to "
+            f"{source.first} must have at least {num_parts} samples with a token to "
             f"learn from (`gradients_per_group`), but has {len(samples)}: the others of its "
-            f"{len(chosen)} have none within `max_length` {preparation.max_length}. Raise "
+            f"{len(chosen)} have none within `max_length` {preparation.num_tokens_kept}. Raise "
             "`max_length` or `num_samples`, lower `gradients_per_group`, or look for empty "
             "completions."
         )
     group = CapabilityGroup(name, samples, num_parts, batch_size, collate)
     logger.info(
-        "Capability group %r: %d samples, %d tokens in the loss",
-        name, len(samples), group.num_tokens,
-    )  # fmt: skip
+        "%s: %d samples, %d tokens in the loss", source.first, len(samples), group.num_tokens
+    )
+    _warn_of_cut_samples(source, samples, preparation)
     return group
 
 
-def _choose(name: str, dataset: Dataset | IterableDataset, num_samples: int, seed: int) -> Dataset:
-    """The samples used, in random order (a stream: the first ones, in order)."""
+def _warn_of_cut_samples(source: Source, samples: list[Sample], preparation: Preparation) -> None:
+    """TRL cuts training data at `max_length` only, and lets the model fail beyond its context."""
+    if preparation.context is None or preparation.max_length == preparation.num_tokens_kept:
+        return
+    is_full = [len(sample.features["input_ids"]) >= preparation.context for sample in samples]
+    if any(is_full):
+        logger.warning(
+            "%s: %d of its %d samples fill the %d tokens that the model can read, and are cut there"
+            " if they are longer. Take shorter texts, or cut them where it makes sense.",
+            source.first, sum(is_full), len(samples), preparation.context,
+        )  # fmt: skip
+
+
+def _choose(
+    source: Source, dataset: Dataset | IterableDataset, num_samples: int, seed: int
+) -> tuple[Dataset, list[int]]:
+    """The samples used, in random order (a stream: the first ones, in order), and their places."""
     if isinstance(dataset, IterableDataset):
-        chosen = Dataset.from_list(list(dataset.take(num_samples)))
+        rows = list(dataset.take(num_samples))
+        numbers = list(range(len(rows)))
+        chosen = _of_stream(rows, source)
     else:
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
-        chosen = dataset.select(rows)
+        numbers = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
+        chosen = dataset.select(numbers)
         logger.info(
-            "Capability group %r: seed %d chooses the rows %s%s of %d",
-            name, seed, str(rows[:10]).strip("[]"), ", ..." if len(rows) > 10 else "", len(dataset),
+            "%s: seed %d chooses the rows %s%s of %d",
+            source.first, seed, str(numbers[:10]).strip("[]"), ", ..." * (len(numbers) > 10),
+            len(dataset),
         )  # fmt: skip
-        logger.debug("Capability group %r: all rows chosen: %s", name, rows)
+        logger.debug("%s: all rows chosen: %s", source.first, numbers)
     if len(chosen) == 0:
         raise ValueError(
-            f"Capability group {name!r} must have at least one sample, but it is empty. Check its "
+            f"{source.first} must have at least one sample, but it is empty. Check its "
             "file or split, or remove the group."
         )
     if len(chosen) < num_samples:
         logger.warning(
-            "Capability group %r has %d samples, fewer than `num_samples` (%d). All are used.",
-            name, len(chosen), num_samples,
+            "%s has %d samples, fewer than `num_samples` (%d). All are used.",
+            source.first, len(chosen), num_samples,
         )  # fmt: skip
-    return chosen
+    return chosen, numbers
 
 
-def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
-    """Tokens and labels, exactly as `SFTTrainer` makes them."""
-    check_group_format(name, dataset[0], preparation.dataset_text_field)
-    is_conversation = is_conversational(dataset[0]) or is_conversational_from_value(dataset[0])
-    if is_conversation and not (preparation.chat_template or preparation.tokenizer.chat_template):
+def _of_stream(rows: list[Any], source: Source) -> Dataset:
+    """A table of rows, whose values must be of one type in each column."""
+    check_rows(rows, source)
+    try:
+        return Dataset.from_list(rows)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:  # in a column of no use
         raise ValueError(
-            f"Capability group {name!r} holds conversations, but the tokenizer has no chat "
-            "template to make text of them. Set one (`tokenizer.chat_template`), or use the columns"
-            " `prompt` and `completion` with text."
-        )
+            f"{source.first} must have values of one type in each column, but Arrow makes no table "
+            f"of its rows: {error}. Correct them, or leave the column out."
+        ) from error
+
+
+def _tokenise(
+    source: Source, dataset: Dataset, numbers: list[int], preparation: Preparation
+) -> Dataset:
+    """Tokens and labels, exactly as `SFTTrainer` makes them."""
+    rows = readable(dataset, source, numbers)
+    processing_class, template = preparation.processing_class, preparation.chat_template
+    check_rendering(rows, source, processing_class, template, numbers)
+    where = source.where
+    return prepared(rows, lambda some: _prepare(some, preparation, where), where, numbers)
+
+
+def _prepare(dataset: Dataset, preparation: Preparation, where: str) -> Dataset:
     if {"chosen", "rejected"} <= set(dataset.column_names):
         # Also where a text prompt stands beside conversations that contain it.
         dataset = dataset.map(maybe_extract_prompt)
@@ -361,7 +402,7 @@ def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
         chat_template=preparation.chat_template,
         completion_only_loss=completion_only_loss,
         assistant_only_loss=preparation.assistant_only_loss,
-        max_length=preparation.max_length,
+        max_length=preparation.num_tokens_kept,
         truncation_mode=preparation.truncation_mode,
         dataset_text_field=preparation.dataset_text_field,
         dataset_num_proc=preparation.dataset_num_proc,
@@ -375,5 +416,5 @@ def _tokenise(name: str, dataset: Dataset, preparation: Preparation) -> Dataset:
         stand_in,
         packing=False,
         formatting_func=None,
-        dataset_name=f"capability group {name!r}",
+        dataset_name=where,
     )

@@ -1,23 +1,16 @@
 """Training data held against the stage and the tokenizer, before a model is loaded."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import pyarrow
-import pyarrow.compute
 from datasets import Dataset
-from jinja2 import TemplateError
-from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
-from ogpsa_trl.data import check_group_format
-from ogpsa_trl.mixture import AnyDataset, loading
-from ogpsa_trl.values import shown
+from ogpsa_trl.columns import AnyDataset, Row, Source
+from ogpsa_trl.mixture import loading
+from ogpsa_trl.rendering import check_rendering
+from ogpsa_trl.rows import readable
 
-Row = Mapping[str, Any]
-
-_DPO_COLUMNS = ("prompt", "chosen", "rejected")
-_IMAGES = {"image", "images"}  # TRL says whether it can read them
-_ROWS_AT_ONCE = 1000
+# Rows that are rendered before the model is loaded: a second. TRL renders the others.
+_ROWS_RENDERED = 1000
 
 
 def first_row(dataset: AnyDataset, where: str) -> Row:
@@ -36,51 +29,31 @@ def first_row(dataset: AnyDataset, where: str) -> Row:
     return row
 
 
-def check_stage_format(dataset: AnyDataset, where: str, stage: str, text_field: str) -> None:
+def check_data(
+    dataset: AnyDataset, source: Source, processing_class: Any, *, is_rendered: bool = True
+) -> AnyDataset:
     """
-    Refuse safety data that the trainer of a stage cannot read.
+    Refuse data that cannot be made into tokens.
 
     Args:
         dataset: The data, not tokenised.
-        where: What the user knows it as.
-        stage: `sft` or `dpo`.
-        text_field: Column of plain text, in SFT.
+        source: What they are.
+        processing_class: The tokenizer or processor that TRL will use.
+        is_rendered: Whether its chat template is the one that TRL will use.
+
+    Returns:
+        The data to train on: without columns of nulls that TRL would read. Rows of a stream are
+        looked at when they are read.
 
     Raises:
-        ValueError: the data is empty, its columns are those of another stage or of none, or a
-            column holds something else than text or messages.
+        ValueError: they are empty, in no known format, or a row cannot be read or does not go with
+            the chat template.
     """
-    row = first_row(dataset, where)
-    columns = set(row)
-    if columns & _IMAGES:
-        return
-    if stage == "sft":
-        used = _sft_columns(row, columns, where, text_field)
-    else:
-        used = _dpo_columns(columns, where)
-    _check_first_row({column: row[column] for column in used}, where)
-    if isinstance(dataset, Dataset):
-        _check_that_all_have_values(dataset, used, where)
-
-
-def check_group(dataset: AnyDataset, name: str, text_field: str) -> None:
-    """
-    Refuse capability data that cannot be read.
-
-    Args:
-        dataset: A group, not tokenised.
-        name: Its name.
-        text_field: Column of plain text.
-
-    Raises:
-        ValueError: it is empty, in no known format, or lacks values.
-    """
-    where = f"capability group {name!r}"
-    row = first_row(dataset, where)
-    check_group_format(name, row, text_field)
-    if isinstance(dataset, Dataset):
-        used = [c for c in ("messages", text_field, "prompt", "completion", "chosen") if c in row]
-        _check_that_all_have_values(dataset, used, where)
+    first_row(dataset, source.where)
+    dataset = readable(dataset, source)
+    if is_rendered:
+        dataset = check_rendering(dataset, source, processing_class, num_rows=_ROWS_RENDERED)
+    return dataset
 
 
 def check_tokens(dataset: AnyDataset | None, max_length: int | None) -> None:
@@ -106,134 +79,6 @@ def check_tokens(dataset: AnyDataset | None, max_length: int | None) -> None:
             f"`max_length` {max_length}. Raise `max_length`, or look for empty completions and for "
             "labels that are all -100."
         )
-
-
-def _sft_columns(row: Row, columns: set[str], where: str, text_field: str) -> list[str]:
-    """The columns with text that `SFTTrainer` reads."""
-    if "input_ids" in columns or is_conversational_from_value(dict(row)):
-        return []
-    if {"chosen", "rejected"} <= columns:
-        raise ValueError(
-            f"{_first(where)} has the columns {sorted(columns)}, which are preferences, but the "
-            "stage is 'sft'. Set `stage: dpo`, or rename `chosen` to `completion` and remove "
-            "`rejected`."
-        )
-    if {"prompt", "completion"} <= columns:
-        return ["prompt", "completion"]
-    if "prompt" not in columns:
-        for column in ("messages", text_field):
-            if column in columns:
-                return [column]
-    raise ValueError(
-        f"{_first(where)} must have a column `messages`, `{text_field}` (`dataset_text_field`) or "
-        f"`input_ids`, or the columns `prompt` and `completion`, but has {sorted(columns)}. Rename "
-        "them, choose with `columns`, or add a `conversion`."
-    )
-
-
-def _dpo_columns(columns: set[str], where: str) -> list[str]:
-    """The columns with text that `DPOTrainer` reads."""
-    if {"chosen", "rejected"} <= columns:
-        return [column for column in _DPO_COLUMNS if column in columns]
-    way_out = "Rename them, choose with `columns`, or add a `conversion`."
-    if columns & {"completion", "messages", "text", "input_ids"}:
-        way_out = f"Set `stage: sft`, if this is data for it. {way_out}"
-    raise ValueError(
-        f"{_first(where)} must have the columns `chosen` and `rejected`, because the stage is "
-        f"'dpo', but has {sorted(columns)}. {way_out}"
-    )
-
-
-def _check_first_row(values: Row, where: str) -> None:
-    """The others have the same types: they are those of the columns."""
-    for column, value in values.items():
-        is_text = isinstance(value, str) and column != "messages"
-        if not is_text and not _is_conversation(value):
-            raise ValueError(
-                f"`{column}` in {where} must be {'' if column == 'messages' else 'text, or '}a list"
-                f" of messages with `role` and `content`, but the first row has {shown(value)}. "
-                "Correct the data, or choose others with `columns`."
-            )
-    texts = [column for column, value in values.items() if isinstance(value, str)]
-    if 0 < len(texts) < len(values):
-        others = [column for column in values if column not in texts]
-        raise ValueError(
-            f"The columns of {where} must all be text or all be conversations, but {texts} are "
-            f"text and {others} are not. Leave one out with `columns`, such as a `prompt` that "
-            "`chosen` and `rejected` hold already."
-        )
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and isinstance(value[0], dict)
-        and "role" in value[0]
-    )
-
-
-def check_chat_template(dataset: AnyDataset, where: str, processing_class: Any) -> None:
-    """
-    Refuse conversations for which there is no chat template, or one that refuses them.
-
-    Args:
-        dataset: Any data, not tokenised; its first row is rendered.
-        where: What the user knows it as.
-        processing_class: The tokenizer or processor that TRL will use.
-
-    Raises:
-        ValueError: it has no template, or the template raises.
-    """
-    row: dict[str, Any] = maybe_convert_to_chatml(dict(first_row(dataset, where)))
-    prompt = row["prompt"] if _is_conversation(row.get("prompt")) else []
-    conversations = [
-        [*prompt, *row[column]]
-        for column in ("messages", "completion", "chosen", "rejected")
-        if _is_conversation(row.get(column))
-    ]
-    if not conversations or row.keys() & (_IMAGES | {"tools"}):
-        return
-    if processing_class.chat_template is None:
-        raise ValueError(
-            f"{_first(where)} holds conversations, but the tokenizer has no chat template to make "
-            "text of them. Train a model that has one, set `chat_template_path` (SFT), or bring "
-            "the data into the columns `prompt` and `completion` (DPO: `chosen` and `rejected`), "
-            "as text."
-        )
-    for conversation in conversations:
-        try:
-            processing_class.apply_chat_template(
-                conversation, tokenize=False, **(row.get("chat_template_kwargs") or {})
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"{_first(where)} does not go with the chat template of the tokenizer, which "
-                f"refuses the first row: {error}. Change the roles of the messages, or set another "
-                "template with `chat_template_path` (SFT)."
-            ) from error
-
-
-def _check_that_all_have_values(dataset: Dataset, columns: list[str], where: str) -> None:
-    """Over the whole column, in the memory of Arrow: TRL would stop in the middle of a map."""
-    compute: Any = pyarrow.compute  # its functions are made when it is imported
-    start = 0
-    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE)
-    for table in tables:
-        for column in columns:
-            values = table[column]
-            missing = compute.is_null(values)
-            if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
-                is_empty = compute.equal(compute.list_value_length(values), 0)
-                missing = compute.or_kleene(missing, is_empty)
-            index = compute.index(missing, True).as_py()
-            if index >= 0:
-                raise ValueError(
-                    f"`{column}` in {where} must have a value in every row, but row "
-                    f"{start + index} has {shown(values[index].as_py())}. Remove such rows, and "
-                    "mix only data of the same columns."
-                )
-        start += len(table)
 
 
 def _first(where: str) -> str:

@@ -137,6 +137,7 @@ class CapabilityGate(TrainerCallback):
                 num_parts=1,
                 batch_size=self.config.gate_batch_size,
                 seed=trainer.args.seed,
+                where=f"gate group {name!r}",
             ).whole()
             for name, dataset in datasets.items()
         }

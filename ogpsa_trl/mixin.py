@@ -33,6 +33,7 @@ from ogpsa_trl.data import (
     Batch,
     CapabilityGroup,
     Preparation,
+    context_of,
     named_groups,
     prepare_group,
     trained_labels,
@@ -216,7 +217,12 @@ class OGPSAMixin(Trainer):
         processing_class = self.processing_class
         is_processor = isinstance(processing_class, ProcessorMixin)
         tokenizer = processing_class.tokenizer if is_processor else processing_class
-        return Preparation(processing_class, tokenizer, self.ogpsa_config.capability_max_length)
+        return Preparation(
+            processing_class,
+            tokenizer,
+            self.ogpsa_config.capability_max_length,
+            context=context_of(self.model.config),
+        )
 
     def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:
         """What the trainer puts around its own forward and backward passes."""

@@ -13,6 +13,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ogpsa_trl.data import Batch, Preparation
 from ogpsa_trl.mixin import OGPSAMixin
+from ogpsa_trl.rendering import prepared
+
+_NAMES = {"train": "the training data", "eval": "the evaluation data"}
 
 
 class _WithFusedHead(OGPSAMixin):
@@ -30,6 +33,13 @@ class _WithFusedHead(OGPSAMixin):
             max_length=preparation.max_length or self.args.max_length,
             dataset_num_proc=self.args.dataset_num_proc,
         )
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's own; where a row of the data is at fault, it is named."""
+        name = kwargs.get("dataset_name", args[-1] if args else "train")
+        where = _NAMES.get(name, f"the evaluation data {name!r}")
+        parent: Any = super()  # the trainer that this class stands before
+        return prepared(dataset, lambda rows: parent._prepare_dataset(rows, *args, **kwargs), where)
 
     def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:
         return self.maybe_activation_offload_context

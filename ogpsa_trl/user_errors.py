@@ -2,7 +2,8 @@
 Errors that a user can mend end a script with one line; all others keep their traceback.
 
 Until the first step nearly all that is raised on purpose is about what the run was given. Later
-only a failed save and a loss of numbers are for the user: a bug in a long run is no wrong value.
+only a failed save, a loss of numbers and a row of a stream are for the user: a bug in a long run is
+no wrong value.
 """
 
 import contextlib
@@ -16,13 +17,14 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ogpsa_trl.completeness import SaveError
+from ogpsa_trl.row_values import RowError
 
 # A value; a file or a host that is not there; a package that is not installed; weights that are
 # damaged, or hold code; a chat template that refuses a conversation.
 _OF_THE_USER = (
     ValueError, OSError, ImportError, SafetensorError, UnpicklingError, TemplateError,
 )  # fmt: skip
-_AT_ANY_TIME = (SaveError, FloatingPointError)
+_AT_ANY_TIME = (SaveError, FloatingPointError, RowError)
 
 _NOT_LOADED = (
     "A file of weights or of a checkpoint holds something else than tensors and numbers, which "

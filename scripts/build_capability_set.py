@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from ogpsa_trl.capability_set.report import (
     training_entries,
 )
 from ogpsa_trl.capability_set.rows import choose_rows, complete_rows, known_prompts, write_group
+from ogpsa_trl.evaluation.sets import length_for
 from ogpsa_trl.model_kind import check_causal
 from ogpsa_trl.paths import check_model_path, check_output_folder
 from ogpsa_trl.user_errors import user_errors
@@ -73,6 +74,12 @@ def main(arguments: CapabilitySetArguments, model_config: ModelConfig) -> dict[s
             revision=model_config.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
+        max_length = length_for(
+            arguments.max_length,
+            {str(model_config.model_name_or_path): model_config.model_revision},
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        arguments = replace(arguments, max_length=max_length)
         groups = choose_rows(arguments, tokenizer)
         safety_prompts = known_prompts(arguments.harmful_datasets)
         model = load_model(arguments, model_config)

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ogpsa_trl.evaluation.arguments import EvaluationArguments, parse_evaluation
 from ogpsa_trl.evaluation.intervals import SampleValues
 from ogpsa_trl.evaluation.report import change_figure, markdown_table, result_rows
 from ogpsa_trl.evaluation.results import Measured, Result, compare
-from ogpsa_trl.evaluation.sets import EvaluationSets, load_sets
+from ogpsa_trl.evaluation.sets import EvaluationSets, length_for, load_sets
 from ogpsa_trl.evaluation.suite import (
     MEASURES,
     ModelScores,
@@ -78,6 +78,12 @@ def main(arguments: EvaluationArguments) -> list[Result]:
             when: load_tokenizer(arguments, str(name), revision)
             for when, (name, revision) in models.items()
         }
+        max_length = length_for(
+            arguments.max_length,
+            {str(name): revision for name, revision in models.values()},
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        arguments = replace(arguments, max_length=max_length)
         sets = load_sets(arguments, list(tokenizers.values()))
     scores: dict[str, ModelScores] = {}
     for when, (name, revision) in models.items():

@@ -22,10 +22,11 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.arguments import RunArguments
+from ogpsa_trl.columns import Source
 from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.completeness import checkpoint_to_resume, saving
 from ogpsa_trl.engines import check_arguments
-from ogpsa_trl.formats import check_chat_template, check_group, check_stage_format, check_tokens
+from ogpsa_trl.formats import check_data, check_tokens
 from ogpsa_trl.model_kind import check_causal
 from ogpsa_trl.paths import check_model_path, check_output_folder, check_template_path
 from ogpsa_trl.run_report import save_run_settings, write_report
@@ -133,7 +134,7 @@ def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, Capab
         check_arguments(args, run.ogpsa.target)
     data = load_data(run)
     processing_class = load_processing_class(run)
-    check_data(run, data, processing_class)
+    data = checked(run, data, processing_class)
     check_model(run)
     trainer = TRAINERS[run.train.stage](
         run.model.model_name_or_path,
@@ -196,27 +197,44 @@ def load_data(run: RunArguments) -> Data:
     )
 
 
-def check_data(run: RunArguments, data: Data, processing_class: Any) -> None:
+def checked(run: RunArguments, data: Data, processing_class: Any) -> Data:
     """
-    Look at columns and first rows: what the trainers would find out with the model in memory.
+    Look at all rows: what the trainers would find out with the model in memory.
+
+    Returns:
+        The data without what the trainers could not read.
 
     Raises:
-        ValueError: data is empty, or in no format for the stage or for the chat template.
+        ValueError: data is empty, in no format for the stage or for the chat template, or a row has
+            a value that cannot be read.
     """
     stage, args = run.train.stage, run.training
-    text_field = args.dataset_text_field if stage == "sft" else "text"
-    datasets = {"the training data": data.train}
-    if data.evaluation is not None:
-        datasets["the evaluation data"] = data.evaluation
-    for where, dataset in datasets.items():
-        check_stage_format(dataset, where, stage, text_field)
-    groups = {**(data.capability or {}), **{f"gate/{n}": d for n, d in (data.gate or {}).items()}}
-    for name, dataset in groups.items():
-        check_group(dataset, name, text_field)
-        datasets[f"capability group {name!r}"] = dataset
-    if stage == "dpo" or args.chat_template_path is None:  # TRL sets that of the path later
-        for where, dataset in datasets.items():
-            check_chat_template(dataset, where, processing_class)
+    of_sft = {}
+    if stage == "sft":
+        of_sft["text_field"] = args.dataset_text_field
+        of_sft["assistant_only_loss"] = args.assistant_only_loss
+    is_rendered = stage == "dpo" or args.chat_template_path is None  # TRL sets that of the path
+
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+
+    def check(dataset: Any, where: str, use: Any) -> Any:
+        source = Source(where, use, vocabulary_size=len(tokenizer), **of_sft)
+        return check_data(dataset, source, processing_class, is_rendered=is_rendered)
+
+    def check_groups(groups: dict[str, Any] | None, kind: str, key: str) -> dict[str, Any] | None:
+        if groups is None:
+            return None
+        return {
+            name: check(dataset, f"{kind} group {name!r} (`{key}`)", "group")
+            for name, dataset in groups.items()
+        }
+
+    return Data(
+        check(data.train, "the training data", stage),
+        None if data.evaluation is None else check(data.evaluation, "the evaluation data", stage),
+        check_groups(data.capability, "capability", "capability_datasets"),
+        check_groups(data.gate, "gate", "gate_datasets"),
+    )
 
 
 def load_processing_class(run: RunArguments) -> Any:

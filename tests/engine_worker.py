@@ -445,7 +445,7 @@ def bf16_options(rate, **options):
 
 
 def train_default_in_bf16(engine, model_path, folder, num_processes):
-    """Plain TRL and the default: what became of the weights, and how often restoration was capped."""
+    """Of plain TRL and the default: the weights, and whether each restoration was capped."""
     results = {}
     for rate in BF16_RATES:
         for kind in ("plain", "preserve"):

@@ -251,7 +251,7 @@ DATA = [
     Case("damaged parquet", groups(entry("@/damaged.parquet")),
          ("`capability_datasets`", "footer")),
     Case("another encoding", groups(entry("@/latin.jsonl")),
-         ("'capability' cannot be loaded", "utf-8")),
+         ("'capability'", "`capability_datasets`", "cannot be loaded", "utf-8")),
     Case("split that is not there", groups(entry(split="validation")),
          ("`capability_datasets`", '"validation"', "['train']")),
     Case("split that is none", groups(entry(split="train[:")),
@@ -265,7 +265,7 @@ DATA = [
     Case("columns of another conversion", groups(entry(conversion="gsm8k")),
          ("`conversion: gsm8k` needs a column 'question'", "['prompt', 'completion']")),
     Case("columns that differ in a group", groups(entry(), entry("@/messages.jsonl")),
-         ("`messages` in capability group 'capability'", "row 0 has None", "the same columns")),
+         ("`prompt` in capability group 'capability'", "row 8 has None", "the same columns")),
     Case("rows of a group without a completion", groups(entry("@/missing.jsonl")),
          ("`completion` in capability group 'capability'", "row 1 has None", "Remove such rows")),
     Case("entry twice", groups(entry(group="a"), entry(group="b")),
@@ -293,6 +293,20 @@ DATA = [
          ("`datasets`", "test_size=2.5")),
 ]  # fmt: skip
 
+# Rows that are wrong wherever they stand: in training, capability and gate data.
+IN_A_ROW = [
+    ("a number", "late_number.jsonl", {}, ("`completion` in", "row 5 has 3", "in quotes")),
+    ("a table of numbers", "sums.csv", {}, ("`completion` in", "row 0 has 3", "in CSV")),
+    ("JSON of messages", "json.jsonl", {}, ("`messages` in", "row 0 has '[{", "`json.loads`")),
+    ("message without content", "no_content.jsonl", {}, ("message 1 of row 5 has", "content")),
+    ("parts", "parts.jsonl", {}, ("message 0 of row 0", "has parts", "Make one text of them")),
+    ("tools of another syntax", "tools.jsonl", {}, ("`tools` in", "row 0 has", "JSON text of one")),
+    ("template that refuses a late row", "late_system.jsonl", {"model_name_or_path": "@/strict"},
+     ("does not go with", "refuses row 5: no system role here", "Change the roles")),
+    ("no answer", "no_answer.jsonl", {"assistant_only_loss": True, "dataset_name": "@/chat.jsonl"},
+     ("turn of the assistant", "row 5 has none", "`assistant_only_loss: false`")),
+]  # fmt: skip
+
 FORMATS = [
     Case("preferences for SFT", {"dataset_name": "@/dpo.jsonl"},
          ("The training data has the columns", "`stage: dpo`")),
@@ -315,11 +329,11 @@ FORMATS = [
          ("Capability group 'facts'", "['answer', 'question']", "`conversion`")),
     Case("group of prompts only", groups(entry("@/prompts.jsonl")), ("group", "['prompt']")),
     Case("gate group of unknown columns", {"gate_datasets": [entry("@/question.jsonl", group="x")]},
-         ("Capability group 'gate/x'", "['answer', 'question']")),
+         ("Gate group 'x' (`gate_datasets`)", "['answer', 'question']")),
     Case("row without a completion", {"dataset_name": "@/missing.jsonl"},
          ("`completion` in the training data", "row 1", "None", "Remove such rows")),
     Case("numbers for text", {"dataset_name": "@/numbers.jsonl"},
-         ("`prompt` in the training data must be text", "first row has 1")),
+         ("`prompt` in the training data must be text", "row 0 has 1")),
     Case("text for messages", {"dataset_name": "@/text_messages.jsonl"},
          ("`messages` in the training data must be a list of messages", "'hello'")),
     Case("conversation without messages", {"dataset_name": "@/no_messages.jsonl"},
@@ -331,13 +345,32 @@ FORMATS = [
          ("The training data holds conversations", "no chat template", "`chat_template_path`")),
     Case("no chat template for a group",
          {**groups(entry("@/messages.jsonl", group="chat")), "model_name_or_path": "@/no_chat"},
-         ("Capability group 'chat' holds conversations", "no chat template")),
+         ("Capability group 'chat'", "holds conversations", "no chat template")),
     Case("no chat template in DPO",
          {**groups(entry("@/messages.jsonl")), "model_name_or_path": "@/no_chat"},
          ("holds conversations", "no chat template"), stage="dpo"),
     Case("chat template of other roles",
          {"dataset_name": "@/system.jsonl", "model_name_or_path": "@/strict"},
          ("does not go with the chat template", "no system role here", "Change the roles")),
+    *(
+        Case(f"{name} in {where}", {**more, **keys}, (where, *words), stage=stage)
+        for name, file, more, words in IN_A_ROW
+        for where, keys, stage in (
+            ("he training data", {"dataset_name": f"@/{file}"}, "sft"),
+            ("apability group 'x' (`capability_datasets`)", groups(entry(f"@/{file}", group="x")),
+             "sft"),
+            ("apability group 'x' (`capability_datasets`)", groups(entry(f"@/{file}", group="x")),
+             "dpo"),
+            ("ate group 'x' (`gate_datasets`)",
+             {"gate_datasets": [entry(f"@/{file}", group="x")]}, "sft"),
+        )
+        if stage == "sft" or "assistant_only_loss" not in more
+    ),
+    Case("number among preferences", {"dataset_name": "@/late_preference.jsonl"},
+         ("`rejected` in the training data", "row 2 has 4"), stage="dpo"),
+    Case("template that refuses a preference",
+         {"dataset_name": "@/system_preference.jsonl", "model_name_or_path": "@/strict"},
+         ("The training data does not go", "refuses row 2: no system role here"), stage="dpo"),
 ]  # fmt: skip
 
 MODELS = [
@@ -456,6 +489,7 @@ def rows_of_files():
     sft, dpo = safety_data("sft").to_list(), safety_data("dpo").to_list()
     messages = to_messages(sft).to_list()
     answer = {"role": "assistant", "content": "no"}
+    asked, system = ({"role": role, "content": "add"} for role in ("user", "system"))
     return {
         "sft": sft, "dpo": dpo, "messages": messages,
         **{name: rows.to_list() for name, rows in capability_groups(8).items()},
@@ -471,6 +505,21 @@ def rows_of_files():
         "mixed": [{"prompt": "add", "chosen": [answer], "rejected": [answer]}],
         "system": [{"messages": [{"role": "system", "content": "be kind"}, answer]}],
         "images": [{"image": "a.png", "text": "add"}],
+        "chat": messages[:6],
+        "late_number": [*sft[:5], {"prompt": "add", "completion": 3}],
+        "json": [{"messages": json.dumps(row["messages"])} for row in messages[:6]],
+        "no_content": [*messages[:5], {"messages": [asked, {"role": "assistant"}]}],
+        "parts": [
+            {"messages": [{**asked, "content": [{"type": "text", "text": "add"}]}] * 2}
+        ] * 6,
+        "tools": [{**row, "tools": "[{'type': 'function'}]"} for row in messages[:6]],
+        "late_system": [*messages[:5], {"messages": [system, asked]}],
+        "no_answer": [*messages[:5], {"messages": [system, asked]}],
+        "late_preference": [*dpo[:2], {**dpo[2], "rejected": 4}],
+        "system_preference": [
+            {"prompt": [first], "chosen": [answer], "rejected": [{**answer, "content": "yes"}]}
+            for first in (asked, asked, system)
+        ],
         "labels": [{"input_ids": [3, 4, 5], "labels": [-100] * 3}] * 4,
     }  # fmt: skip
 
@@ -484,6 +533,7 @@ def files(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text(text)
     for name, content in {
         "empty.jsonl": b"", "empty.json": b"[]", "empty.csv": b"prompt,completion\n",
+        "sums.csv": b"prompt,completion\n" + b"add 1 2 =>,3\n" * 6,
         "damaged.jsonl": b"{bad", "damaged.parquet": b"PAR1\0", "list.yaml": b"- 1",
         "latin.jsonl": '{"text": "\xe9"}\n'.encode("latin-1"),
     }.items():  # fmt: skip
@@ -595,6 +645,30 @@ def test_what_takes_the_model_to_know_is_refused_before_a_step(case, checkpoints
 def test_the_run_that_the_cases_differ_from_works(files):
     for stage in ("sft", "dpo"):
         assert run_with(files, stage=stage) == 0
+
+
+def test_columns_of_nulls_change_nothing(files):
+    """Those that TRL would read, or take for another format, in all data of a run."""
+    nulls = ("text", "messages", "conversations", "input_ids", "image", "tools")
+    for name in ("sft", "dpo", "skills", "held_out"):
+        rows = [json.loads(line) for line in (files / f"{name}.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**dict.fromkeys(nulls), **row}) + "\n" for row in rows]
+        (files / f"{name}_nulls.jsonl").write_text("".join(lines))
+    for stage in ("sft", "dpo"):
+        data = groups(entry("@/skills_nulls.jsonl")) | {
+            "dataset_name": f"@/{stage}_nulls.jsonl",
+            "gate_datasets": [entry("@/held_out_nulls.jsonl")],
+        }
+        assert run_with(files, data, stage=stage) == 0
+
+
+def test_a_row_of_a_stream_ends_the_run_with_one_line_when_it_is_read(files):
+    values = {"dataset_name": "@/late_stream.jsonl", "dataset_streaming": True, "max_steps": 9}
+    rows = safety_data("sft").to_list()
+    lines = [json.dumps(row) + "\n" for row in [*rows[:13], {**rows[0], "completion": None}]]
+    (files / "late_stream.jsonl").write_text("".join(lines))
+    with pytest.raises(SystemExit, match=r"^error: `completion` in the training data .* row 13"):
+        run_with(files, values)
 
 
 def test_a_checkpoint_that_is_whole_is_gone_on_from(checkpoints):

@@ -23,7 +23,12 @@ LAYERS = {
     "backends": ("config optimizers", "torch torch.distributed accelerate"),
     "zero": ("backends", "torch torch.distributed accelerate deepspeed"),
     "engines": ("config backends zero", "torch torch.distributed accelerate"),
-    "data": ("config", "torch datasets trl transformers"),
+    "values": ("", ""),
+    "columns": ("", "datasets trl"),
+    "row_values": ("columns values", "jinja2"),
+    "rows": ("columns row_values", "datasets"),
+    "rendering": ("columns row_values rows", "datasets transformers trl"),
+    "data": ("columns rows rendering", "pyarrow torch datasets trl"),
     "group_warnings": ("data", "datasets"),
     "divergence": ("", "torch"),
     "gradients": ("blockwise backends data", "torch"),
@@ -40,11 +45,12 @@ LAYERS = {
     "model_kind": ("", "transformers"),
     "trackers": ("config data", "transformers wandb trackio"),
     "mixin": (
-        "config backends engines data group_warnings gradients start tiled_head capability_loss subspace "
-        "projection completeness checkpoint diagnostics callback model_card model_kind trackers",
+        "config backends engines data group_warnings gradients start tiled_head capability_loss "
+        "subspace projection completeness checkpoint diagnostics callback model_card model_kind "
+        "trackers",
         "torch datasets transformers trl tqdm",
     ),
-    "trainers": ("data mixin", "torch trl"),
+    "trainers": ("rendering data mixin", "torch trl"),
     "gate": (
         "backends checkpoint completeness config data engines gradients start trackers mixin",
         "torch datasets transformers",
@@ -53,7 +59,6 @@ LAYERS = {
     "conversions": ("", "datasets"),
     "mixture": ("conversions", "datasets trl"),
     "shipped": ("", ""),
-    "values": ("", ""),
     "ranges": ("values", ""),
     "yaml_file": ("values", "yaml"),
     "renamed_keys": ("", ""),
@@ -65,8 +70,8 @@ LAYERS = {
         "transformers trl",
     ),
     "paths": ("", "transformers"),
-    "formats": ("data mixture values", "datasets jinja2 pyarrow trl"),
-    "user_errors": ("completeness", "jinja2 safetensors transformers"),
+    "formats": ("columns rows rendering mixture", "datasets"),
+    "user_errors": ("completeness row_values", "jinja2 safetensors transformers"),
     "launch": ("command_line parsing shipped", "yaml accelerate torch.distributed"),
     "cli": ("__init__ launch shipped user_errors values", ""),
     "toy": ("", "datasets"),
@@ -92,7 +97,8 @@ LAYERS = {
         "trl",
     ),
     "evaluation.sets": (
-        "mixture evaluation.arguments evaluation.measures",
+        "columns row_values rows rendering data formats mixture evaluation.arguments "
+        "evaluation.measures",
         "torch datasets transformers trl",
     ),
     "evaluation.suite": (
@@ -114,8 +120,8 @@ LAYERS = {
     "capability_set.__init__": ("", ""),
     "capability_set.arguments": ("mixture parsing ranges evaluation.arguments", "trl"),
     "capability_set.rows": (
-        "mixture evaluation.generation evaluation.measures evaluation.refusal "
-        "capability_set.arguments",
+        "columns row_values rows rendering mixture evaluation.generation evaluation.measures "
+        "evaluation.refusal capability_set.arguments",
         "torch datasets transformers trl",
     ),
     "capability_set.measures": (
@@ -220,10 +226,10 @@ def test_training_libraries_stay_where_training_is():
     users = {module for module, (_, packages) in IMPORTS.items() if packages & TRAINING_LIBRARIES}
     elsewhere = {m for m in users if not m.startswith(("toy", "evaluation.", "capability_set."))}
     assert elsewhere <= {
-        "data", "callback", "completeness", "trackers", "mixin", "trainers", "gate", "mixture",
-        "model_kind",
-        "parsing", "checks", "arguments", "command_line", "paths", "formats", "user_errors",
-        "run_report.settings",
+        "columns", "rendering", "data", "callback", "completeness", "trackers", "mixin",
+        "trainers", "gate", "mixture", "parsing", "checks", "arguments", "command_line", "paths",
+        "formats", "model_kind",
+        "user_errors", "run_report.settings",
     }  # fmt: skip
 
 

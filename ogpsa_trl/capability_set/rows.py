@@ -19,10 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import maybe_convert_to_chatml, maybe_extract_prompt
 
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
+from ogpsa_trl.columns import Source
 from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens
 from ogpsa_trl.evaluation.refusal import is_refusal, normalised
 from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
+from ogpsa_trl.rendering import TemplateCheck
+from ogpsa_trl.row_values import row_named
+from ogpsa_trl.rows import check_row
 
 logger = logging.getLogger(__name__)
 
@@ -75,55 +79,48 @@ def choose_rows(
     for key, is_look_alike in (("capability_datasets", False), ("look_alike_datasets", True)):
         for name, loaded in load_groups(getattr(arguments, key), f"`{key}`").items():
             dataset: Any = loaded
+            source = Source(f"group {name!r} of `{key}`", "set")
             generator = torch.Generator().manual_seed(arguments.seed)
-            places = torch.randperm(len(dataset), generator=generator)[: arguments.num_samples]
-            _check_columns(name, dataset)
-            rows = [
-                _in_form(name, dict(row), bool(tokenizer.chat_template))
-                for row in dataset.select(places.tolist())
-            ]
+            places = torch.randperm(len(dataset), generator=generator).tolist()
+            places = places[: arguments.num_samples]
+            _check_columns(source, dataset.select(places))
+            is_chat = bool(tokenizer.chat_template)
+            rows = [_in_form(source, place, dataset[place], is_chat) for place in places]
             group = RowGroup(name, rows, is_look_alike)
             _check_form(group)
+            check = TemplateCheck(source, tokenizer)
+            for place, row in zip(places, rows, strict=True):
+                check(row, place)
             _leave_out_long(group, arguments, tokenizer)
             _check_size(group)
             groups.append(group)
     return groups
 
 
-def _check_columns(name: str, dataset: Dataset) -> None:
+def _check_columns(source: Source, dataset: Dataset) -> None:
     for column in _NOT_KEPT:
-        if column in dataset.column_names:
+        if column in dataset.column_names and any(v is not None for v in dataset[column]):
             raise ValueError(
-                f"Group {name!r} has a column `{column}`, which a capability set cannot keep. "
+                f"{source.first} has a column `{column}`, which a capability set cannot keep. "
                 "Leave it out with `columns: [...]`, or train with these data as they are."
             )
 
 
-def _in_form(name: str, row: Row, is_chat: bool) -> Row:
-    """A row in the form of the groups."""
-    columns = sorted(row)
-    # Entries of one group may have other columns: they are `None` here.
-    row = {key: value for key, value in row.items() if value is not None}
-    row = maybe_extract_prompt(maybe_convert_to_chatml(row))
-    if "chosen" in row:
-        row["completion"] = row["chosen"]
-    if "prompt" not in row or ("messages" in row and "completion" not in row):
-        if "messages" in row:
-            row["prompt"], row["completion"] = _split(row["messages"])
-        elif "text" in row:
-            return {"text": row["text"]}
-        else:
-            raise ValueError(
-                f"Group {name!r} must have a column `messages`, `prompt` or `text`, or the columns "
-                f"`chosen` and `rejected`, but has {columns}. Rename its columns in the file, or "
-                "name a `conversion`."
-            )
-    prompt, completion = row["prompt"], row.get("completion")
+def _in_form(source: Source, place: int, row: Row, is_chat: bool) -> Row:
+    """A row in the form of the groups. Entries of one group may have other columns: `None` here."""
+    row = check_row(row, place, source)
+    with row_named(source.where, place):
+        row = maybe_extract_prompt(maybe_convert_to_chatml(row))
+    if "text" in row:
+        return {"text": row["text"]}
+    if "messages" in row:
+        row["prompt"], row["completion"] = _split(row["messages"])
+    prompt, completion = row["prompt"], row.get("chosen", row.get("completion"))
     if is_chat:
         return {"prompt": _messages(prompt, "user"), "completion": _messages(completion)}
     if not isinstance(prompt, str) or not isinstance(completion, str | None):
         raise ValueError(
-            f"Group {name!r} holds conversations, but the tokenizer of the model has no chat "
+            f"{source.first} holds conversations, but the tokenizer of the model has no chat "
             "template. Take texts, or a model that has one."
         )
     return {"prompt": prompt, "completion": completion}
@@ -229,10 +226,11 @@ def write_group(group: RowGroup, folder: str | Path) -> Path:
 def known_prompts(entries: Sequence[GroupedDatasetConfig]) -> set[str]:
     """The prompts of all entries of `harmful_datasets`, as `num_known` compares them."""
     datasets: Any = load_groups(entries, "`harmful_datasets`")
+    sources = {name: Source(f"group {name!r} of `harmful_datasets`", "set") for name in datasets}
     return {
-        _prompt_text(_in_form(name, dict(row), is_chat=True))
+        _prompt_text(_in_form(sources[name], place, row, is_chat=True))
         for name, dataset in datasets.items()
-        for row in dataset
+        for place, row in enumerate(dataset)
     }
 
 

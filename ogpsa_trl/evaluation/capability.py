@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.data import Preparation, prepare_group
+from ogpsa_trl.data import Preparation, context_of, prepare_group
 from ogpsa_trl.evaluation.intervals import SampleValues, ratio_of
 from ogpsa_trl.evaluation.measures import evaluating
 
@@ -50,7 +50,7 @@ def group_nll(
     group = prepare_group(
         name,
         dataset,
-        Preparation(tokenizer, tokenizer, max_length),
+        Preparation(tokenizer, tokenizer, max_length, context=context_of(model.config)),
         num_samples=min(len(dataset), max_samples or len(dataset)),
         num_parts=1,
         batch_size=batch_size,
