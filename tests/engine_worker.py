@@ -434,7 +434,7 @@ def train_in_bf16(engine, model_path, folder, num_processes):
 
 
 # Of `bf16: true`: steps that are far below what bfloat16 tells apart, and steps that are not.
-BF16_RATES = {"small": 1e-5, "large": 1e-2}
+BF16_RATES = {"small": 1e-5, "large": 1e-3}
 
 
 def bf16_options(rate, **options):
@@ -468,8 +468,8 @@ def capped_steps(trainer):
 
 def train_with_roundings(engine, model_path, folder, num_processes):
     """
-    As if the processes ran on processors that add in another order: the largest difference of their
-    weights from those of the first.
+    As if the processes ran on processors that add in another order: the largest difference of what
+    each holds of the weights from the same part in the first replica.
     """
     make_table, scale = linalg.table, 1 + 1e-6 * int(os.environ["RANK"])
     linalg.table = lambda *args: make_table(*args) * scale
@@ -479,9 +479,10 @@ def train_with_roundings(engine, model_path, folder, num_processes):
             engine, cell, model_path, folder / name_of(cell), num_processes, save_strategy="no"
         )
         trainer.train()
-        weights = torch.cat([w.flatten() for w in full_weights(trainer).values()])
-        by_process = gathered(trainer, weights)
-        results[name_of(cell)] = (by_process - by_process[0]).abs().max().item()
+        backend = trainer.subspace.backend
+        held = torch.cat([backend.weights(parameter) for _, parameter in backend.parameters])
+        replicas = gathered(trainer, held).unflatten(0, (2, num_processes // 2))
+        results[name_of(cell)] = (replicas - replicas[:1]).abs().max().item()
     linalg.table = make_table
     return results
 

@@ -73,7 +73,7 @@ def largest_shard(shapes, num_shards):
 def checkpoint_bytes(num_entries, num_tensors, num_gradients, rank, dtype):
     """One file, scope `parameter`, without its header."""
     small = 4 * num_tensors * rank * (2 * rank + num_gradients + 1) + 2 * num_tensors
-    small += 16 * num_gradients + 9
+    small += 16 * num_gradients + 25
     return basis_bytes(num_entries, rank, dtype) + small
 
 
@@ -414,12 +414,17 @@ def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatc
     assert subspace.basis_bytes == basis_bytes(sum(sizes) // num_shards, rank, "float32")
     num_blocks = len(sizes) if scope == "parameter" else 1
     expected = broadcast_traffic(num_blocks, num_gradients, rank)
+    # What replicas have to agree on: both Gram matrices; in a step, the weights of the rows.
+    is_replicated = engine in ("ddp", "hsdp")
+    losses_of_parts = 4 * num_gradients * len(sizes)
+    expected += is_replicated * (gram_traffic(len(sizes), num_gradients, rank) - losses_of_parts)
+    decided = [("broadcast", 4 * num_blocks * rank)] * is_replicated
     # Two pickled tensors with their lengths; DDP sends the model's buffer in every part.
     assert expected <= refreshing.total("broadcast") <= expected + 1000
     losses = 4 * num_gradients
     if engine == "ddp":
         assert refreshing.total("allreduce") == losses
-        assert stepping.calls == []
+        assert stepping.calls == decided
         return
     of_gradient = 4 * sum(sizes) * num_passes
     assert refreshing.total("reduce_scatter_base") == of_gradient
@@ -427,7 +432,7 @@ def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatc
     between_replicas = of_gradient // num_shards if engine == "hsdp" else 0
     of_grams = gram_traffic(len(sizes), num_gradients, rank)
     assert refreshing.total("allreduce") == of_grams + losses + between_replicas
-    assert stepping.calls == [("allreduce", step_traffic(len(sizes), rank))]
+    assert stepping.calls == [("allreduce", step_traffic(len(sizes), rank)), *decided]
 
 
 def instead_of_all_reduce(reduced_by_ddp, bucket):
