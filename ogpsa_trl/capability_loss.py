@@ -133,6 +133,12 @@ class CapabilityLoss:
         first = map(self.start.mean_loss, parts)
         return [loss - start for loss, start in zip(losses, first, strict=True)]
 
+    def floors(self, parts: Sequence[Part]) -> list[float]:
+        """Divergences of parts, in nats per token, that rounding makes; none of other losses."""
+        if not self.is_kl or self.start is None or not self.start.losses.any():
+            return []
+        return [self.start.mean_loss(part) for part in parts]
+
     def _measure(self, batch: Batch) -> list[Measured]:
         """What the starting point holds of every sample of a batch."""
         if not self.is_kl:

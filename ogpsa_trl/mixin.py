@@ -318,6 +318,9 @@ class OGPSAMixin(Trainer):
             seconds=time.perf_counter() - start,
             step=self.state.global_step,
         )
+        floors = loss.floors(parts)
+        if floors:
+            self.diagnostics.record_groups(self.subspace, "divergence_floor", floors)
 
     def _shows_rich_progress(self) -> bool:
         """A bar of tqdm would put a line above the panel of rich at each of its updates."""

@@ -466,6 +466,23 @@ def capped_steps(trainer):
     ]
 
 
+def train_with_rates(engine, model_path, folder, num_processes):
+    """The default, with embeddings in a group of the optimizer that has the learning rate 0."""
+    cell = ("sft", "full", "preserve", "acc2")
+    trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
+
+    def create_optimizer(model=None):
+        groups = [{"params": [], "lr": 1e-3}, {"params": [], "lr": 0.0}]
+        for name, parameter in (model or trainer.model).named_parameters():
+            groups["embed_tokens" in name]["params"].append(parameter)
+        trainer.optimizer = torch.optim.AdamW(groups, eps=1e-4)
+        return trainer.optimizer
+
+    trainer.create_optimizer = create_optimizer
+    trainer.train()
+    return full_weights(trainer)
+
+
 def train_with_roundings(engine, model_path, folder, num_processes):
     """
     As if the processes ran on processors that add in another order: the largest difference of what
@@ -557,6 +574,7 @@ def main(engine, model_path, output_dir, checkpoints=None):
             folder = Path(output_dir) / "bf16-default"
             result = train_default_in_bf16(engine, model_path, folder, num_processes)
             save("bf16-default", result)
+        save("rates", train_with_rates(engine, model_path, Path(output_dir), num_processes))
         if engine in ("ddp", "hsdp"):
             folder = Path(output_dir) / "roundings"
             save("roundings", train_with_roundings(engine, model_path, folder, num_processes))

@@ -19,6 +19,7 @@ from engine_worker import (
     launch,
     make,
     name_of,
+    train_with_rates,
 )
 from ogpsa_trl.completeness import LIST_NAME
 from runs import (
@@ -289,6 +290,22 @@ def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_
             # Weights in bfloat16 mostly stay where they are, in both.
             assert ours <= 1.1 * theirs + 1e-9
         assert sum(capped) <= sum(expected_capped) + 1
+
+
+@every_engine
+def test_a_group_at_rate_zero_is_frozen(engine, launched, base_model_path, tmp_path):
+    """Bit for bit; all else takes the steps of one process."""
+    result = load(launched(engine), "rates")
+    expected = train_with_rates("one", base_model_path, tmp_path, 1)
+    assert max_difference(result, expected) < 2e-6
+    before = weights_before(base_model_path)
+    distances = {name: (value - before[name]).abs().max() for name, value in result.items()}
+    assert distances.pop("model.embed_tokens.weight") == 0
+    assert min(distances.values()) > 1e-5
+
+
+def weights_before(model_path):
+    return dict(AutoModelForCausalLM.from_pretrained(model_path).named_parameters())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "hsdp"])

@@ -66,6 +66,7 @@ class TestMixedPrecision:
                 assert value == pytest.approx(expected, rel=1e-3)
         assert trainer.subspace.backend.epsilon == 0
         assert trainer.capability_loss.start.losses.abs().max() == 0
+        assert not any("divergence_floor" in k for e in trainer.state.log_history for k in e)
 
     def test_training_itself_stays_in_bfloat16(self, base_model_path, tmp_path):
         """Also after the passes of a refresh: the forward of the model is put back."""
@@ -164,6 +165,7 @@ class TestFloor:
         for group in trainer.capability_groups:
             floor = start.mean_loss(group.whole())
             for entry in trainer.state.log_history[:-1]:
+                assert entry[f"ogpsa/divergence_floor/{group.name}"] == pytest.approx(floor)
                 drift = entry[f"ogpsa/drift/{group.name}"]
                 loss = entry[f"ogpsa/capability_loss/{group.name}"]
                 assert drift == pytest.approx(loss - floor, abs=1e-7)
