@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint docs format clean
+.PHONY: demo test test-engines test-all lint docs format clean
 
 # Tiny models: one thread a process is faster than threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -26,11 +26,21 @@ demo: export OMP_NUM_THREADS := 2
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
+# What launches processes of its own, for minutes, runs alone; the rest on all cores, file by file.
+ALONE := tests/test_engines.py
+SIDE_BY_SIDE := -n auto --dist loadfile --ignore $(ALONE)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(ALONE)
+
+# Every engine with every cell.
+test-engines: $(STAMP)
+	$(BIN)/python -m pytest $(ALONE) -m slow
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
+	$(BIN)/python -m pytest $(ALONE) -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """
-Trains every cell of the engine table on the processes of this launch; saves weights and logs.
+Trains cells of the engine table on the processes of this launch; saves weights and logs.
 
-torchrun --nproc_per_node 2 tests/engine_worker.py ENGINE MODEL_FOLDER OUTPUT_FOLDER [CHECKPOINTS]
+torchrun --nproc_per_node 2 tests/engine_worker.py ENGINE MODEL OUTPUT PART [CHECKPOINTS]
 
-With CHECKPOINTS, the output folder of a launch with another number of processes, it only goes on
-from there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
+MODEL and OUTPUT are folders. PART is `quick`, the cells of every test run and all else that is held
+against them, or `rest`, the other cells. With CHECKPOINTS, the output folder of a launch with
+another number of processes, it only goes on from there. For the CPU and gloo set
+CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
 """
 
 import contextlib
@@ -72,11 +74,20 @@ PRESET_CELLS = [
     ("sft", "full", "preserve", "acc2"), ("dpo", "lora", "preserve", "acc2"),
     ("sft", "lora", "replay", "acc2"), ("sft", "full", "kl", "acc2"), ("dpo", "lora", "kl", "acc2"),
 ]  # fmt: skip
+# Every pair of stage, form, scope and accumulation is in one of the first five, and each setting
+# and preset that differs from these in one of the others.
+QUICK_CELLS = {
+    ("sft", "full", "parameter", "acc1"), ("sft", "lora", "model", "acc2"),
+    ("dpo", "full", "model", "acc2"), ("dpo", "lora", "parameter", "acc2"),
+    ("dpo", "lora", "model", "acc1"),
+    *UPDATE_CELLS[1:2], *UPDATE_CELLS[3:], *PRESET_CELLS[2:6],
+}  # fmt: skip
 NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
 # Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
 ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS + UPDATE_CELLS + PRESET_CELLS)
 ENGINE_CELLS["hsdp"] = CELLS[1::2] + UPDATE_CELLS + PRESET_CELLS
-RESUMED_ELSEWHERE = [("sft", form, "parameter", "acc2") for form in ("full", "lora")]
+RESUMED_ELSEWHERE = [("sft", "full", "parameter", "acc1"), ("dpo", "lora", "parameter", "acc2")]
+SIGNS_CELL = ("dpo", "full", "model", "acc2")
 GLOBAL_BATCH = 8
 
 
@@ -393,8 +404,7 @@ def train_with_signs(engine, model_path, folder, num_processes):
         return make_weights(*args) * (-1) ** int(os.environ["RANK"])
 
     linalg.orthonormal_weights = with_sign
-    cell = ("sft", "full", "model", "acc2")
-    trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
+    trainer = make(engine, SIGNS_CELL, model_path, folder, num_processes, save_strategy="no")
     trainer.train()
     linalg.orthonormal_weights = make_weights
     return full_weights(trainer)
@@ -533,7 +543,7 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
     return results
 
 
-def main(engine, model_path, output_dir, checkpoints=None):
+def main(engine, model_path, output_dir, part, checkpoints=None):
     torch.set_num_threads(1)
     blockwise._FEWEST_COMPILED_ENTRIES = 2  # the model is small
     if ON_CPU:
@@ -553,8 +563,10 @@ def main(engine, model_path, output_dir, checkpoints=None):
             save(name_of(cell), full_weights(trainer))
     else:
         for cell in ENGINE_CELLS[engine]:
-            folder = Path(output_dir) / name_of(cell)
-            save(name_of(cell), train_cell(engine, cell, model_path, folder, num_processes))
+            if (cell in QUICK_CELLS) == (part == "quick"):
+                folder = Path(output_dir) / name_of(cell)
+                save(name_of(cell), train_cell(engine, cell, model_path, folder, num_processes))
+    if checkpoints is None and part == "quick":
         for stage, form in itertools.product(("sft", "dpo"), ("full", "lora")):
             cell, name = (stage, form, "parameter", "acc2"), f"leak-{stage}-{form}"
             folder = Path(output_dir) / name

@@ -1,5 +1,7 @@
 """Several processes under every engine (gloo, CPU) take the steps of one process."""
 
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,10 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine_worker import (
     BF16_RATES,
+    CELLS,
     ENGINE_CELLS,
     GATE_CELLS,
     NUM_PROCESSES,
+    QUICK_CELLS,
     RESUMED_ELSEWHERE,
+    SETTINGS,
+    SIGNS_CELL,
     bf16_options,
     capped_steps,
     config_of,
@@ -35,15 +41,34 @@ from runs import (
 # A launch for all cells of an engine takes one to three minutes on two cores.
 pytestmark = pytest.mark.timeout(1200)
 
-every_engine = pytest.mark.parametrize("engine", ENGINE_CELLS)
+# Each shards in another way. The other engines, and the other cells, are slow.
+QUICK_ENGINES = ("ddp", "fsdp2", "zero3")
+
+
+def of_engines(*engines):
+    return pytest.mark.parametrize(
+        "engine",
+        [
+            pytest.param(engine, marks=() if engine in QUICK_ENGINES else pytest.mark.slow)
+            for engine in engines
+        ],
+    )
+
+
+every_engine = of_engines(*ENGINE_CELLS)
 every_cell = pytest.mark.parametrize(
     ("engine", "cell"),
     [
-        pytest.param(engine, cell, id=f"{engine}-{name_of(cell)}")
+        pytest.param(
+            engine, cell, id=f"{engine}-{name_of(cell)}",
+            marks=()
+            if engine in QUICK_ENGINES and cell in QUICK_CELLS
+            else pytest.mark.slow,
+        )
         for engine, cells in ENGINE_CELLS.items()
         for cell in cells
     ],
-)
+)  # fmt: skip
 # What accelerate must have run, and what must have served it.
 RUNS_AS = {
     "ddp": ("MULTI_CPU", "TorchBackend"),
@@ -57,14 +82,16 @@ RUNS_AS = {
 
 @pytest.fixture(scope="session")
 def launched(base_model_path, tmp_path_factory):
-    """The output folder of an engine: processes spend their time importing, so all at once."""
+    """The output folder of a part of an engine's cells: processes spend their time importing."""
     folders = {}
 
-    def results_of(engine):
-        if engine not in folders:
-            folders[engine] = tmp_path_factory.mktemp(engine)
-            launch(NUM_PROCESSES[engine], engine, base_model_path, folders[engine])
-        return folders[engine]
+    def results_of(engine, cell=None):
+        part = "quick" if cell is None or cell in QUICK_CELLS else "rest"
+        if (engine, part) not in folders:
+            folder = tmp_path_factory.mktemp(f"{engine}-{part}")
+            launch(NUM_PROCESSES[engine], engine, base_model_path, folder, part)
+            folders[engine, part] = folder
+        return folders[engine, part]
 
     return results_of
 
@@ -89,10 +116,18 @@ def load(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
+def test_the_quick_cells_hold_every_pair_of_choices_and_every_setting():
+    pairs = {pair for cell in CELLS for pair in itertools.combinations(cell, 2)}
+    quick = {pair for cell in QUICK_CELLS for pair in itertools.combinations(cell[:4], 2)}
+    assert pairs <= quick
+    assert {cell[4] for cell in QUICK_CELLS if len(cell) > 4} == set(SETTINGS)
+    assert {"preserve", "replay", "kl"} <= {cell[2] for cell in QUICK_CELLS}
+
+
 @every_cell
 def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
     expected, expected_log = one_process(cell)
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine, cell), name_of(cell))
     assert result["num_processes"] == NUM_PROCESSES[engine]
     assert (result["engine"], result["backend"]) == RUNS_AS[engine]
     difference = max_difference(expected, result["weights"])
@@ -116,14 +151,14 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
 
 @every_cell
 def test_resume_on_several_processes_is_bitwise(engine, cell, launched):
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine, cell), name_of(cell))
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
 @every_cell
 def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launched):
     """Memory per process is rank x trained parameters x 4 bytes / shards."""
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine, cell), name_of(cell))
     held, basis_bytes = result["held_entries_and_basis_bytes"].T
     if engine == "ddp":
         assert held.tolist() == [result["num_entries"]] * 2
@@ -164,7 +199,7 @@ def messages(engine, config, rank, num_parameters):
 
 @every_cell
 def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, launched):
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine, cell), name_of(cell))
     config, bytes_per_number = config_of(cell), 4
     # The divergence has no gradient at the start, and so no direction.
     ranks = [0 if config.capability_loss == "kl" else 2, 2, 2]
@@ -272,7 +307,7 @@ def divergence(model_path, state):
         return literal_kl(model, start, tokenizer, rows).item()
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINE_CELLS if engine != "zero1"])
+@of_engines(*(engine for engine in ENGINE_CELLS if engine != "zero1"))
 def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_path):
     """
     Where a step can be seen in bfloat16 the divergence is at most twice that of float32; where it
@@ -308,7 +343,7 @@ def weights_before(model_path):
     return dict(AutoModelForCausalLM.from_pretrained(model_path).named_parameters())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "hsdp"])
+@of_engines("ddp", "hsdp")
 def test_replicas_that_add_in_another_order_stay_the_same(engine, launched):
     assert set(load(launched(engine), "roundings").values()) == {0.0}
 
@@ -329,7 +364,7 @@ def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched)
 @every_engine
 def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
     folder = launched(engine)
-    expected = load(folder, "sft-full-model-acc2")["weights"]
+    expected = load(folder, name_of(SIGNS_CELL))["weights"]
     assert max_difference(expected, load(folder, "signs")) == 0
 
 
@@ -347,7 +382,7 @@ def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
 @pytest.fixture(scope="session")
 def on_four_processes(launched, base_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    launch(4, "fsdp2", base_model_path, folder, launched("fsdp2"))
+    launch(4, "fsdp2", base_model_path, folder, "quick", launched("fsdp2"))
     return folder
 
 

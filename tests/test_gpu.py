@@ -103,10 +103,11 @@ def test_resume_is_the_run_that_never_stopped(base_model_path, tmp_path):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine", ENGINE_CELLS)
 def test_gpus_take_the_steps_of_one_process_on_the_cpu(engine, base_model_path, tmp_path):
-    """The table of tests/test_engines.py with NCCL; every cell in one launch."""
+    """The table of tests/test_engines.py with NCCL; in two launches."""
     if torch.cuda.device_count() < NUM_PROCESSES[engine]:
         pytest.skip(f"{engine} needs {NUM_PROCESSES[engine]} GPUs")
-    launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, on_gpu=True)
+    for part in ("quick", "rest"):
+        launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, part, on_gpu=True)
     for cell in ENGINE_CELLS[engine]:
         result = torch.load(tmp_path / f"{name_of(cell)}.pt", weights_only=True)
         one = make("one", cell, base_model_path, tmp_path / "one", 1, save_strategy="no")
