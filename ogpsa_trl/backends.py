@@ -197,8 +197,10 @@ class GradientBackend(ABC):
         The learning rates at which the optimizer makes its steps now, one for each parameter. An
         optimizer that finds its own rates, and says so by `None`, counts as one of rate 1.
         """
-        rates = (self._optimizer_group(parameter).get("lr") for _, parameter in self.parameters)
-        return [1.0 if rate is None else float(rate) for rate in rates]
+        groups = [self._optimizer_group(parameter) for _, parameter in self.parameters]
+        by_group = {id(group): group.get("lr") for group in groups}  # a tensor is read once
+        rates = {key: 1.0 if rate is None else float(rate) for key, rate in by_group.items()}
+        return [rates[id(group)] for group in groups]
 
     def second_moment(self, parameter: nn.Parameter) -> Tensor | None:
         """
@@ -211,19 +213,20 @@ class GradientBackend(ABC):
         )
         return None if moment_N is None else moment_N.to(self.device)  # paged states are elsewhere
 
-    def check_no_copy(self) -> None:
+    def check_no_copy(self, weights_before: Sequence[Tensor]) -> None:
         """
-        After the optimizer's first step: make sure that it holds no copy of the weights. A
-        collective call.
+        After the optimizer's first step from these weights: make sure that it holds no copy of what
+        they are now. A collective call.
 
         Raises:
             ValueError: it does. On every process.
         """
         distances = []
-        for _, parameter in self.parameters:
+        for (_, parameter), before_N in zip(self.parameters, weights_before, strict=True):
             state, start = self._optimizer_state(parameter)
-            weights_N = self.weights(parameter)
-            distances += optimizers.distances_from_weights(state, weights_N, start=start)
+            distances += optimizers.distances_from_weights(
+                state, self.weights(parameter), before_N, start=start
+            )
         optimizers.check_no_copy(self.optimizer_class, self.from_all_processes(distances))
 
     def other_passes(self) -> contextlib.AbstractContextManager[Any]:
@@ -369,13 +372,13 @@ class TorchBackend(GradientBackend):
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
-        """Put gradients aside too."""
-        gradients = [parameter.grad for _, parameter in self.parameters]
+        """Put gradients aside too, also those that no optimizer uses: clipping reads them."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
         try:
             with super().preserved():
                 yield
         finally:
-            for (_, parameter), gradient in zip(self.parameters, gradients, strict=True):
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
 
     def accumulation(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -393,27 +396,35 @@ class TorchBackend(GradientBackend):
         self.accelerator.backward(loss)
 
     def clear_gradients(self) -> None:
-        for _, parameter in self.parameters:
+        for parameter in self.model.parameters():
             parameter.grad = None
 
     @property
     def epsilon(self) -> float:
-        """0 in float32; on a GPU, that of TF32."""
+        """0 in float32; on a GPU, that of TF32 where it is on."""
         if not self._has_full_precision:
             return torch.finfo(torch.bfloat16).eps
-        return 0.0 if self.device.type == "cpu" else _EPSILON_OF_TF32
+        is_on = self.device.type != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return _EPSILON_OF_TF32 if is_on or self._takes_tf32 else 0.0
+
+    @property
+    def _takes_tf32(self) -> bool:
+        """In place of bfloat16. Who trains in float32 has chosen the precision of products."""
+        return self.device.type != "cpu" and self.accelerator.mixed_precision == "bf16"
 
     @property
     def _has_full_precision(self) -> bool:
         """Kernels of FlashAttention know no float32, nor do weights that are not."""
-        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
-        return super().epsilon == 0 and "flash" not in str(attention)
+        config: Any = self.model.config
+        parts = (config, config.get_text_config())
+        is_flash = any("flash" in str(part._attn_implementation) for part in parts)
+        return super().epsilon == 0 and not is_flash
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
         """
         Without autocast, and in FSDP2 with the parameters gathered as they are sharded. On a GPU
-        products are made in TF32: of float32 it has the speed for training, to 2^-10.
+        products are then made in TF32, which keeps 10 bits at half the speed of bfloat16.
         """
         if not self._has_full_precision:
             yield
@@ -423,11 +434,11 @@ class TorchBackend(GradientBackend):
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     stack.enter_context(_gathered_in_float32(module))
-            if self.device.type != "cpu":
-                stack.callback(
-                    torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
-                )
-                torch.set_float32_matmul_precision("high")
+            if self._takes_tf32:
+                # Not by `set_float32_matmul_precision`, which fails after `tf32: true`.
+                matmul = torch.backends.cuda.matmul
+                stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                matmul.fp32_precision = "tf32"
             yield
 
     @contextlib.contextmanager

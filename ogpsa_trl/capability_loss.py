@@ -5,10 +5,9 @@ Both are sums over trainable tokens, in nats, and both are counted from the star
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,15 @@ from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Batch, CapabilityGroup, Part
 from ogpsa_trl.divergence import divergence, likely_tokens
-from ogpsa_trl.start import Measured, StartingPoint, all_samples, measure_floor, measure_start
+from ogpsa_trl.gradients import deterministic
+from ogpsa_trl.start import (
+    Measured,
+    StartingPoint,
+    all_samples,
+    epsilon_of_passes,
+    measure_start,
+    moved_embeddings,
+)
 from ogpsa_trl.tiled_head import Score
 
 logger = logging.getLogger(__name__)
@@ -57,12 +64,15 @@ class CapabilityLoss:
         # What the starting model makes of the samples, and that model. None: not measured yet.
         self.start: StartingPoint | None = None
         self._model: nn.Module | None = None
+        # Whether the passes of this training have been looked at.
+        self._is_floor_known = False
 
     def begin(self, model: nn.Module) -> None:
         """
         Training of a model begins, or begins again in the middle (`auto_find_batch_size`): what was
         measured of it counts as long as it is the same.
         """
+        self._is_floor_known = False
         if model is not self._model:
             self.start, self._model = None, model
 
@@ -81,7 +91,10 @@ class CapabilityLoss:
         if not self.is_kl:
             return -self.log_probs(batch).sum()
         assert self.start is not None
-        tokens_TK, start_TX = self.start.likely_tokens(batch)
+        return self._divergence(batch, *self.start.likely_tokens(batch))
+
+    def _divergence(self, batch: Batch, tokens_TK: Tensor, start_TX: Tensor) -> Tensor:
+        """Summed over the trainable tokens, from these log-probabilities of these tokens."""
 
         def score(logits_TV: Tensor, positions: slice) -> Tensor:
             tile = (tokens_TK[positions], start_TX[positions])
@@ -89,7 +102,8 @@ class CapabilityLoss:
 
         return self.scores(batch, score).sum()
 
-    def passes(self, backend: GradientBackend) -> AbstractContextManager[Any]:
+    @contextmanager
+    def passes(self, backend: GradientBackend) -> Iterator[None]:
         """
         Around its passes. Scores come through a module that TRL's fused head does not call.
 
@@ -98,11 +112,10 @@ class CapabilityLoss:
         `nll` is not (.9993).
         """
         if not self.is_kl:
-            return nullcontext()
-        stack = ExitStack()
-        stack.enter_context(backend.other_passes())
-        stack.enter_context(backend.full_precision())
-        return stack
+            yield
+            return
+        with backend.other_passes(), backend.full_precision():
+            yield
 
     def prepare(self, backend: GradientBackend) -> None:
         """
@@ -112,19 +125,54 @@ class CapabilityLoss:
         """
         if self.start is None and (self.is_kl or self.config.samples_per_refresh is not None):
             self.start = measure_start(backend, self.groups, self._measure)
-            if self.is_kl and backend.epsilon:
-                self._measure_floors(backend, self.start)
+        if self.is_kl and not self._is_floor_known:
+            self._is_floor_known = True
+            self._find_floors(backend)
 
-    def _measure_floors(self, backend: GradientBackend, start: StartingPoint) -> None:
+    def _find_floors(self, backend: GradientBackend) -> None:
+        """
+        Count from what rounding makes of equal models, where the passes are rounded more than those
+        in which the start was measured, or than float32: it may be that of another engine.
+        """
+        assert self.start is not None
+        first = self.groups[0].whole().batches_of(backend.process_index, backend.num_processes)[0]
+        with torch.no_grad():
+            epsilon = epsilon_of_passes(backend, lambda: self._likely_tokens(first))
+        if epsilon <= self.start.epsilon:
+            return
+        self.start.epsilon = epsilon
         for group in self.groups:
             (part,) = replace(group, num_parts=1).parts(_SAMPLES_OF_FLOOR, "floor")
-            with torch.no_grad():
-                floor = measure_floor(backend, part, self.sum, backend.epsilon)
-            start.set_floor(group, floor)
+            floor = self.measure_floor(backend, part, epsilon)
+            self.start.set_floor(group, floor)
             logger.info(
                 "Capability group %r: below %.2g nats per token a divergence is not known from "
                 "rounding, and nothing is restored.", group.name, floor,
             )  # fmt: skip
+
+    @torch.no_grad()
+    def measure_floor(self, backend: GradientBackend, part: Part, epsilon: float) -> float:
+        """
+        The token-mean divergence, in nats, that rounding alone makes of the model as it is: that of
+        passes whose embeddings are moved by one rounding from passes in which they are not. What
+        follows is then rounded in other ways too, as after a step of training. A collective call.
+
+        Measured for two models of 260 thousand and 135 million parameters, in bfloat16: 4e-4 and
+        1e-3; steps that are too small to see show .7 to 2 times as much.
+
+        Args:
+            backend: The engine.
+            part: Samples to measure it on.
+            epsilon: The relative rounding.
+        """
+        total = torch.zeros((), device=backend.device)
+        generator = torch.Generator(backend.device).manual_seed(0)  # training draws as it would
+        with deterministic(backend.wrapped_model):
+            for batch in part.batches_of(backend.process_index, backend.num_processes):
+                likely = self._likely_tokens(batch)
+                with moved_embeddings(backend, epsilon, generator):
+                    total += self._divergence(batch, *likely)
+        return backend.sum_over_processes(total).item() / part.num_tokens
 
     def rises(self, parts: Sequence[Part], losses: Sequence[float]) -> list[float]:
         """How far the token-mean losses of parts are above those at the start, on their samples."""
@@ -144,6 +192,15 @@ class CapabilityLoss:
         if not self.is_kl:
             losses = -self.log_probs(batch).sum(dim=1)
             return [{"losses": loss} for loss in losses[: len(batch.samples)]]
+        counts = [sample.num_tokens for sample in batch.samples]
+        start = self._likely_tokens(batch)
+        return [
+            {"losses": torch.zeros(()), "tokens": tokens, "log_probs": log_probs}
+            for tokens, log_probs in zip(*(t.split(counts) for t in start), strict=True)
+        ]
+
+    def _likely_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is kept of the model as it is: tokens [T, K] and log-probabilities [T, X]."""
         tiles: list[tuple[Tensor, Tensor]] = []
 
         def score(logits_TV: Tensor, _: slice) -> Tensor:
@@ -151,9 +208,5 @@ class CapabilityLoss:
             return logits_TV.new_zeros(len(logits_TV))
 
         self.scores(batch, score)
-        start = [torch.cat(values) for values in zip(*tiles, strict=True)]
-        counts = [sample.num_tokens for sample in batch.samples]
-        return [
-            {"losses": torch.zeros(()), "tokens": tokens, "log_probs": log_probs}
-            for tokens, log_probs in zip(*(t.split(counts) for t in start), strict=True)
-        ]
+        tokens, log_probs = (torch.cat(values) for values in zip(*tiles, strict=True))
+        return tokens, log_probs

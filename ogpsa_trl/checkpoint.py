@@ -123,6 +123,8 @@ def _link(file: Path, path: Path) -> bool:
     """Give a file another name, if that can be done."""
     unfinished = _unfinished(path)
     try:
+        if path.exists() and path.samefile(file):  # of a step that is saved once more
+            return True
         unfinished.unlink(missing_ok=True)
         unfinished.hardlink_to(file)
     except OSError:  # its checkpoint was deleted, or is on another file system
@@ -157,6 +159,8 @@ def load_start(
             else:
                 state = {name: file.tensors.get_tensor(name) for name in file.names}
                 try:
+                    if "epsilon" not in state and _was_rounded(backend, config):
+                        raise ValueError("It was measured in bfloat16, by an older version.")
                     start = StartingPoint.from_state(samples, state)
                     _warn_of_other_tokens(samples, start.samples, folder)
                 except ValueError as error:
@@ -171,6 +175,13 @@ def load_start(
         folder, reason, ", and so the divergence," if config.capability_loss == "kl" else "",
     )  # fmt: skip
     return None
+
+
+def _was_rounded(backend: GradientBackend, config: OGPSAConfig) -> bool:
+    """Whether older versions measured in bfloat16 what is measured more finely now."""
+    is_bf16 = backend.accelerator.mixed_precision == "bf16"
+    is_finer = backend.epsilon < torch.finfo(torch.bfloat16).eps
+    return config.capability_loss == "kl" and is_bf16 and is_finer
 
 
 def _warn_of_other_tokens(ours: list[Sample], saved: list[Sample], folder: str) -> None:

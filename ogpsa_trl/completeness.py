@@ -174,7 +174,8 @@ def checkpoint_to_resume(wanted: str | bool, output_dir: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    listed = {LIST_NAME, f"{LIST_NAME}.unfinished"}
+    # The last is one of transformers (`enable_jit_checkpoint`), there while the trainer saves.
+    listed = {LIST_NAME, f"{LIST_NAME}.unfinished", "checkpoint-is-incomplete.txt"}
     return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in listed]
 
 

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.checkpoint import is_on_all
-from ogpsa_trl.completeness import replace_text, unmark
 from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data import Part, Sample, named_groups, prepare_group
 from ogpsa_trl.engines import check_same_on_all, check_supported, make_backend
@@ -145,10 +143,12 @@ class CapabilityGate(TrainerCallback):
             {f"gate group {name!r}": content(part.samples) for name, part in self.parts.items()}
         )
         self._warn_of_samples_in_training()
+        trainer.checkpoint_texts[SAMPLES_NAME] = self._samples_text
         # Set when training begins: the engine wraps the model only then.
         self.backend: GradientBackend | None = None
-        # Losses before training, in nats, by group. None: not measured yet.
+        # Losses before training, in nats, by group, and of which model. None: not measured yet.
         self.start: dict[str, float] | None = None
+        self._model: Any = None
         self.last: Measurement | None = None
 
     @property
@@ -202,7 +202,9 @@ class CapabilityGate(TrainerCallback):
         self.backend = make_backend(
             trainer.accelerator, trainer.model, trainer.model_wrapped, trainer.optimizer
         )
-        self.start = self.last = None
+        self.last = None
+        if trainer.model is not self._model:  # the same goes on where training starts again
+            self.start, self._model = None, trainer.model
         if state.global_step > 0:
             self._load_samples()
             self.start = self._start_in(state.log_history)
@@ -217,7 +219,6 @@ class CapabilityGate(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Before the trainer logs and saves what belongs to this step."""
-        self._save_samples(state, control)
         is_due = state.global_step % self.config.gate_interval == 0
         if is_due or control.should_save or control.should_training_stop:
             self._check(state, control)
@@ -229,7 +230,6 @@ class CapabilityGate(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        self._save_samples(state, control)
         if control.should_save:
             self._check(state, control)
 
@@ -281,7 +281,6 @@ class CapabilityGate(TrainerCallback):
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         """Measure and log. A collective call: every process makes it."""
-        is_first = self.start is None
         losses = self._losses()
         self.start = losses if self.start is None else self.start
         self.last = Measurement(state.global_step, self.start, losses)
@@ -289,7 +288,7 @@ class CapabilityGate(TrainerCallback):
         increases = self.last.increases
         logs |= {f"ogpsa/gate_increase/{name}": increase for name, increase in increases.items()}
         logs["ogpsa/gate_largest_increase"] = self.last.largest_increase
-        if is_first:
+        if state.global_step == 0:
             logs |= self._num_tokens()
         # TRL's own `log` would add the means of its training metrics and begin new ones; and any
         # log takes back the wish for the log of this step.
@@ -334,7 +333,10 @@ class CapabilityGate(TrainerCallback):
         tokens = self._num_tokens()
         for entry in log_history:
             if entry["step"] == 0 and tokens.items() <= entry.items():
-                return {name: entry[f"ogpsa/gate_loss/{name}"] for name in self.parts}
+                return {
+                    name: entry[f"ogpsa/gate_loss/{name}"] - entry[f"ogpsa/gate_increase/{name}"]
+                    for name in self.parts
+                }
         raise ValueError(
             "The capability gate counts from the losses before training, but this checkpoint does "
             f"not hold them for these groups (tokens in the loss: {tokens}). Resume with the gate "
@@ -342,15 +344,9 @@ class CapabilityGate(TrainerCallback):
             "(leave out `gate_datasets`)."
         )
 
-    def _save_samples(self, state: TrainerState, control: TrainerControl) -> None:
-        """Put the tokens into the folder of the checkpoint that the trainer makes next."""
-        if not (control.should_save and self.trainer.args.should_save):
-            return
-        folder = Path(self.trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        unmark(folder)
-        samples = {name: [s.features for s in part.samples] for name, part in self.parts.items()}
-        replace_text(folder / SAMPLES_NAME, json.dumps(samples))
+    def _samples_text(self) -> str:
+        """The tokens, for a checkpoint."""
+        return json.dumps({n: [s.features for s in part.samples] for n, part in self.parts.items()})
 
     def _load_samples(self) -> None:
         """
@@ -358,7 +354,7 @@ class CapabilityGate(TrainerCallback):
         chat template may write the date, and the losses before training are of other tokens then.
         """
         path = Path(self.trainer.resumed_from or "") / SAMPLES_NAME
-        if not path.is_file():
+        if self.backend is None or not is_on_all(self.backend, path.is_file()):
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         ours = {name: len(part.samples) for name, part in self.parts.items()}

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.callback import SubspaceCallback
 from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import load_start, load_subspace, save_start, save_subspace
-from ogpsa_trl.completeness import checkpoint_to_resume, mark, saving, unmark, without_deletion
+from ogpsa_trl.completeness import (
+    checkpoint_to_resume,
+    mark,
+    replace_text,
+    saving,
+    unmark,
+    without_deletion,
+)
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import (
     Batch,
@@ -99,6 +106,8 @@ class OGPSAMixin(Trainer):
         self.capability_groups: list[CapabilityGroup] = []
         self.tiled_head = TiledHead(lambda: self.model.get_output_embeddings())
         self.ogpsa_config = ogpsa_config or OGPSAConfig()
+        # What else stands in every checkpoint: by the name of the file, what makes its text.
+        self.checkpoint_texts: dict[str, Callable[[], str]] = {}
         # The checkpoint that the run goes on from.
         self.resumed_from: str | None = None
         # Made when training begins.
@@ -480,6 +489,9 @@ class OGPSAMixin(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The basis belongs to the state of the optimizer: saved, or left out, with it."""
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            for name, text in self.checkpoint_texts.items():
+                replace_text(Path(output_dir) / name, text())
         if not self.capability_groups:
             return
         start = self.capability_loss.start

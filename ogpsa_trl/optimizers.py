@@ -80,7 +80,7 @@ def check_keeps_no_weights(optimizer_class: type[Optimizer]) -> None:
 
 
 def distances_from_weights(
-    state: Mapping[str, Any], weights_N: Tensor, *, start: int
+    state: Mapping[str, Any], weights_N: Tensor, before_N: Tensor, *, start: int
 ) -> list[tuple[str, float, float]]:
     """
     Of every state that may be a copy of the weights: its name, its squared distance from them, and
@@ -89,6 +89,8 @@ def distances_from_weights(
     Args:
         state: What the optimizer stores for the tensor that holds these weights.
         weights_N: The weights.
+        before_N: What they were before the step. A state that is still the same is a memory of the
+            start, as Prodigy has, and not what the next step begins from.
         start: Where they begin in that tensor.
     """
     size = len(weights_N)
@@ -97,6 +99,7 @@ def distances_from_weights(
         for name, value in state.items()
         if type(value) is Tensor and value.is_floating_point() and value.numel() >= start + size > 0
         for part_N in [value.reshape(-1)[start : start + size].to(weights_N.device)]
+        if not torch.equal(part_N, before_N)
     ]
 
 
@@ -113,6 +116,8 @@ def check_no_copy(
     Raises:
         ValueError: it does.
     """
+    if _package(optimizer_class) == "torch":  # none of them; ASGD only averages them
+        return
     sums: dict[str, tuple[float, float]] = {}
     for name, distance, square in distances:
         old_distance, old_square = sums.get(name, (0.0, 0.0))

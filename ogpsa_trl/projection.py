@@ -115,7 +115,7 @@ def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -
         ValueError: in the first step, that the optimizer would take the correction back.
     """
     if not subspace.is_optimizer_checked:
-        subspace.backend.check_no_copy()
+        subspace.backend.check_no_copy(weights_before)
         subspace.is_optimizer_checked = True
     updates = _updates(subspace, weights_before)
     metrics = _metrics(subspace) if subspace.config.metric == "optimizer" else None

@@ -86,7 +86,7 @@ class CapabilitySubspace:
         self.gram = torch.zeros(1, 0, 0)
         self.inverse_gram = torch.zeros(1, 0, 0)
         # What each parameter adds to B B^T, shape [P, K, K]. Not saved: it is computed from B.
-        self.gram_PKK = torch.zeros(num_parameters, 0, 0)
+        self.gram_PKK = torch.zeros(num_parameters, 0, 0, device=backend.device)
         # The capability gradients in the basis, shape [B, R, K].
         self.coordinates = torch.zeros(1, 0, 0)
         # The mean capability gradient: its coordinates in the basis, shape [B, K], and its squared

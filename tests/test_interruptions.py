@@ -8,16 +8,18 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.utils import chat_template_utils
 
 from ogpsa_trl import CapabilityGate, OGPSAConfig
 from ogpsa_trl.capability_loss import CapabilityLoss
 from ogpsa_trl.checkpoint import START_FILE_NAME
 from ogpsa_trl.completeness import what_is_missing
+from ogpsa_trl.gate import SAMPLES_NAME
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import (
     capability_groups,
+    literal_nll,
     logged,
     make_trainer,
     max_difference,
@@ -139,6 +141,30 @@ class TestTheStartIsKept:
         assert first["ogpsa/drift/skills"] > 1e-6
         assert first["ogpsa/drift/skills"] == first["ogpsa/capability_loss/skills"]
 
+    @pytest.mark.parametrize("restart", ["memory", "train"])
+    def test_by_a_gate_too(self, restart, base_model_path, tmp_path):
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, **ADAMW | {"auto_find_batch_size": True}
+        )
+        gate = CapabilityGate(trainer, capability_groups())
+        trainer.add_callback(gate)
+        before = AutoModelForCausalLM.from_pretrained(base_model_path)
+        if restart == "memory":
+            error = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            trainer.add_callback(Break("on_step_end", error))
+        trainer.train()
+        if restart == "train":
+            trainer.train()
+        first = trainer.state.log_history[0]
+        assert first["step"] == 0 and first["ogpsa/gate_largest_increase"] != 0
+        with torch.no_grad():
+            for name, rows in capability_groups().items():
+                expected = literal_nll(before, trainer.processing_class, rows).item()
+                assert gate.start[name] == pytest.approx(expected, abs=1e-5)
+                increase = first[f"ogpsa/gate_increase/{name}"]
+                loss = first[f"ogpsa/gate_loss/{name}"]
+                assert loss - increase == pytest.approx(expected, abs=1e-5)
+
     def test_but_not_that_of_another_model(self):
         """`model_init` makes a new one for every `train`."""
         loss = CapabilityLoss(OGPSAConfig(), [], None, None)
@@ -221,6 +247,29 @@ class TestATemplateThatWritesTheDate:
 
 
 class TestCheckpoints:
+    def test_of_a_gate_begin_when_the_trainer_saves(self, base_model_path, tmp_path):
+        """An error between the step and the save leaves no folder that looks like a checkpoint."""
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, save_strategy="steps", save_steps=1, **ADAMW
+        )
+        trainer.add_callback(CapabilityGate(trainer, capability_groups()))
+        trainer.add_callback(Break("on_step_end", ValueError("x")))
+        with pytest.raises(ValueError, match="x"):
+            trainer.train()
+        assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert (tmp_path / "checkpoint-1" / SAMPLES_NAME).is_file()
+
+    def test_that_are_saved_twice_hold_nothing_unfinished(self, base_model_path, tmp_path):
+        trainer = make_trainer(
+            "sft", base_model_path, tmp_path, capability=capability_groups(),
+            config=OGPSAConfig(samples_per_refresh=3), save_strategy="steps", save_steps=2, **ADAMW,
+        )  # fmt: skip
+        trainer.train()
+        trainer._save_checkpoint(trainer.model, None)
+        folder = tmp_path / "checkpoint-4"
+        assert what_is_missing(folder) is None
+        assert not [path for path in folder.iterdir() if path.name.endswith("unfinished")]
+
     def run(self, folder, **options):
         trainer = make_trainer(
             "sft", tiny_model(seed=0), folder, capability=capability_groups(),

@@ -35,7 +35,10 @@ LAYERS = {
     "start": ("backends data gradients", "torch"),
     "subspace": ("linalg blockwise optimizers backends config gradients", "torch"),
     "tiled_head": ("", "torch"),
-    "capability_loss": ("backends config data divergence start tiled_head", "torch"),
+    "capability_loss": (
+        "backends config data divergence gradients start tiled_head",
+        "torch",
+    ),
     "projection": ("linalg blockwise constraints backends subspace", "torch"),
     "diagnostics": ("gradients projection subspace", "torch"),
     "completeness": ("", "transformers safetensors"),
@@ -52,7 +55,7 @@ LAYERS = {
     ),
     "trainers": ("rendering data mixin", "torch trl"),
     "gate": (
-        "backends checkpoint completeness config data engines gradients start trackers mixin",
+        "backends checkpoint config data engines gradients start trackers mixin",
         "torch datasets transformers",
     ),
     "__init__": ("config callback mixin trainers gate", ""),

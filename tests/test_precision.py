@@ -1,6 +1,7 @@
 """What bfloat16 leaves of a divergence: passes in float32 where that can be, a floor elsewhere."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.backends import TorchBackend
-from ogpsa_trl.start import measure_floor
 from runs import (
     assert_resume_is_bitwise,
     capability_groups,
@@ -110,6 +110,54 @@ class TestMixedPrecision:
 
         assert_resume_is_bitwise(again, tmp_path, steps=(1, 2, 3))
 
+    def test_a_model_that_another_trainer_has_prepared_counts_from_a_floor(
+        self, base_model_path, tmp_path
+    ):
+        """TRL keeps the forward of the first, which computes in bfloat16, within its own."""
+        model = AutoModelForCausalLM.from_pretrained(base_model_path, dtype=torch.float32)
+        more = {"processing_class": AutoTokenizer.from_pretrained(base_model_path)}
+        make_trainer(
+            "sft", model, tmp_path / "first", plain=True, bf16=True, more=more, **ADAMW
+        ).train()
+        trainer = make(model, tmp_path / "second", more=more)
+        trainer.train()
+        start = trainer.capability_loss.start
+        assert start.epsilon == torch.finfo(torch.bfloat16).eps
+        assert start.losses.min() > 0
+
+    def test_a_start_that_was_measured_more_finely_is_given_a_floor(
+        self, base_model_path, tmp_path
+    ):
+        """A run that began in float32 goes on where passes are made in bfloat16."""
+        make(base_model_path, tmp_path).train()
+        trainer = make(base_model_path, tmp_path)
+        with mock.patch.object(TorchBackend, "_has_full_precision", False):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        start = trainer.capability_loss.start
+        assert start.epsilon == torch.finfo(torch.bfloat16).eps
+        assert start.losses.min() > 0
+
+    @pytest.mark.parametrize("is_on", [False, True])
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_products_on_a_gpu_are_in_tf32_in_place_of_bfloat16(
+        self, bf16, is_on, base_model_path, tmp_path
+    ):
+        """And as the user has set it (`tf32: true`) otherwise, and afterwards."""
+        trainer = make(base_model_path, tmp_path, bf16=bf16)
+        trainer.train()
+        backend, matmul = trainer.subspace.backend, torch.backends.cuda.matmul
+        backend.device = torch.device("cuda")
+        before = torch.backends.fp32_precision
+        try:
+            torch.backends.fp32_precision = "tf32" if is_on else "ieee"
+            own = matmul.fp32_precision
+            with backend.full_precision():
+                assert (matmul.fp32_precision == "tf32") == (bf16 or is_on)
+            assert matmul.fp32_precision == own
+            assert backend.epsilon == (2**-10 if bf16 or is_on else 0)
+        finally:
+            torch.backends.fp32_precision = before
+
     def test_kernels_without_float32_keep_bfloat16(self, base_model_path, tmp_path):
         trainer = make(base_model_path, tmp_path)
         trainer.train()
@@ -179,7 +227,7 @@ class TestFloor:
         trainer.train()
         state, part = torch.get_rng_state(), trainer.capability_groups[0].whole()
         floors = [
-            measure_floor(trainer.subspace.backend, part, trainer.capability_loss.sum, 2**-7)
+            trainer.capability_loss.measure_floor(trainer.subspace.backend, part, 2**-7)
             for _ in range(2)
         ]
         assert floors[0] == floors[1]

@@ -32,7 +32,7 @@ def make_subspace(rates, moments, updates, rows, **settings):
         learning_rates=lambda: rates,
         sum_over_shards=lambda values: values,
         same_on_all=lambda values: values,
-        check_no_copy=lambda: None,
+        check_no_copy=lambda weights_before: None,
         publish_weights=lambda: None,
     )
     config = OGPSAConfig(**{"restoration": 0.0, **settings})
@@ -159,6 +159,24 @@ def test_what_the_optimizer_does_not_hold_has_no_direction(tmp_path):
     watched, others = moved(model, torch.optim.AdamW(held, lr=1e-3), None, tmp_path, config)
     assert watched == 0
     assert others > 1e-3
+
+
+def test_what_the_optimizer_does_not_hold_gets_no_capability_gradient(tmp_path):
+    """The trainer clips by the length of all gradients: that of the first step is plain TRL's."""
+    norms = []
+    for plain in (True, False):
+        model = tiny_model(seed=0)
+        held = [p for n, p in model.named_parameters() if "embed_tokens" not in n]
+        optimizer = torch.optim.SGD(held, lr=1e-3)
+        trainer = make_trainer(
+            "sft", model, tmp_path / str(plain), plain=plain, max_grad_norm=1.0,
+            capability=None if plain else capability_groups(),
+            config=None if plain else paper(target="none", refresh_interval=1),
+            more={"processing_class": toy_tokenizer(), "optimizers": (optimizer, None)},
+        )  # fmt: skip
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == norms[1]
 
 
 def test_equal_rates_change_nothing(tmp_path):

@@ -230,7 +230,7 @@ def test_where_every_parameter_is_held_all_is_removed(metric):
         learning_rates=lambda: [1e-3],
         sum_over_shards=lambda values: values,
         same_on_all=lambda values: values,
-        check_no_copy=lambda: None,
+        check_no_copy=lambda weights_before: None,
         publish_weights=lambda: None,
     )
     config = OGPSAConfig.from_preset("preserve", metric=metric, restoration=0.0)
@@ -307,6 +307,28 @@ class TestErrors:
         )  # fmt: skip
         with pytest.raises(ValueError, match=rf"OwnCopy holds weights in its state {key!r}"):
             trainer.train()
+
+    def test_but_not_those_that_remember_or_average_them(self, base_model_path, tmp_path):
+        class Remembering(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        self.state[p].setdefault("p0", p.detach().clone())
+                return super().step(closure)
+
+        for optimizer_class in (Remembering, torch.optim.ASGD):
+            model = tiny_model(seed=0)
+            trainer = make_trainer(
+                "sft", model, tmp_path / optimizer_class.__name__, max_steps=2,
+                capability=capability_groups(), config=OGPSAConfig(metric="euclidean"),
+                more={
+                    "processing_class": toy_tokenizer(),
+                    "optimizers": (optimizer_class(model.parameters(), lr=0.1), None),
+                },
+            )  # fmt: skip
+            trainer.train()
+            assert trainer.state.global_step == 2
 
     def test_optimizers_with_another_state(self, base_model_path, tmp_path):
         trainer = make_trainer(
