@@ -39,7 +39,7 @@ class Sample:
 
     Attributes:
         name: Group and place in it: the same in every run with the same data and seed.
-        features: `input_ids`, and `labels` where they are others, as TRL's collator takes them.
+        features: `input_ids` and `labels`, as TRL's collator takes them.
         num_tokens: Tokens that count in the loss, at least 1.
     """
 
@@ -299,7 +299,8 @@ def prepare_group(
     for index, features in enumerate(tokenised):
         num_tokens = int(trained_labels(collate([features])["labels"]).sum())
         if num_tokens > 0:
-            used = {key: features[key] for key in ("input_ids", "labels") if key in features}
+            ids = features["input_ids"]
+            used = {"input_ids": ids, "labels": features.get("labels", ids)}
             samples.append(Sample(f"{name}/{index}", used, num_tokens))
     if len(samples) < num_parts:
         raise ValueError(

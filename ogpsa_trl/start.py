@@ -90,7 +90,7 @@ class StartingPoint:
             "num_tokens": torch.tensor([sample.num_tokens for sample in self.samples]),
             "lengths": torch.tensor([len(s.features["input_ids"]) for s in self.samples]),
         }
-        for name in self.samples[0].features:
+        for name in ("input_ids", "labels"):
             values = [value for sample in self.samples for value in sample.features[name]]
             state[f"{_FEATURE}{name}"] = torch.tensor(values, dtype=torch.int32)
         if self.tokens is not None and self.log_probs is not None:

@@ -279,6 +279,28 @@ class TestCheckpoints:
         trainer.train()
         return trainer
 
+    def test_hold_groups_of_several_formats(self, base_model_path, tmp_path):
+        """Tokens without labels beside completions, on which alone the loss is."""
+        tokenizer = toy_tokenizer()
+        texts = [r["prompt"] + r["completion"] for r in capability_groups()["skills"]]
+        tokens = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
+        groups = {"tokens": tokens, "language": capability_groups()["language"]}
+
+        def run(**resume):
+            trainer = make_trainer(
+                "sft", base_model_path, tmp_path, capability=groups,
+                config=OGPSAConfig(samples_per_refresh=3), save_strategy="steps", save_steps=2,
+                **ADAMW,
+            )  # fmt: skip
+            trainer.train(**resume)
+            return trainer
+
+        straight = run()
+        resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert max_difference(weights(resumed), weights(straight)) == 0
+        counts = [[s.num_tokens for s in g.samples] for g in resumed.capability_groups]
+        assert counts == [[s.num_tokens for s in g.samples] for g in straight.capability_groups]
+
     def test_hold_one_starting_point_between_them(self, tmp_path):
         """It never changes: every checkpoint has the file, and the disk has its bytes once."""
         self.run(tmp_path)
