@@ -21,9 +21,10 @@ from ogpsa_trl.start import (
     Measured,
     StartingPoint,
     all_samples,
-    epsilon_of_passes,
+    measure_part,
     measure_start,
     moved_embeddings,
+    passes_looked_at,
 )
 from ogpsa_trl.tiled_head import Score
 
@@ -123,21 +124,26 @@ class CapabilityLoss:
 
         It does not where the refresh takes all samples anyway and their likelihood is enough.
         """
-        if self.start is None and (self.is_kl or self.config.samples_per_refresh is not None):
-            self.start = measure_start(backend, self.groups, self._measure)
-        if self.is_kl and not self._is_floor_known:
-            self._is_floor_known = True
+        if not self.is_kl:
+            if self.start is None and self.config.samples_per_refresh is not None:
+                self.start = measure_start(backend, self.groups, self._measure)
+        elif not self._is_floor_known:
             self._find_floors(backend)
+            self._is_floor_known = True
 
     def _find_floors(self, backend: GradientBackend) -> None:
         """
-        Count from what rounding makes of equal models, where the passes are rounded more than those
-        in which the start was measured, or than float32: it may be that of another engine.
+        Measure the start, unless it is known. Count from what rounding makes of equal models, where
+        the passes are rounded more than those in which it was measured: by another engine, it may
+        be, or a model that is in autocast.
         """
-        assert self.start is not None
-        first = self.groups[0].whole().batches_of(backend.process_index, backend.num_processes)[0]
-        with torch.no_grad():
-            epsilon = epsilon_of_passes(backend, lambda: self._likely_tokens(first))
+        with passes_looked_at(backend) as epsilon_of_passes:
+            if self.start is None:
+                self.start = measure_start(backend, self.groups, self._measure)
+            else:  # from a checkpoint: one pass is enough to see
+                (part,) = replace(self.groups[0], num_parts=1).parts(1)
+                measure_part(backend, part, self._measure)
+        epsilon = epsilon_of_passes()
         if epsilon <= self.start.epsilon:
             return
         self.start.epsilon = epsilon

@@ -172,6 +172,7 @@ class Preparation:
         dataset_text_field: Column of plain text.
         dataset_num_proc: Worker processes.
         context: Tokens that the model has positions for; `None` where nothing limits them.
+        vocabulary_size: Tokens that the model knows; `None`: those that the tokenizer does.
     """
 
     processing_class: Any
@@ -184,6 +185,7 @@ class Preparation:
     dataset_text_field: str = "text"
     dataset_num_proc: int | None = None
     context: int | None = None
+    vocabulary_size: int | None = None
 
     @property
     def num_tokens_kept(self) -> int | None:
@@ -286,7 +288,7 @@ def prepare_group(
         "group",
         preparation.dataset_text_field,
         preparation.assistant_only_loss,
-        len(preparation.tokenizer),
+        preparation.vocabulary_size or len(preparation.tokenizer),
     )
     chosen, numbers = _choose(source, dataset, num_samples, seed)
     tokenizer = preparation.tokenizer

@@ -231,6 +231,7 @@ class OGPSAMixin(Trainer):
             tokenizer,
             self.ogpsa_config.capability_max_length,
             context=context_of(self.model.config),
+            vocabulary_size=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )
 
     def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:

@@ -166,16 +166,8 @@ def measure_start(
         FloatingPointError: what is measured of a sample is not finite. On every process.
     """
     measured: list[tuple[str, Measured]] = []
-    with deterministic(backend.wrapped_model):
-        for group in groups:
-            whole = group.whole()
-            for batch in whole.batches_of(backend.process_index, backend.num_processes):
-                names = [sample.name for sample in batch.samples]
-                values = [
-                    {name: tensor.cpu() for name, tensor in entry.items()}
-                    for entry in measure(batch)
-                ]
-                measured += zip(names, values, strict=True)
+    for group in groups:
+        measured += measure_part(backend, group.whole(), measure)
     by_name = dict(backend.from_all_processes(measured))
     samples = all_samples(groups)
     entries = [by_name[sample.name] for sample in samples]
@@ -192,29 +184,49 @@ def measure_start(
     return StartingPoint(samples, losses, likely.get("tokens"), likely.get("log_probs"))
 
 
-def epsilon_of_passes(backend: GradientBackend, make: Callable[[], Any]) -> float:
+@torch.no_grad()
+def measure_part(
+    backend: GradientBackend, part: Part, measure: Callable[[Batch], list[Measured]]
+) -> list[tuple[str, Measured]]:
+    """What is measured of the samples of this process, by their names. A collective call."""
+    measured: list[tuple[str, Measured]] = []
+    with deterministic(backend.wrapped_model):
+        for batch in part.batches_of(backend.process_index, backend.num_processes):
+            names = [sample.name for sample in batch.samples]
+            values = [
+                {name: tensor.cpu() for name, tensor in entry.items()} for entry in measure(batch)
+            ]
+            measured += zip(names, values, strict=True)
+    return measured
+
+
+@contextlib.contextmanager
+def passes_looked_at(backend: GradientBackend) -> Iterator[Callable[[], float]]:
     """
-    The relative rounding of forward passes, 0 for float32: that of the engine, or of bfloat16 where
-    what reaches the head shows that something else has put the model into autocast.
+    Forward passes of which the relative rounding is to be known.
 
     Args:
         backend: The engine.
-        make: Makes a pass. A collective call.
+
+    Returns:
+        Gives it afterwards, 0 for float32: that of the engine, or of bfloat16 where what reaches
+        the head shows that something else has put the model into autocast.
     """
     is_rounded = [False]
 
     def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:  # noqa: ARG001
-        hidden: Tensor = inputs[0]
-        is_autocast = torch.is_autocast_enabled(hidden.device.type)
-        is_rounded[0] |= is_autocast or hidden.dtype != torch.float32
+        for hidden in inputs[:1]:
+            is_autocast = torch.is_autocast_enabled(hidden.device.type)
+            is_rounded[0] |= is_autocast or hidden.dtype != torch.float32
 
     head: Any = backend.model.get_output_embeddings  # pyright: ignore[reportCallIssue]
     hook = head().register_forward_pre_hook(look)
     try:
-        make()
+        yield lambda: max(
+            backend.epsilon, torch.finfo(torch.bfloat16).eps if is_rounded[0] else 0.0
+        )
     finally:
         hook.remove()
-    return max(backend.epsilon, torch.finfo(torch.bfloat16).eps if is_rounded[0] else 0.0)
 
 
 @contextlib.contextmanager

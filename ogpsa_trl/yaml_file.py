@@ -36,7 +36,7 @@ def load_mapping(path: str) -> dict[str, Any]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             _check_that_keys_differ(root)
-        values = yaml.load(text, Loader=_Loader)
+        values = _with_home(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"The file {path!r} is not valid YAML: {error}") from error
     except RecursionError as error:
@@ -57,14 +57,14 @@ def load_mapping(path: str) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):
-    """Knows the home folder."""
+def _with_home(value: Any) -> Any:
+    """The value, with the home folder in place of `~` in every text."""
+    if isinstance(value, str):
+        return expanded(value)
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return {k: _with_home(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    def construct_text(self, node: yaml.ScalarNode) -> str:
-        return expanded(self.construct_scalar(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 # What PyYAML raises where a value does not have the form that its tag promises.
 _WRONG_SCALARS = (ValueError, KeyError, AttributeError, OverflowError)
