@@ -34,9 +34,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest $(ALONE)
 
-# Every engine with every cell.
+# What `make test` leaves out of the engines: all of it, or `ENGINES="zero1 or zero2"`.
 test-engines: $(STAMP)
-	$(BIN)/python -m pytest $(ALONE) -m slow
+	$(BIN)/python -m pytest $(ALONE) -m slow -k "$(ENGINES)"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
