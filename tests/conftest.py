@@ -1,5 +1,6 @@
 """No network, no telemetry, one thread: the models of the tests are too small to share."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +18,12 @@ import offline
 
 torch.set_num_threads(1)
 offline.install()
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: not among what the libraries hold, half a second's work."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
