@@ -3,16 +3,16 @@ Trains cells of the engine table on the processes of this launch; saves weights 
 
 torchrun --nproc_per_node 2 tests/engine_worker.py ENGINE MODEL OUTPUT PART [CHECKPOINTS]
 
-MODEL and OUTPUT are folders. PART is `quick`, the cells of every test run and all else that is held
-against them, or `rest`, the other cells. With CHECKPOINTS, the output folder of a launch with
-another number of processes, it only goes on from there. For the CPU and gloo set
-CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
+MODEL and OUTPUT are folders. PART is `quick`, what every test run looks at, or `all`. With
+CHECKPOINTS, the output folder of a launch with another number of processes, it only goes on from
+there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
 """
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, blockwise, linalg
+from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
 from ogpsa_trl.projection import project
 from runs import (
     capability_groups,
@@ -36,82 +36,72 @@ from runs import (
     gated,
     logged,
     make_trainer,
-    paper,
     trl_entries,
 )
 
 ON_CPU = not torch.cuda.is_available()
 
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-CELLS = list(
-    itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
-)
-# Beside the projected gradient: the constrained update, in both metrics, with both constraints.
-SETTINGS = {
+ENGINES = ("ddp", "fsdp2", "zero3", "zero1", "zero2", "hsdp")
+# Where the numbers of samples and steps are those of a short run, below; presets are as they are.
+METHODS = {
+    "paper": {},
+    "paper-theorem": {},
     "update": {"target": "update"},
-    "optimizer": {"target": "update", "metric": "optimizer"},
-    "inequality": {"target": "update", "metric": "optimizer", "constraint": "inequality"},
+    "optimizer": {"target": "update", "metric": "optimizer", "scope": "model"},
     "feedback": {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
     },
-    "replay": {"target": "none", "replay_weight": 0.5},
-    # Here, but not in the one process that it is compared with.
-    "compiled": {"target": "update", "metric": "optimizer", "compile_projection": True},
+    "added replay": {"target": "none", "replay_weight": 0.5},
+    "preserve": {}, "replay": {}, "kl": {},
 }  # fmt: skip
-UPDATE_CELLS = [
-    ("sft", "full", "parameter", "acc2", "update"),
-    ("dpo", "lora", "model", "acc2", "update"),
-    ("sft", "lora", "parameter", "acc2", "optimizer"),
-    ("dpo", "full", "model", "acc2", "optimizer"),
-    ("sft", "full", "model", "acc2", "inequality"),
-    ("sft", "full", "model", "acc2", "feedback"),
-    ("dpo", "full", "parameter", "acc2", "replay"),
-    ("sft", "lora", "parameter", "acc2", "compiled"),
-]
-# As they are, but for their numbers: the name stands where the other cells have the scope.
-PRESET_CELLS = [
-    ("sft", "full", "paper", "acc2"), ("dpo", "lora", "paper-theorem", "acc2"),
-    ("sft", "full", "preserve", "acc2"), ("dpo", "lora", "preserve", "acc2"),
-    ("sft", "lora", "replay", "acc2"), ("sft", "full", "kl", "acc2"), ("dpo", "lora", "kl", "acc2"),
+# Every method once, and every pair of stage, form and accumulation.
+QUICK_CELLS = [
+    ("sft", "full", "paper", "acc1"), ("dpo", "lora", "paper-theorem", "acc2"),
+    ("dpo", "full", "update", "acc2"), ("sft", "lora", "optimizer", "acc2"),
+    ("sft", "full", "feedback", "acc2"), ("dpo", "full", "added replay", "acc1"),
+    ("dpo", "lora", "preserve", "acc1"), ("sft", "lora", "replay", "acc1"),
+    ("sft", "full", "kl", "acc2"),
 ]  # fmt: skip
-# Every pair of stage, form, scope and accumulation is in one of the first five, and each setting
-# and preset that differs from these in one of the others.
-QUICK_CELLS = {
-    ("sft", "full", "parameter", "acc1"), ("sft", "lora", "model", "acc2"),
-    ("dpo", "full", "model", "acc2"), ("dpo", "lora", "parameter", "acc2"),
-    ("dpo", "lora", "model", "acc1"),
-    *UPDATE_CELLS[1:2], *UPDATE_CELLS[3:], *PRESET_CELLS[2:6],
-}  # fmt: skip
+# And the other stage, form and accumulation of each of them.
+_OTHER = {"sft": "dpo", "full": "lora", "acc1": "acc2"}
+_OTHER |= {value: key for key, value in _OTHER.items()}
+SLOW_CELLS = [
+    (_OTHER[stage], _OTHER[form], method, _OTHER[accumulation])
+    for stage, form, method, accumulation in QUICK_CELLS
+]
+CELLS = QUICK_CELLS + SLOW_CELLS
+# Hybrid sharding takes two replicas of two shards.
 NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
-# Two processes; hybrid sharding takes four, two replicas of two shards, and half of the cells.
-ENGINE_CELLS = dict.fromkeys(ENGINES, CELLS + UPDATE_CELLS + PRESET_CELLS)
-ENGINE_CELLS["hsdp"] = CELLS[1::2] + UPDATE_CELLS + PRESET_CELLS
-RESUMED_ELSEWHERE = [("sft", "full", "parameter", "acc1"), ("dpo", "lora", "parameter", "acc2")]
-SIGNS_CELL = ("dpo", "full", "model", "acc2")
+RESUMED_ELSEWHERE = QUICK_CELLS[:2]
+SIGNS_CELL = QUICK_CELLS[2]
+PLAIN_CELL = ("sft", "full", "paper", "acc2")
+DEFAULT_CELL = ("sft", "full", "preserve", "acc2")
 GLOBAL_BATCH = 8
 
 
 def name_of(cell):
-    return "-".join(cell)
+    return "-".join(cell).replace(" ", "-")
 
 
 # Plain TRL; and OGPSA, with passes of its own through other modules between those of the gate.
-GATE_CELLS = {
-    "gate-plain": ("dpo", "lora", "parameter", "acc2"),
-    "gate-ogpsa": ("sft", "full", "preserve", "acc2"),
+GATE_CELLS = {"gate-plain": ("dpo", "lora", "paper", "acc2"), "gate-ogpsa": DEFAULT_CELL}
+# Of refreshes without a projection: the cell, and whether it is in bfloat16.
+LEAKS = {
+    "dpo-lora": (("dpo", "lora", "paper", "acc2"), False),
+    "bf16": (PLAIN_CELL, True),
+    "sft-full": (PLAIN_CELL, False),
 }
 
 
 def config_of(cell):
     """A refresh before the first and the third step, or before each; few samples in few batches."""
-    stage, _, scope_or_preset, _, *settings = cell
-    if scope_or_preset in ("parameter", "model"):
-        more = SETTINGS[settings[0]] if settings else {}
-        return paper(scope=scope_or_preset, refresh_interval=2, capability_batch_size=2, **more)
-    config = OGPSAConfig.from_preset(scope_or_preset, stage=stage, capability_batch_size=2)
+    stage, _, method, _ = cell
+    settings = METHODS[method]
+    preset = "paper" if settings else method
+    config = OGPSAConfig.from_preset(preset, stage=stage, capability_batch_size=2)
     if config.samples_per_refresh is not None:
         return dataclasses.replace(config, samples_per_refresh=3)  # of 6
-    return dataclasses.replace(config, refresh_interval=2)
+    return dataclasses.replace(config, refresh_interval=2, **settings)
 
 
 def launch(num_processes, *arguments, on_gpu=False, file=__file__):
@@ -270,11 +260,8 @@ def make(
     Where the loss accumulates, gradient checkpointing is on too. LoRA starts as usual in DPO, so
     that A is held in the second step; in SFT it starts with a B that is not zero.
     """
-    stage, form, _, accumulation, *_ = cell
+    stage, form, _, accumulation = cell
     num_passes = int(accumulation[-1])
-    config = config_of(cell)
-    if engine == "one":
-        config = dataclasses.replace(config, compile_projection=False)
     # Three rows on two processes: shards of two sizes, on four processes an empty one.
     lora = LoraConfig(
         r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=stage == "dpo",
@@ -283,7 +270,7 @@ def make(
     return make_trainer(
         stage, model_path, output_dir, plain=plain,
         capability=capability_groups() if ogpsa else None,
-        config=config if ogpsa else None,
+        config=config_of(cell) if ogpsa else None,
         more={"peft_config": lora} if form == "lora" else None,
         **{
             "max_steps": 3, "gradient_accumulation_steps": num_passes,
@@ -308,7 +295,7 @@ def full_weights(trainer):
     }
 
 
-def train_cell(engine, cell, model_path, folder, num_processes):
+def train_cell(engine, model_path, folder, num_processes, cell):
     """A run, the same run resumed after its first step, and what the engine held of it."""
     trainer = make(engine, cell, model_path, folder, num_processes)
     probe = ProjectionProbe(trainer)
@@ -337,7 +324,7 @@ def gathered(trainer, values):
     return trainer.accelerator.gather(values.to(trainer.args.device)[None]).cpu()
 
 
-def train_without_projection(engine, cell, model_path, folder, num_processes, **options):
+def train_without_projection(engine, model_path, folder, num_processes, cell, **options):
     """Plain TRL, and a run that refreshes before every step but does not project."""
     results = {}
     for kind in ("plain", "refreshed"):
@@ -357,7 +344,7 @@ def train_without_projection(engine, cell, model_path, folder, num_processes, **
     return results
 
 
-def train_gated(engine, name, model_path, folder, num_processes):
+def train_gated(engine, model_path, folder, num_processes, name):
     """The run of a gate, the same without it and resumed, and those of its actions."""
 
     def run(has_gate=True, checkpoint=None, **settings):
@@ -412,7 +399,7 @@ def train_with_signs(engine, model_path, folder, num_processes):
 
 def errors_without_gradients(engine, model_path, folder, num_processes):
     """What is raised by a projection, and by a training step, that reach no gradient."""
-    cell = ("sft", "full", "parameter", "acc1")
+    cell = QUICK_CELLS[0]
     trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
     trainer.train()
     errors = []
@@ -429,11 +416,10 @@ def errors_without_gradients(engine, model_path, folder, num_processes):
 
 
 def train_in_bf16(engine, model_path, folder, num_processes):
-    cell = ("sft", "full", "parameter", "acc2")
-    trainer = make(engine, cell, model_path, folder, num_processes, bf16=True)
+    trainer = make(engine, PLAIN_CELL, model_path, folder, num_processes, bf16=True)
     probe = ProjectionProbe(trainer)
     trainer.train()
-    resumed = make(engine, cell, model_path, folder, num_processes, bf16=True)
+    resumed = make(engine, PLAIN_CELL, model_path, folder, num_processes, bf16=True)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     return {
         "cosine": probe.largest,
@@ -460,8 +446,8 @@ def train_default_in_bf16(engine, model_path, folder, num_processes):
     for rate in BF16_RATES:
         for kind in ("plain", "preserve"):
             trainer = make(
-                engine, ("sft", "full", "preserve", "acc2"), model_path, folder / rate / kind,
-                num_processes, ogpsa=kind == "preserve", **bf16_options(rate, bf16=True),
+                engine, DEFAULT_CELL, model_path, folder / rate / kind, num_processes,
+                ogpsa=kind == "preserve", **bf16_options(rate, bf16=True),
             )  # fmt: skip
             trainer.train()
             results[f"{rate} {kind}"] = full_weights(trainer), capped_steps(trainer)
@@ -478,8 +464,7 @@ def capped_steps(trainer):
 
 def train_with_rates(engine, model_path, folder, num_processes):
     """The default, with embeddings in a group of the optimizer that has the learning rate 0."""
-    cell = ("sft", "full", "preserve", "acc2")
-    trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
+    trainer = make(engine, DEFAULT_CELL, model_path, folder, num_processes, save_strategy="no")
 
     def create_optimizer(model=None):
         groups = [{"params": [], "lr": 1e-3}, {"params": [], "lr": 0.0}]
@@ -501,10 +486,8 @@ def train_with_roundings(engine, model_path, folder, num_processes):
     make_table, scale = linalg.table, 1 + 1e-6 * int(os.environ["RANK"])
     linalg.table = lambda *args: make_table(*args) * scale
     results = {}
-    for cell in (("sft", "full", "preserve", "acc2"), ("sft", "full", "paper", "acc2")):
-        trainer = make(
-            engine, cell, model_path, folder / name_of(cell), num_processes, save_strategy="no"
-        )
+    for cell in (DEFAULT_CELL, PLAIN_CELL):
+        trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
         trainer.train()
         backend = trainer.subspace.backend
         held = torch.cat([backend.weights(parameter) for _, parameter in backend.parameters])
@@ -519,7 +502,7 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
     Per optimizer: the largest difference of the second moments of one step from those of AdamW, on
     any process and relative to the largest of them; and the largest cosine.
     """
-    cell = ("sft", "full", "model", "acc2", "optimizer")
+    cell = ("sft", "full", "optimizer", "acc2")
     optimizers = {"adamw_torch": "torch", "adamw_torch_8bit": "torchao"}
     if engine not in ("fsdp2", "hsdp"):  # bitsandbytes takes no step of a DTensor
         optimizers["adamw_bnb_8bit"] = "bitsandbytes"
@@ -543,54 +526,50 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
     return results
 
 
+def jobs(engine, part):
+    """What is trained: by the name of its results, a function of the engine and folders."""
+    is_all = part == "all"
+    for cell in CELLS if is_all else QUICK_CELLS:
+        yield name_of(cell), functools.partial(train_cell, cell=cell)
+    for name, (cell, is_bf16) in LEAKS.items():
+        if is_all or name != "sft-full":
+            leak = functools.partial(train_without_projection, cell=cell, bf16=is_bf16)
+            yield f"leak-{name}", leak
+    for name in GATE_CELLS if is_all else ("gate-ogpsa",):
+        yield name, functools.partial(train_gated, name=name)
+    yield "signs", train_with_signs
+    yield "errors", errors_without_gradients
+    yield "bf16", train_in_bf16
+    if engine != "zero1":  # in bfloat16 its weights are not where its gradients are
+        yield "bf16-default", train_default_in_bf16
+    yield "rates", train_with_rates
+    if engine in ("ddp", "hsdp"):
+        yield "roundings", train_with_roundings
+    if is_all:
+        yield "8-bit", train_in_8_bits
+
+
 def main(engine, model_path, output_dir, part, checkpoints=None):
     torch.set_num_threads(1)
-    blockwise._FEWEST_COMPILED_ENTRIES = 2  # the model is small
     if ON_CPU:
         use_cpu(engine)
-    num_processes = int(os.environ["WORLD_SIZE"])
-    is_main = int(os.environ["RANK"]) == 0
+    gc.freeze()  # as in conftest.py
+    num_processes, output_dir = int(os.environ["WORLD_SIZE"]), Path(output_dir)
 
     def save(name, result):
-        if is_main:
-            torch.save(result, Path(output_dir) / f"{name}.pt")
+        if os.environ["RANK"] == "0":
+            torch.save(result, output_dir / f"{name}.pt")
 
     if checkpoints is not None:
         for cell in RESUMED_ELSEWHERE:
-            trainer = make(engine, cell, model_path, Path(output_dir) / "run", num_processes)
+            trainer = make(engine, cell, model_path, output_dir / "run", num_processes)
             checkpoint = Path(checkpoints) / name_of(cell) / "checkpoint-1"
             trainer.train(resume_from_checkpoint=str(checkpoint))
             save(name_of(cell), full_weights(trainer))
     else:
-        for cell in ENGINE_CELLS[engine]:
-            if (cell in QUICK_CELLS) == (part == "quick"):
-                folder = Path(output_dir) / name_of(cell)
-                save(name_of(cell), train_cell(engine, cell, model_path, folder, num_processes))
-    if checkpoints is None and part == "quick":
-        for stage, form in itertools.product(("sft", "dpo"), ("full", "lora")):
-            cell, name = (stage, form, "parameter", "acc2"), f"leak-{stage}-{form}"
-            folder = Path(output_dir) / name
-            save(name, train_without_projection(engine, cell, model_path, folder, num_processes))
-        cell, folder = ("sft", "full", "parameter", "acc2"), Path(output_dir)
-        result = train_without_projection(
-            engine, cell, model_path, folder / "leak-bf16", num_processes, bf16=True
-        )
-        save("leak-bf16", result)
-        for name in GATE_CELLS:
-            save(name, train_gated(engine, name, model_path, folder / name, num_processes))
-        save("signs", train_with_signs(engine, model_path, folder / "signs", num_processes))
-        errors = errors_without_gradients(engine, model_path, folder / "errors", num_processes)
-        save("errors", errors)
-        save("bf16", train_in_bf16(engine, model_path, folder / "bf16", num_processes))
-        if engine != "zero1":  # its weights are not where its gradients are
-            folder = Path(output_dir) / "bf16-default"
-            result = train_default_in_bf16(engine, model_path, folder, num_processes)
-            save("bf16-default", result)
-        save("rates", train_with_rates(engine, model_path, Path(output_dir), num_processes))
-        if engine in ("ddp", "hsdp"):
-            folder = Path(output_dir) / "roundings"
-            save("roundings", train_with_roundings(engine, model_path, folder, num_processes))
-        save("8-bit", train_in_8_bits(engine, model_path, folder / "8-bit", num_processes))
+        for name, job in jobs(engine, part):
+            save(name, job(engine, model_path=model_path, folder=output_dir / name,
+                           num_processes=num_processes))  # fmt: skip
     # gloo may abort a process that ends while another still reads from it.
     torch.distributed.barrier()
     sys.stdout.flush()

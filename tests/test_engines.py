@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine_worker import (
     BF16_RATES,
     CELLS,
-    ENGINE_CELLS,
+    DEFAULT_CELL,
+    ENGINES,
     GATE_CELLS,
+    LEAKS,
+    METHODS,
     NUM_PROCESSES,
     QUICK_CELLS,
     RESUMED_ELSEWHERE,
-    SETTINGS,
     SIGNS_CELL,
     bf16_options,
     capped_steps,
@@ -38,11 +40,26 @@ from runs import (
     weights,
 )
 
-# A launch for all cells of an engine takes one to three minutes on two cores.
+# A launch for all cells of an engine takes half a minute to two minutes on two cores.
 pytestmark = pytest.mark.timeout(1200)
 
 # Each shards in another way. The other engines, and the other cells, are slow.
 QUICK_ENGINES = ("ddp", "fsdp2", "zero3")
+
+
+def on_engines(names, values, quick, engines=ENGINES):
+    """Some values on all engines; slow, but for the quick values on the quick engines."""
+    return pytest.mark.parametrize(
+        ("engine", names),
+        [
+            pytest.param(
+                engine, value, id=f"{engine}-{value if isinstance(value, str) else name_of(value)}",
+                marks=() if engine in QUICK_ENGINES and value in quick else pytest.mark.slow,
+            )
+            for engine in engines
+            for value in values
+        ],
+    )  # fmt: skip
 
 
 def of_engines(*engines):
@@ -55,20 +72,10 @@ def of_engines(*engines):
     )
 
 
-every_engine = of_engines(*ENGINE_CELLS)
-every_cell = pytest.mark.parametrize(
-    ("engine", "cell"),
-    [
-        pytest.param(
-            engine, cell, id=f"{engine}-{name_of(cell)}",
-            marks=()
-            if engine in QUICK_ENGINES and cell in QUICK_CELLS
-            else pytest.mark.slow,
-        )
-        for engine, cells in ENGINE_CELLS.items()
-        for cell in cells
-    ],
-)  # fmt: skip
+every_engine = of_engines(*ENGINES)
+every_cell = on_engines("cell", CELLS, QUICK_CELLS)
+every_leak = on_engines("name", LEAKS, ("dpo-lora", "bf16"))
+every_gate = on_engines("name", GATE_CELLS, ("gate-ogpsa",))
 # What accelerate must have run, and what must have served it.
 RUNS_AS = {
     "ddp": ("MULTI_CPU", "TorchBackend"),
@@ -81,17 +88,20 @@ RUNS_AS = {
 
 
 @pytest.fixture(scope="session")
-def launched(base_model_path, tmp_path_factory):
-    """The output folder of a part of an engine's cells: processes spend their time importing."""
+def launched(request, base_model_path, tmp_path_factory):
+    """
+    The output folder of an engine's launch. There is one, for all that is looked at: processes
+    spend their time importing.
+    """
+    slow = {i.callspec.params.get("engine") for i in request.session.items if "slow" in i.keywords}
     folders = {}
 
-    def results_of(engine, cell=None):
-        part = "quick" if cell is None or cell in QUICK_CELLS else "rest"
-        if (engine, part) not in folders:
-            folder = tmp_path_factory.mktemp(f"{engine}-{part}")
+    def results_of(engine):
+        if engine not in folders:
+            folder, part = tmp_path_factory.mktemp(engine), "all" if engine in slow else "quick"
             launch(NUM_PROCESSES[engine], engine, base_model_path, folder, part)
-            folders[engine, part] = folder
-        return folders[engine, part]
+            folders[engine] = folder
+        return folders[engine]
 
     return results_of
 
@@ -116,18 +126,18 @@ def load(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-def test_the_quick_cells_hold_every_pair_of_choices_and_every_setting():
-    pairs = {pair for cell in CELLS for pair in itertools.combinations(cell, 2)}
-    quick = {pair for cell in QUICK_CELLS for pair in itertools.combinations(cell[:4], 2)}
-    assert pairs <= quick
-    assert {cell[4] for cell in QUICK_CELLS if len(cell) > 4} == set(SETTINGS)
-    assert {"preserve", "replay", "kl"} <= {cell[2] for cell in QUICK_CELLS}
+def test_the_quick_cells_hold_every_method_and_every_pair_of_the_other_choices():
+    assert {method for _, _, method, _ in QUICK_CELLS} == set(METHODS)
+    choices = [("sft", "dpo"), ("full", "lora"), ("acc1", "acc2")]
+    pairs = {p for a, b in itertools.combinations(choices, 2) for p in itertools.product(a, b)}
+    others = [(stage, form, accumulation) for stage, form, _, accumulation in QUICK_CELLS]
+    assert pairs == {pair for cell in others for pair in itertools.combinations(cell, 2)}
 
 
 @every_cell
 def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
     expected, expected_log = one_process(cell)
-    result = load(launched(engine, cell), name_of(cell))
+    result = load(launched(engine), name_of(cell))
     assert result["num_processes"] == NUM_PROCESSES[engine]
     assert (result["engine"], result["backend"]) == RUNS_AS[engine]
     difference = max_difference(expected, result["weights"])
@@ -137,7 +147,7 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
     # learning rate; AdamW divides by the root of the second moment, at most 1 / epsilon.
     assert difference < 2e-6
     config = config_of(cell)
-    if config.constraint == "equality" and not config.restoration:
+    if not config.restoration:
         # Rounding of float32: of a gradient, and of weights of size 1 that move by 1e-3.
         assert result["cosine"] < (1e-6 if config.target == "gradient" else 1e-4)
     for ours, theirs in zip(expected_log, result["log"], strict=True):
@@ -151,14 +161,14 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
 
 @every_cell
 def test_resume_on_several_processes_is_bitwise(engine, cell, launched):
-    result = load(launched(engine, cell), name_of(cell))
+    result = load(launched(engine), name_of(cell))
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
 @every_cell
 def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launched):
     """Memory per process is rank x trained parameters x 4 bytes / shards."""
-    result = load(launched(engine, cell), name_of(cell))
+    result = load(launched(engine), name_of(cell))
     held, basis_bytes = result["held_entries_and_basis_bytes"].T
     if engine == "ddp":
         assert held.tolist() == [result["num_entries"]] * 2
@@ -199,7 +209,7 @@ def messages(engine, config, rank, num_parameters):
 
 @every_cell
 def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, launched):
-    result = load(launched(engine, cell), name_of(cell))
+    result = load(launched(engine), name_of(cell))
     config, bytes_per_number = config_of(cell), 4
     # The divergence has no gradient at the start, and so no direction.
     ranks = [0 if config.capability_loss == "kl" else 2, 2, 2]
@@ -207,8 +217,7 @@ def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, laun
     assert result["sent_bytes"] == [size * bytes_per_number for size in sizes]
 
 
-@pytest.mark.parametrize("name", ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "bf16"])
-@every_engine
+@every_leak
 def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
     """
     Refreshes before every step, but no projection: bit for bit plain TRL, and its files, to which
@@ -235,8 +244,7 @@ def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
         assert max_difference(left, right) == 0
 
 
-@pytest.mark.parametrize("name", GATE_CELLS)
-@every_engine
+@every_gate
 def test_a_gate_leaves_no_trace_in_training(engine, name, launched):
     """Measured after every step, and bit for bit the run without; so is the resumed one."""
     result = load(launched(engine), name)
@@ -249,8 +257,7 @@ def test_a_gate_leaves_no_trace_in_training(engine, name, launched):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("name", GATE_CELLS)
-@every_engine
+@every_gate
 def test_a_gate_measures_what_one_process_does(engine, name, launched, base_model_path, tmp_path):
     trainer = make(
         "one", GATE_CELLS[name], base_model_path, tmp_path, 1, ogpsa=name == "gate-ogpsa",
@@ -265,8 +272,7 @@ def test_a_gate_measures_what_one_process_does(engine, name, launched, base_mode
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", GATE_CELLS)
-@every_engine
+@every_gate
 def test_a_gate_acts_on_all_processes_at_once(engine, name, launched):
     """It stops them after the same step, and loads the checkpoint of that step as the best."""
     result = load(launched(engine), name)
@@ -289,8 +295,8 @@ def in_float32(base_model_path, tmp_path_factory):
     results = {}
     for rate in BF16_RATES:
         trainer = make(
-            "one", ("sft", "full", "preserve", "acc2"), base_model_path,
-            tmp_path_factory.mktemp(rate), 1, **bf16_options(rate),
+            "one", DEFAULT_CELL, base_model_path, tmp_path_factory.mktemp(rate), 1,
+            **bf16_options(rate),
         )  # fmt: skip
         trainer.train()
         results[rate] = weights(trainer), capped_steps(trainer)
@@ -307,7 +313,7 @@ def divergence(model_path, state):
         return literal_kl(model, start, tokenizer, rows).item()
 
 
-@of_engines(*(engine for engine in ENGINE_CELLS if engine != "zero1"))
+@of_engines(*(engine for engine in ENGINES if engine != "zero1"))
 def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_path):
     """
     Where a step can be seen in bfloat16 the divergence is at most twice that of float32; where it
@@ -348,8 +354,7 @@ def test_replicas_that_add_in_another_order_stay_the_same(engine, launched):
     assert set(load(launched(engine), "roundings").values()) == {0.0}
 
 
-@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
-@every_engine
+@on_engines("package", ("torchao", "bitsandbytes"), ())
 def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched):
     pytest.importorskip(package, exc_type=ImportError)
     optim = {"torchao": "adamw_torch_8bit", "bitsandbytes": "adamw_bnb_8bit"}[package]
@@ -379,19 +384,13 @@ def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
         assert of_step == of_project
 
 
-@pytest.fixture(scope="session")
-def on_four_processes(launched, base_model_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four")
-    launch(4, "fsdp2", base_model_path, folder, "quick", launched("fsdp2"))
-    return folder
-
-
-@pytest.mark.parametrize("cell", RESUMED_ELSEWHERE, ids=name_of)
-def test_fsdp2_resumes_on_another_number_of_processes(cell, launched, on_four_processes):
+@pytest.mark.slow
+def test_fsdp2_resumes_on_another_number_of_processes(launched, base_model_path, tmp_path):
     """The basis is sharded anew; the rest of the run is that of two processes."""
-    expected = load(launched("fsdp2"), name_of(cell))["weights"]
-    resumed = load(on_four_processes, name_of(cell))
-    assert max_difference(expected, resumed) < 2e-6
+    launch(4, "fsdp2", base_model_path, tmp_path, "quick", launched("fsdp2"))
+    for cell in RESUMED_ELSEWHERE:
+        expected = load(launched("fsdp2"), name_of(cell))["weights"]
+        assert max_difference(expected, load(tmp_path, name_of(cell))) < 2e-6
 
 
 @pytest.mark.parametrize("cell", RESUMED_ELSEWHERE, ids=name_of)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine_worker import ENGINE_CELLS, NUM_PROCESSES, launch, make, name_of
+from engine_worker import CELLS, ENGINES, NUM_PROCESSES, launch, make, name_of
 from ogpsa_trl import OGPSAConfig, blockwise
 from runs import (
     CosineCallback,
@@ -101,14 +101,13 @@ def test_resume_is_the_run_that_never_stopped(base_model_path, tmp_path):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("engine", ENGINE_CELLS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gpus_take_the_steps_of_one_process_on_the_cpu(engine, base_model_path, tmp_path):
-    """The table of tests/test_engines.py with NCCL; in two launches."""
+    """The table of tests/test_engines.py with NCCL."""
     if torch.cuda.device_count() < NUM_PROCESSES[engine]:
         pytest.skip(f"{engine} needs {NUM_PROCESSES[engine]} GPUs")
-    for part in ("quick", "rest"):
-        launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, part, on_gpu=True)
-    for cell in ENGINE_CELLS[engine]:
+    launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, "all", on_gpu=True)
+    for cell in CELLS:
         result = torch.load(tmp_path / f"{name_of(cell)}.pt", weights_only=True)
         one = make("one", cell, base_model_path, tmp_path / "one", 1, save_strategy="no")
         one.train()
