@@ -1,11 +1,7 @@
 """
-Trains cells of the engine table on the processes of this launch; saves weights and logs.
+Trains cells of the engine table on the processes of a launch; saves weights and logs.
 
-torchrun --nproc_per_node 2 tests/engine_worker.py ENGINE MODEL OUTPUT PART [CHECKPOINTS]
-
-MODEL and OUTPUT are folders. PART is `quick`, what every test run looks at, or `all`. With
-CHECKPOINTS, the output folder of a launch with another number of processes, it only goes on from
-there. For the CPU and gloo set CUDA_VISIBLE_DEVICES to nothing, and DS_ACCELERATOR=cpu.
+tests/processes.py starts them: `launch(2, engine_worker.main, ENGINE, MODEL, OUTPUT, PART)`.
 """
 
 import contextlib
@@ -14,7 +10,6 @@ import functools
 import gc
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,22 +97,6 @@ def config_of(cell):
     if config.samples_per_refresh is not None:
         return dataclasses.replace(config, samples_per_refresh=3)  # of 6
     return dataclasses.replace(config, refresh_interval=2, **settings)
-
-
-def launch(num_processes, *arguments, on_gpu=False, file=__file__):
-    """
-    Run this file, or another. A process that fails leaves its peers waiting: torchrun ends all.
-    """
-    hide_gpus = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-            str(num_processes), file, *map(str, arguments),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hide_gpus},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1000, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-6000:]
 
 
 def use_cpu(engine):
@@ -550,6 +529,17 @@ def jobs(engine, part):
 
 
 def main(engine, model_path, output_dir, part, checkpoints=None):
+    """
+    Train.
+
+    Args:
+        engine: One of `ENGINES`.
+        model_path: Folder of the model.
+        output_dir: Folder of the results.
+        part: `quick`, what every test run looks at, or `all`.
+        checkpoints: Output folder of a launch with another number of processes. It is only gone on
+            from.
+    """
     torch.set_num_threads(1)
     if ON_CPU:
         use_cpu(engine)
@@ -574,7 +564,3 @@ def main(engine, model_path, output_dir, part, checkpoints=None):
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

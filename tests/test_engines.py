@@ -24,12 +24,13 @@ from engine_worker import (
     config_of,
     gate_config,
     gate_groups,
-    launch,
+    main,
     make,
     name_of,
     train_with_rates,
 )
 from ogpsa_trl.completeness import LIST_NAME
+from processes import launch
 from runs import (
     capability_groups,
     gate_entries,
@@ -99,7 +100,9 @@ def launched(request, base_model_path, tmp_path_factory):
     def results_of(engine):
         if engine not in folders:
             folder, part = tmp_path_factory.mktemp(engine), "all" if engine in slow else "quick"
-            launch(NUM_PROCESSES[engine], engine, base_model_path, folder, part)
+            launch(
+                NUM_PROCESSES[engine], main, engine, base_model_path, folder, part, folder=folder
+            )
             folders[engine] = folder
         return folders[engine]
 
@@ -387,7 +390,8 @@ def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
 @pytest.mark.slow
 def test_fsdp2_resumes_on_another_number_of_processes(launched, base_model_path, tmp_path):
     """The basis is sharded anew; the rest of the run is that of two processes."""
-    launch(4, "fsdp2", base_model_path, tmp_path, "quick", launched("fsdp2"))
+    arguments = ("fsdp2", base_model_path, tmp_path, "quick", launched("fsdp2"))
+    launch(4, main, *arguments, folder=tmp_path)
     for cell in RESUMED_ELSEWHERE:
         expected = load(launched("fsdp2"), name_of(cell))["weights"]
         assert max_difference(expected, load(tmp_path, name_of(cell))) < 2e-6

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from engine_worker import CELLS, ENGINES, NUM_PROCESSES, launch, make, name_of
+from engine_worker import CELLS, ENGINES, NUM_PROCESSES, main, make, name_of
 from ogpsa_trl import OGPSAConfig, blockwise
+from processes import launch
 from runs import (
     CosineCallback,
     capability_groups,
@@ -106,7 +107,8 @@ def test_gpus_take_the_steps_of_one_process_on_the_cpu(engine, base_model_path, 
     """The table of tests/test_engines.py with NCCL."""
     if torch.cuda.device_count() < NUM_PROCESSES[engine]:
         pytest.skip(f"{engine} needs {NUM_PROCESSES[engine]} GPUs")
-    launch(NUM_PROCESSES[engine], engine, base_model_path, tmp_path, "all", on_gpu=True)
+    arguments = (engine, base_model_path, tmp_path, "all")
+    launch(NUM_PROCESSES[engine], main, *arguments, folder=tmp_path, on_gpu=True)
     for cell in CELLS:
         result = torch.load(tmp_path / f"{name_of(cell)}.pt", weights_only=True)
         one = make("one", cell, base_model_path, tmp_path / "one", 1, save_strategy="no")

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import qlora_worker
 import train
-from engine_worker import launch
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from processes import launch
 from qlora_worker import adapter_of, losses_of, make_qlora_trainer
 from runs import (
     CosineCallback,
@@ -189,7 +189,7 @@ def test_two_processes_take_the_steps_of_one_on_a_base_in_4_bits(
     engine, make, wide_model_path, tmp_path
 ):
     """And divide the basis of the adapter, where they divide gradients."""
-    launch(2, engine, wide_model_path, tmp_path, file=qlora_worker.__file__)
+    launch(2, qlora_worker.main, engine, wide_model_path, str(tmp_path), folder=tmp_path)
     two = torch.load(tmp_path / "result.pt")
     one = make(config=CONFIGS["update"])
     one.train()
