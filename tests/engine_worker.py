@@ -67,8 +67,9 @@ SLOW_CELLS = [
 CELLS = QUICK_CELLS + SLOW_CELLS
 # Hybrid sharding takes two replicas of two shards.
 NUM_PROCESSES = {**dict.fromkeys(ENGINES, 2), "hsdp": 4}
+RESUMED_METHODS = ("paper", "paper-theorem", "preserve")
 RESUMED_ELSEWHERE = QUICK_CELLS[:2]
-SIGNS_CELL = QUICK_CELLS[2]
+SIGNS_CELL = QUICK_CELLS[1]
 PLAIN_CELL = ("sft", "full", "paper", "acc2")
 DEFAULT_CELL = ("sft", "full", "preserve", "acc2")
 GLOBAL_BATCH = 8
@@ -86,6 +87,22 @@ LEAKS = {
     "bf16": (PLAIN_CELL, True),
     "sft-full": (PLAIN_CELL, False),
 }
+
+
+# What every test run looks at; all else is slow. Each of these engines shards in another way. What
+# is no question of shards is left to DDP.
+_OF_SHARDS = [cell for cell in QUICK_CELLS if cell[2] not in ("update", "added replay", "replay")]
+_QUICK = {
+    "ddp": {*QUICK_CELLS, "gate-ogpsa", "errors", "bf16-default", "roundings"},
+    "fsdp2": {*_OF_SHARDS, "signs", "bf16-default"},
+    "zero3": {*_OF_SHARDS, "errors"},
+}
+_ALWAYS_QUICK = ("leak-dpo-lora", "leak-bf16", "bf16", "rates")
+
+
+def is_quick(engine, job):
+    """Whether every test run looks at a job (see `jobs`) of an engine."""
+    return engine in _QUICK and (job in _QUICK[engine] or job in _ALWAYS_QUICK)
 
 
 def config_of(cell):
@@ -275,16 +292,16 @@ def full_weights(trainer):
 
 
 def train_cell(engine, model_path, folder, num_processes, cell):
-    """A run, the same run resumed after its first step, and what the engine held of it."""
-    trainer = make(engine, cell, model_path, folder, num_processes)
+    """A run, what the engine held of it and, of some, the same run resumed after its first step."""
+    is_resumed = cell[2] in RESUMED_METHODS
+    options = {} if is_resumed else {"save_strategy": "no"}
+    trainer = make(engine, cell, model_path, folder, num_processes, **options)
     probe = ProjectionProbe(trainer)
     trainer.train()
-    resumed = make(engine, cell, model_path, folder, num_processes)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     subspace = trainer.subspace
     held = sum(shard.size for shard in subspace.backend.shards)
     sizes = torch.tensor([held, subspace.basis_bytes], dtype=torch.float64)
-    return {
+    result = {
         "engine": trainer.accelerator.distributed_type.value,
         "backend": type(subspace.backend).__name__,
         "num_processes": trainer.accelerator.num_processes,
@@ -294,9 +311,13 @@ def train_cell(engine, model_path, folder, num_processes, cell):
         "cosine": probe.largest,
         "sent_bytes": probe.sent_bytes,
         "weights": full_weights(trainer),
-        "resumed": full_weights(resumed),
         "log": logged(trainer),
     }
+    if is_resumed:
+        resumed = make(engine, cell, model_path, folder, num_processes, **options)
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        result["resumed"] = full_weights(resumed)
+    return result
 
 
 def gathered(trainer, values):
@@ -505,27 +526,23 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
     return results
 
 
-def jobs(engine, part):
-    """What is trained: by the name of its results, a function of the engine and folders."""
-    is_all = part == "all"
-    for cell in CELLS if is_all else QUICK_CELLS:
-        yield name_of(cell), functools.partial(train_cell, cell=cell)
+def jobs(engine):
+    """What can be trained: cells and others by name, each a function of the engine and folders."""
+    all_jobs = {cell: functools.partial(train_cell, cell=cell) for cell in CELLS}
     for name, (cell, is_bf16) in LEAKS.items():
-        if is_all or name != "sft-full":
-            leak = functools.partial(train_without_projection, cell=cell, bf16=is_bf16)
-            yield f"leak-{name}", leak
-    for name in GATE_CELLS if is_all else ("gate-ogpsa",):
-        yield name, functools.partial(train_gated, name=name)
-    yield "signs", train_with_signs
-    yield "errors", errors_without_gradients
-    yield "bf16", train_in_bf16
+        all_jobs[f"leak-{name}"] = functools.partial(
+            train_without_projection, cell=cell, bf16=is_bf16
+        )
+    all_jobs |= {name: functools.partial(train_gated, name=name) for name in GATE_CELLS}
+    all_jobs |= {
+        "signs": train_with_signs, "errors": errors_without_gradients, "bf16": train_in_bf16,
+        "rates": train_with_rates, "8-bit": train_in_8_bits,
+    }  # fmt: skip
     if engine != "zero1":  # in bfloat16 its weights are not where its gradients are
-        yield "bf16-default", train_default_in_bf16
-    yield "rates", train_with_rates
+        all_jobs["bf16-default"] = train_default_in_bf16
     if engine in ("ddp", "hsdp"):
-        yield "roundings", train_with_roundings
-    if is_all:
-        yield "8-bit", train_in_8_bits
+        all_jobs["roundings"] = train_with_roundings
+    return all_jobs
 
 
 def main(engine, model_path, output_dir, part, checkpoints=None):
@@ -557,9 +574,11 @@ def main(engine, model_path, output_dir, part, checkpoints=None):
             trainer.train(resume_from_checkpoint=str(checkpoint))
             save(name_of(cell), full_weights(trainer))
     else:
-        for name, job in jobs(engine, part):
-            save(name, job(engine, model_path=model_path, folder=output_dir / name,
-                           num_processes=num_processes))  # fmt: skip
+        for job, train in jobs(engine).items():
+            if part == "all" or is_quick(engine, job):
+                name = job if isinstance(job, str) else name_of(job)
+                save(name, train(engine, model_path=model_path, folder=output_dir / name,
+                                 num_processes=num_processes))  # fmt: skip
     # gloo may abort a process that ends while another still reads from it.
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -18,12 +18,14 @@ from engine_worker import (
     NUM_PROCESSES,
     QUICK_CELLS,
     RESUMED_ELSEWHERE,
+    RESUMED_METHODS,
     SIGNS_CELL,
     bf16_options,
     capped_steps,
     config_of,
     gate_config,
     gate_groups,
+    is_quick,
     main,
     make,
     name_of,
@@ -44,39 +46,26 @@ from runs import (
 # A launch for all cells of an engine takes half a minute to two minutes on two cores.
 pytestmark = pytest.mark.timeout(1200)
 
-# Each shards in another way. The other engines, and the other cells, are slow.
-QUICK_ENGINES = ("ddp", "fsdp2", "zero3")
 
+def on_engines(jobs, name=None, engines=ENGINES):
+    """Results of jobs on engines, each as slow as its job; `name` is that of the parameter."""
 
-def on_engines(names, values, quick, engines=ENGINES):
-    """Some values on all engines; slow, but for the quick values on the quick engines."""
+    def of(engine, job):
+        text = job if isinstance(job, str) else name_of(job)
+        return pytest.param(
+            *([engine] if name is None else [engine, job]),
+            id=f"{engine}-{text}",
+            marks=() if is_quick(engine, job) else pytest.mark.slow,
+        )
+
     return pytest.mark.parametrize(
-        ("engine", names),
-        [
-            pytest.param(
-                engine, value, id=f"{engine}-{value if isinstance(value, str) else name_of(value)}",
-                marks=() if engine in QUICK_ENGINES and value in quick else pytest.mark.slow,
-            )
-            for engine in engines
-            for value in values
-        ],
-    )  # fmt: skip
-
-
-def of_engines(*engines):
-    return pytest.mark.parametrize(
-        "engine",
-        [
-            pytest.param(engine, marks=() if engine in QUICK_ENGINES else pytest.mark.slow)
-            for engine in engines
-        ],
+        ["engine"] if name is None else ["engine", name],
+        [of(engine, job) for engine in engines for job in jobs],
     )
 
 
-every_engine = of_engines(*ENGINES)
-every_cell = on_engines("cell", CELLS, QUICK_CELLS)
-every_leak = on_engines("name", LEAKS, ("dpo-lora", "bf16"))
-every_gate = on_engines("name", GATE_CELLS, ("gate-ogpsa",))
+every_cell = on_engines(CELLS, "cell")
+every_gate = on_engines(GATE_CELLS, "job")
 # What accelerate must have run, and what must have served it.
 RUNS_AS = {
     "ddp": ("MULTI_CPU", "TorchBackend"),
@@ -162,7 +151,7 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=tolerance), key
 
 
-@every_cell
+@on_engines([cell for cell in CELLS if cell[2] in RESUMED_METHODS], "cell")
 def test_resume_on_several_processes_is_bitwise(engine, cell, launched):
     result = load(launched(engine), name_of(cell))
     assert max_difference(result["weights"], result["resumed"]) == 0
@@ -220,20 +209,20 @@ def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, laun
     assert result["sent_bytes"] == [size * bytes_per_number for size in sizes]
 
 
-@every_leak
-def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
+@on_engines([f"leak-{name}" for name in LEAKS], "job")
+def test_a_refresh_leaves_no_gradient_in_the_engine(engine, job, launched):
     """
     Refreshes before every step, but no projection: bit for bit plain TRL, and its files, to which
     every checkpoint adds the list of them that makes it whole.
     """
     folder = launched(engine)
-    result = load(folder, f"leak-{name}")
+    result = load(folder, job)
     plain, refreshed = result["plain"], result["refreshed"]
     assert max_difference(plain["weights"], refreshed["weights"]) == 0
     if engine == "zero3":  # it counts only parameters that happen to be gathered
         del plain["log"][-1]["total_flos"], refreshed["log"][-1]["total_flos"]
     assert plain["log"] == refreshed["log"]
-    paths = {kind: folder / f"leak-{name}" / kind for kind in ("plain", "refreshed")}
+    paths = {kind: folder / job / kind for kind in ("plain", "refreshed")}
     files = {
         kind: sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
         for kind, path in paths.items()
@@ -248,9 +237,9 @@ def test_a_refresh_leaves_no_gradient_in_the_engine(engine, name, launched):
 
 
 @every_gate
-def test_a_gate_leaves_no_trace_in_training(engine, name, launched):
+def test_a_gate_leaves_no_trace_in_training(engine, job, launched):
     """Measured after every step, and bit for bit the run without; so is the resumed one."""
-    result = load(launched(engine), name)
+    result = load(launched(engine), job)
     without, *others = result["weights"]
     assert [max_difference(without, other) for other in others] == [0, 0]
     logs = result["logs"]
@@ -261,14 +250,14 @@ def test_a_gate_leaves_no_trace_in_training(engine, name, launched):
 
 
 @every_gate
-def test_a_gate_measures_what_one_process_does(engine, name, launched, base_model_path, tmp_path):
+def test_a_gate_measures_what_one_process_does(engine, job, launched, base_model_path, tmp_path):
     trainer = make(
-        "one", GATE_CELLS[name], base_model_path, tmp_path, 1, ogpsa=name == "gate-ogpsa",
+        "one", GATE_CELLS[job], base_model_path, tmp_path, 1, ogpsa=job == "gate-ogpsa",
         learning_rate=0.01, adam_epsilon=1e-2, save_strategy="no",
     )  # fmt: skip
     gated(trainer, gate_groups(), gate_config())
     trainer.train()
-    result = load(launched(engine), name)
+    result = load(launched(engine), job)
     assert result["resumed_entries"] == result["entries"]
     for ours, theirs in zip(gate_entries(trainer), result["entries"], strict=True):
         # Losses of size 5 in float32, of weights that differ by 2e-6.
@@ -276,15 +265,15 @@ def test_a_gate_measures_what_one_process_does(engine, name, launched, base_mode
 
 
 @every_gate
-def test_a_gate_acts_on_all_processes_at_once(engine, name, launched):
+def test_a_gate_acts_on_all_processes_at_once(engine, job, launched):
     """It stops them after the same step, and loads the checkpoint of that step as the best."""
-    result = load(launched(engine), name)
+    result = load(launched(engine), job)
     assert result["stopped_at"] == [1] * NUM_PROCESSES[engine]
     assert max_difference(*result["first_and_best"]) == 0
     assert not result["is_exceeded"]
 
 
-@every_engine
+@on_engines(["bf16"])
 def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launched):
     result = load(launched(engine), "bf16")
     assert result["backend"] == ("Zero1BF16Backend" if engine == "zero1" else RUNS_AS[engine][1])
@@ -316,7 +305,7 @@ def divergence(model_path, state):
         return literal_kl(model, start, tokenizer, rows).item()
 
 
-@of_engines(*(engine for engine in ENGINES if engine != "zero1"))
+@on_engines(["bf16-default"], engines=[engine for engine in ENGINES if engine != "zero1"])
 def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_path):
     """
     Where a step can be seen in bfloat16 the divergence is at most twice that of float32; where it
@@ -336,7 +325,7 @@ def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_
         assert sum(capped) <= sum(expected_capped) + 1
 
 
-@every_engine
+@on_engines(["rates"])
 def test_a_group_at_rate_zero_is_frozen(engine, launched, base_model_path, tmp_path):
     """Bit for bit; all else takes the steps of one process."""
     result = load(launched(engine), "rates")
@@ -352,12 +341,13 @@ def weights_before(model_path):
     return dict(AutoModelForCausalLM.from_pretrained(model_path).named_parameters())
 
 
-@of_engines("ddp", "hsdp")
+@on_engines(["roundings"], engines=("ddp", "hsdp"))
 def test_replicas_that_add_in_another_order_stay_the_same(engine, launched):
     assert set(load(launched(engine), "roundings").values()) == {0.0}
 
 
-@on_engines("package", ("torchao", "bitsandbytes"), ())
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+@on_engines(["8-bit"])
 def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched):
     pytest.importorskip(package, exc_type=ImportError)
     optim = {"torchao": "adamw_torch_8bit", "bitsandbytes": "adamw_bnb_8bit"}[package]
@@ -369,14 +359,14 @@ def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched)
     assert cosine < 1e-4
 
 
-@every_engine
+@on_engines(["signs"])
 def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
     folder = launched(engine)
     expected = load(folder, name_of(SIGNS_CELL))["weights"]
     assert max_difference(expected, load(folder, "signs")) == 0
 
 
-@every_engine
+@on_engines(["errors"])
 def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
     """Called after the step, as under an engine that has made it already."""
     of_project, of_step = load(launched(engine), "errors")
