@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-engines test-all lint docs format clean
 
@@ -11,47 +10,60 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-$(STAMP): pyproject.toml constraints.txt
+# What a command needs, and no more: the demo no engine, optimizer or linter.
+DEMO := $(VENV)/.demo
+TEST := $(VENV)/.test
+LINT := $(VENV)/.lint
+# Python compiles what is imported; pip would compile all, in a minute.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+
+$(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(not ok and \
 	  "ogpsa_trl needs Python 3.11 to 3.13, but $(PYTHON) is " + sys.version.split()[0] + \
 	  ". Run: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(INSTALL) '.[scripts]'
+	@touch $@
+
+$(TEST): $(DEMO)
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(LINT): $(TEST)
+	$(INSTALL) '.[lint]'
 	@touch $@
 
 # Pretraining the base model is large enough for two threads.
 demo: export OMP_NUM_THREADS := 2
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/python scripts/demo.py
 
 # What launches processes of its own, for minutes, runs alone; the rest on all cores, file by file.
 ALONE := tests/test_engines.py
 SIDE_BY_SIDE := -n auto --dist loadfile --ignore $(ALONE)
 
-test: $(STAMP)
+test: $(TEST)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest $(ALONE)
 
-# What `make test` leaves out of the engines: all of it, or `ENGINES="zero1 or zero2"`.
-test-engines: $(STAMP)
-	$(BIN)/python -m pytest $(ALONE) -m slow -k "$(ENGINES)"
+# The engines and cells that `make test` leaves out.
+test-engines: $(TEST)
+	$(BIN)/python -m pytest $(ALONE) -m slow
 
-test-all: $(STAMP)
+test-all: $(TEST)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
 	$(BIN)/python -m pytest $(ALONE) -m "not gpu"
 
-lint: $(STAMP)
+lint: $(LINT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(STAMP)
+docs: $(TEST)
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_recipes.py
 
-format: $(STAMP)
+format: $(LINT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
