@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -442,39 +443,60 @@ def warnings_of_cosines(cosines):
     return warnings_of([], {}, cosines, arguments(), set())
 
 
-def plenty(name="plenty", is_look_alike=False):
-    return group_of(conversations(rows_of("howto", 60)), name, is_look_alike)
+def plenty(is_look_alike=False, **counts):
+    group = group_of(conversations(rows_of("howto", 60)), "plenty", is_look_alike)
+    for name, number in counts.items():
+        setattr(group, name, number)
+    return group
 
 
 def warnings_on(group, keys=None, prompts=(), **measures):
     taken = {"num_samples": 60, "num_tokens": [10] * 60, "num_truncated": 0, "loss": 1.0}
-    [measured] = [SimpleNamespace(**taken | measures)]
-    return warnings_of([group], {group.name: measured}, None, arguments(**keys or {}), set(prompts))
+    measured = {group.name: SimpleNamespace(**taken | measures)}
+    return warnings_of([group], measured, None, arguments(**keys or {}), set(prompts))
+
+
+HARMFUL = {"harmful_datasets": [{"path": "harmful"}]}
+TEXTS = [{"text": "the cat"}] * 60
 
 
 class TestWarnings:
-    def test_a_good_group_has_none(self):
-        assert warnings_on(plenty()) == []
+    @pytest.mark.parametrize(
+        ("group", "keys", "measures", "message"),
+        [
+            (plenty(), HARMFUL, {},
+             "No group holds benign look-alikes of the harmful prompts.* over-refusal is not "
+             "protected. List some in `look_alike_datasets`"),
+            (plenty(), {}, {"num_samples": 31},
+             "Group 'plenty' has 31 samples, fewer than 32: every refresh .* Add data, or raise "
+             "`num_samples`.$"),
+            (plenty(), {}, {"num_tokens": [5] * 51},
+             "Group 'plenty' has 255 tokens in the loss, fewer than 256: its gradient says little. "
+             "Add data, or take longer completions.$"),
+            (plenty(), {}, {"num_truncated": 7},
+             r"Group 'plenty': 7 of 60 samples are longer than `max_length` \(64\)"),
+            (plenty(num_generated=60, num_cut=4), {}, {},
+             r".*the model had not ended 4 of 60 completions within `max_new_tokens` \(12\)"),
+            (group_of(TEXTS), {"generate_completions": True}, {},
+             "Group 'group' holds plain texts without prompts, so nothing"),
+        ],
+        ids=["no look-alikes", "samples", "tokens", "truncated", "no end", "texts"],
+    )  # fmt: skip
+    def test_of(self, group, keys, measures, message):
+        [warning] = warnings_on(group, keys, **measures)
+        assert re.match(message, warning)
 
-    def test_of_missing_look_alikes_where_harmful_data_are_named(self):
-        keys = {"harmful_datasets": [{"path": "harmful"}]}
-        [warning] = warnings_on(plenty(), keys)
-        assert warning.startswith("No group holds benign look-alikes of the harmful prompts")
-        assert "over-refusal is not protected. List some in `look_alike_datasets`" in warning
-        assert warnings_on(plenty(is_look_alike=True), keys) == []
-
-    def test_of_few_samples(self):
-        [warning] = warnings_on(plenty(), num_samples=31)
-        assert warning.startswith("Group 'plenty' has 31 samples, fewer than 32: every refresh ")
-        assert warning.endswith("Add data, or raise `num_samples`.")
-        assert warnings_on(plenty(), num_samples=32) == []
-
-    def test_of_few_tokens(self):
-        [warning] = warnings_on(plenty(), num_tokens=[5] * 51)
-        assert warning == (
-            "Group 'plenty' has 255 tokens in the loss, fewer than 256: its gradient says little. "
-            "Add data, or take longer completions."
-        )
+    @pytest.mark.parametrize(
+        ("group", "keys", "measures"),
+        [
+            (plenty(), {}, {"num_samples": 32, "num_tokens": [256]}),
+            (plenty(is_look_alike=True), HARMFUL, {}),
+            (group_of(TEXTS), {}, {}),
+        ],
+        ids=["a good group", "look-alikes", "texts that nothing is to complete"],
+    )
+    def test_of_nothing_for(self, group, keys, measures):
+        assert warnings_on(group, keys, **measures) == []
 
     def test_of_prompts_that_safety_training_has_too(self, entry):
         """But for case and spaces, and in any form."""
@@ -492,24 +514,6 @@ class TestWarnings:
         [warning] = warnings_on(plenty(), prompts=prompts)
         assert warning.startswith("Group 'plenty': 2 of 60 prompts are prompts of safety training")
         assert warning.endswith("Take other prompts.")
-
-    def test_of_truncated_samples(self):
-        [warning] = warnings_on(plenty(), num_truncated=7)
-        assert warning.startswith(
-            "Group 'plenty': 7 of 60 samples are longer than `max_length` (64)"
-        )
-
-    def test_of_completions_without_an_end(self):
-        group = plenty()
-        group.num_generated, group.num_cut = 60, 4
-        [warning] = warnings_on(group)
-        assert "the model had not ended 4 of 60 completions within `max_new_tokens` (12)" in warning
-
-    def test_of_texts_that_cannot_be_completed(self):
-        group = group_of([{"text": "the cat"}] * 60)
-        [warning] = warnings_on(group, {"generate_completions": True})
-        assert warning.startswith("Group 'group' holds plain texts without prompts, so nothing")
-        assert warnings_on(group) == []
 
 
 def write_config(tmp_path, **keys):
