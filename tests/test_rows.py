@@ -209,6 +209,16 @@ def test_whatever_types_datasets_finds_the_row_is_named(place, kind, tmp_path):
     names(error, place)
 
 
+@pytest.mark.parametrize(
+    ("use", "columns"),
+    [("prompts", "`prompt`"), ("pairs", "`chosen`, `rejected`"), ("set", "`messages`, `prompt`")],
+)
+def test_rows_of_no_known_format_are_refused_by_every_command(use, columns):
+    message = rf"must have .*{columns}.* but has \['question'\]\. Rename its columns"
+    with pytest.raises(ValueError, match=message):
+        check_rows([{"question": "add"}], Source(WHERE, use))
+
+
 def test_of_a_column_that_is_not_in_use_some_may_be_null():
     """TRL would put an end token behind the null text."""
     rows = [{"prompt": "add", "completion": " A"} | {"text": text} for text in ("a", None, "b")]
@@ -245,6 +255,11 @@ class TestGroups:
         with pytest.raises(RowError) as error:
             group_of(dataset if as_stream else from_file(rows, tmp_path))
         names(error, 2, "capability group 'facts'")
+
+    def test_a_stream_of_other_types_in_a_column_of_no_use_is_refused(self):
+        rows = [{"text": "add", "source": source} for source in ("a", {"b": 1})]
+        with pytest.raises(ValueError, match="group 'facts' must have values of one type"):
+            group_of(IterableDataset.from_generator(lambda: iter(rows)))
 
     def test_the_row_is_named_by_its_place_in_the_data_not_among_those_chosen(self):
         rows = [{"text": "add"} for _ in range(20)]
