@@ -451,7 +451,6 @@ def rows_of_files():
         "sft": sft, "dpo": dpo, "messages": messages,
         **{name: rows.to_list() for name, rows in capability_groups(8).items()},
         "held_out": capability_groups(12)["skills"].to_list()[8:],
-        "prompts": [{"prompt": row["prompt"]} for row in sft],
         "unsafe": [{"prompt": "add", "response": "A", "is_safe": False}],
         "question": [{"question": "add", "answer": "A"}],
         "text": [{"text": "add"}],
