@@ -68,7 +68,7 @@ CONTENTS = st.binary(max_size=50) | TEXTS.map(str.encode)
 LINES = st.lists(st.sampled_from(sorted(HINTS)).map("--{}".format) | TEXTS, max_size=4)
 
 every_health = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-few = settings(max_examples=15, derandomize=True, **every_health)
+few = settings(max_examples=30, derandomize=True, **every_health)
 many = settings(max_examples=200, **every_health)
 
 
