@@ -1,7 +1,10 @@
 """Capability sets: known answers of the measures, the written groups, the warnings, the keys."""
 
+import contextlib
+import io
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,10 +43,12 @@ TOKENIZER = toy_tokenizer()
 SETS = WORLD.evaluation_sets()
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
     """What `load_dataset` makes of the files here does not stay in the user's cache."""
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def rows_of(task, num_rows, start=0):
@@ -71,13 +76,13 @@ def arguments(**keys):
     return CapabilitySetArguments(**{"max_length": 64, "max_new_tokens": 12} | keys)
 
 
-@pytest.fixture
-def entry(tmp_path):
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
     """Write rows as a file; returns the entry of a list of data sets that reads them."""
-    numbers = itertools.count()
+    numbers, folder = itertools.count(), tmp_path_factory.mktemp("data")
 
     def write(rows, **more):
-        path = tmp_path / f"data-{next(numbers)}.jsonl"
+        path = folder / f"data-{next(numbers)}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {"path": str(path), **more}
 
@@ -215,12 +220,11 @@ def unanswered(rows):
 
 
 class TestCompletions:
-    @pytest.mark.parametrize("batch_size", [1, 4])
-    def test_are_those_of_greedy_decoding_one_by_one(self, batch_size):
+    def test_are_those_of_greedy_decoding_one_by_one(self):
         """Prompts of other lengths, so that some are padded."""
         model, texts = tiny_model(seed=3), rows_of("howto", 6) + rows_of("judge", 3)
         group = group_of(unanswered(conversations(texts)))
-        complete_rows(group, arguments(batch_size=batch_size), model, TOKENIZER)
+        complete_rows(group, arguments(batch_size=4), model, TOKENIZER)
         expected = [assistant(greedy(model, row["prompt"])) for row in texts]
         assert [row["completion"] for row in group.rows] == expected
         assert len({str(completion) for completion in expected}) > 2
@@ -236,7 +240,7 @@ class TestCompletions:
                 "completion": " " + greedy(model, text["prompt"]),
             }
 
-    @pytest.mark.parametrize("mode", ["missing", True, "TRUE"])
+    @pytest.mark.parametrize("mode", ["missing", "TRUE"])
     def test_replace_those_of_the_data_only_where_all_are_asked_for(self, mode):
         rows, model = conversations(rows_of("howto", 5)), tiny_model(seed=3)
         group = group_of(rows[:3] + unanswered(rows[3:]))
@@ -313,10 +317,6 @@ class TestMeasures:
             "draws of the same data 0."
         )
         assert warning.endswith("give them one `group` name, or drop one.")
-
-    def test_other_tasks_are_told_apart(self, measured):
-        for pair in (("add", "passive"), ("add", "howto"), ("passive", "howto")):
-            assert abs(measured.cosines.pairs[pair]) < 0.3 * measured.cosines.of_the_same(*pair)
 
     def test_two_draws_of_one_task_are_redundant_and_two_tasks_are_not(self):
         draws = [("add", 0), ("add", 48), ("passive", 0), ("passive", 48)]
@@ -439,39 +439,60 @@ def warnings_of_cosines(cosines):
     return warnings_of([], {}, cosines, arguments(), set())
 
 
-def plenty(name="plenty", is_look_alike=False):
-    return group_of(conversations(rows_of("howto", 60)), name, is_look_alike)
+def plenty(is_look_alike=False, **counts):
+    group = group_of(conversations(rows_of("howto", 60)), "plenty", is_look_alike)
+    for name, number in counts.items():
+        setattr(group, name, number)
+    return group
 
 
 def warnings_on(group, keys=None, prompts=(), **measures):
     taken = {"num_samples": 60, "num_tokens": [10] * 60, "num_truncated": 0, "loss": 1.0}
-    [measured] = [SimpleNamespace(**taken | measures)]
-    return warnings_of([group], {group.name: measured}, None, arguments(**keys or {}), set(prompts))
+    measured = {group.name: SimpleNamespace(**taken | measures)}
+    return warnings_of([group], measured, None, arguments(**keys or {}), set(prompts))
+
+
+HARMFUL = {"harmful_datasets": [{"path": "harmful"}]}
+TEXTS = [{"text": "the cat"}] * 60
 
 
 class TestWarnings:
-    def test_a_good_group_has_none(self):
-        assert warnings_on(plenty()) == []
+    @pytest.mark.parametrize(
+        ("group", "keys", "measures", "message"),
+        [
+            (plenty(), HARMFUL, {},
+             "No group holds benign look-alikes of the harmful prompts.* over-refusal is not "
+             "protected. List some in `look_alike_datasets`"),
+            (plenty(), {}, {"num_samples": 31},
+             "Group 'plenty' has 31 samples, fewer than 32: every refresh .* Add data, or raise "
+             "`num_samples`.$"),
+            (plenty(), {}, {"num_tokens": [5] * 51},
+             "Group 'plenty' has 255 tokens in the loss, fewer than 256: its gradient says little. "
+             "Add data, or take longer completions.$"),
+            (plenty(), {}, {"num_truncated": 7},
+             r"Group 'plenty': 7 of 60 samples are longer than `max_length` \(64\)"),
+            (plenty(num_generated=60, num_cut=4), {}, {},
+             r".*the model had not ended 4 of 60 completions within `max_new_tokens` \(12\)"),
+            (group_of(TEXTS), {"generate_completions": True}, {},
+             "Group 'group' holds plain texts without prompts, so nothing"),
+        ],
+        ids=["no look-alikes", "samples", "tokens", "truncated", "no end", "texts"],
+    )  # fmt: skip
+    def test_of(self, group, keys, measures, message):
+        [warning] = warnings_on(group, keys, **measures)
+        assert re.match(message, warning)
 
-    def test_of_missing_look_alikes_where_harmful_data_are_named(self):
-        keys = {"harmful_datasets": [{"path": "harmful"}]}
-        [warning] = warnings_on(plenty(), keys)
-        assert warning.startswith("No group holds benign look-alikes of the harmful prompts")
-        assert "over-refusal is not protected. List some in `look_alike_datasets`" in warning
-        assert warnings_on(plenty(is_look_alike=True), keys) == []
-
-    def test_of_few_samples(self):
-        [warning] = warnings_on(plenty(), num_samples=31)
-        assert warning.startswith("Group 'plenty' has 31 samples, fewer than 32: every refresh ")
-        assert warning.endswith("Add data, or raise `num_samples`.")
-        assert warnings_on(plenty(), num_samples=32) == []
-
-    def test_of_few_tokens(self):
-        [warning] = warnings_on(plenty(), num_tokens=[5] * 51)
-        assert warning == (
-            "Group 'plenty' has 255 tokens in the loss, fewer than 256: its gradient says little. "
-            "Add data, or take longer completions."
-        )
+    @pytest.mark.parametrize(
+        ("group", "keys", "measures"),
+        [
+            (plenty(), {}, {"num_samples": 32, "num_tokens": [256]}),
+            (plenty(is_look_alike=True), HARMFUL, {}),
+            (group_of(TEXTS), {}, {}),
+        ],
+        ids=["a good group", "look-alikes", "texts that nothing is to complete"],
+    )
+    def test_of_nothing_for(self, group, keys, measures):
+        assert warnings_on(group, keys, **measures) == []
 
     def test_of_prompts_that_safety_training_has_too(self, entry):
         """But for case and spaces, and in any form."""
@@ -490,24 +511,6 @@ class TestWarnings:
         assert warning.startswith("Group 'plenty': 2 of 60 prompts are prompts of safety training")
         assert warning.endswith("Take other prompts.")
 
-    def test_of_truncated_samples(self):
-        [warning] = warnings_on(plenty(), num_truncated=7)
-        assert warning.startswith(
-            "Group 'plenty': 7 of 60 samples are longer than `max_length` (64)"
-        )
-
-    def test_of_completions_without_an_end(self):
-        group = plenty()
-        group.num_generated, group.num_cut = 60, 4
-        [warning] = warnings_on(group)
-        assert "the model had not ended 4 of 60 completions within `max_new_tokens` (12)" in warning
-
-    def test_of_texts_that_cannot_be_completed(self):
-        group = group_of([{"text": "the cat"}] * 60)
-        [warning] = warnings_on(group, {"generate_completions": True})
-        assert warning.startswith("Group 'group' holds plain texts without prompts, so nothing")
-        assert warnings_on(group) == []
-
 
 def write_config(tmp_path, **keys):
     file = tmp_path / "set.yaml"
@@ -515,8 +518,12 @@ def write_config(tmp_path, **keys):
     return ["--config", str(file)]
 
 
-@pytest.fixture
-def line(entry, tmp_path, base_model_path):
+def build(line):
+    return build_capability_set.main(*parse_capability_set(line))
+
+
+@pytest.fixture(scope="module")
+def line(entry, tmp_path_factory, base_model_path):
     """The command line of a set of two groups with answers and look-alikes without."""
     keys = {
         "model_name_or_path": base_model_path, "num_samples": 8, "max_new_tokens": 4,
@@ -529,64 +536,76 @@ def line(entry, tmp_path, base_model_path):
         "look_alike_datasets": [entry([{"prompt": r["prompt"]} for r in rows_of("howto", 9)])],
         "harmful_datasets": [entry(rows_of("refusal", 5))],
     }  # fmt: skip
-    return write_config(tmp_path, **keys)
+    return write_config(tmp_path_factory.mktemp("set"), **keys)
 
 
-def build(line):
-    return build_capability_set.main(*parse_capability_set(line))
+@pytest.fixture(scope="module")
+def built(line, tmp_path_factory):
+    """The set that is built from it: its figures, its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("built")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        figures = build([*line, "--output_dir", str(folder)])
+    report = json.loads((folder / "report.json").read_text())
+    text = (folder / "report.md").read_text()
+    return SimpleNamespace(
+        figures=figures, folder=folder, printed=printed.getvalue(), report=report, text=text
+    )
+
+
+def files_of(folder):
+    return {path.stem: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+
+
+def without_paths(figures):
+    groups = {
+        name: {key: value for key, value in group.items() if key != "path"}
+        for name, group in figures["groups"].items()
+    }
+    return groups, figures["cosines"]
 
 
 class TestScript:
-    def test_the_written_groups_train(self, line, tmp_path, base_model_path, capsys):
+    def test_the_written_groups_are_those_of_a_training(self, built, tmp_path, base_model_path):
         """Through the loader of scripts/train.py, from the very lines that are printed."""
-        figures = build(line)
-        printed = capsys.readouterr().out
-        entries = printed[printed.index("capability_datasets:") :]
-        names = list(figures["groups"])
+        entries = built.printed[built.printed.index("capability_datasets:") :]
+        names = list(built.figures["groups"])
         assert names == ["skills", "texts", "look_alikes"]
         WORLD.safety_sft().select(range(4)).to_json(tmp_path / "safety.jsonl")
         values = yaml.safe_load(entries) | {
             "model_name_or_path": base_model_path, "dataset_name": str(tmp_path / "safety.jsonl"),
-            "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "max_steps": 1,
-            "report_to": "none", "disable_tqdm": True, "preset": "paper", "max_length": 64,
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False,
+            "report_to": "none", "preset": "paper", "max_length": 64,
         }  # fmt: skip
         (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
         run = parse_run(["--config", str(tmp_path / "train.yaml")])
-        groups = run.train.capability_groups()
+        rows = run.train.capability_groups()
+        written = files_of(built.folder)
         for name in names:
-            lines = Path(figures["groups"][name]["path"]).read_text().splitlines()
-            assert groups[name].to_list() == [json.loads(line) for line in lines]
-        assert train.main(run) == 0
-        card = (tmp_path / "run" / "README.md").read_text()
-        for name in names:
-            assert f"| {name} | {len(groups[name])} |" in card
+            assert rows[name].to_list() == list(map(json.loads, written[name].splitlines()))
+        trainer, _ = train.prepare(run)
+        sizes = {group.name: len(group.samples) for group in trainer.capability_groups}
+        assert sizes == {name: len(rows[name]) for name in names}
 
-    def test_the_same_seed_writes_the_same(self, line, tmp_path):
-        for run in ("one", "two", "three"):
-            seed = ["--seed", "1"] if run == "three" else []
-            build([*line, "--output_dir", str(tmp_path / run), *seed])
+    def test_the_same_seed_writes_the_same(self, line, built, tmp_path):
+        again = build([*line, "--output_dir", str(tmp_path)])
+        assert list(files_of(tmp_path)) == ["look_alikes", "skills", "texts"]
+        assert files_of(tmp_path) == files_of(built.folder)
+        assert without_paths(again) == without_paths(built.figures)
 
-        def written(run):
-            folder = tmp_path / run
-            report = json.loads((folder / "report.json").read_text())
-            figures = {
-                name: {key: value for key, value in group.items() if key != "path"}
-                for name, group in report["groups"].items()
-            }
-            files = sorted(folder.glob("*.jsonl"))
-            assert [path.stem for path in files] == ["look_alikes", "skills", "texts"]
-            return figures, report["cosines"], [path.read_bytes() for path in files]
+    def test_another_seed_writes_others_and_cosines_can_be_left_out(self, line, built, tmp_path):
+        options = ["--output_dir", str(tmp_path), "--seed", "1", "--gradient_cosine", "false"]
+        figures = build([*line, *options])
+        assert files_of(tmp_path) != files_of(built.folder)
+        assert figures["cosines"] == []
+        assert figures["groups"]["skills"]["half_cosine"] is None
+        assert figures["groups"]["skills"]["loss"] > 0
+        assert "| skills - texts " not in (tmp_path / "report.md").read_text()
 
-        assert written("one") == written("two")
-        assert written("one")[2] != written("three")[2]
-
-    def test_the_report_says_what_there_is(self, line, tmp_path):
-        figures = build(line)
-        report = json.loads((tmp_path / "out" / "report.json").read_text())
-        assert {key: report[key] for key in figures} == json.loads(json.dumps(figures))
+    def test_the_report_says_what_there_is(self, built):
+        report, text = built.report, built.text
+        assert {key: report[key] for key in built.figures} == json.loads(json.dumps(built.figures))
         assert report["settings"]["num_samples"] == 8
         assert "torch" in report["versions"]
-        text = (tmp_path / "out" / "report.md").read_text()
         assert "| skills " in text and "| skills - texts " in text
         assert "**Warning:** Group 'skills' has 8 samples, fewer than 32" in text
         assert text.endswith("Seed 0.\n")
@@ -595,35 +614,26 @@ class TestScript:
         assert report["groups"]["look_alikes"]["num_generated"] == 8
         assert len(report["cosines"]) == 3
 
-    def test_gradients_may_be_those_of_a_new_adapter(self, line):
+    def test_gradients_may_be_those_of_a_new_adapter(self, line, built, tmp_path):
         """The same ones for the same seed; everything else is as without it."""
-        whole = build(line)
         options = ["--use_peft", "true", "--lora_target_modules", "all-linear"]
+        options += ["--output_dir", str(tmp_path)]
         of_adapter, again = (build([*line, *options]) for _ in range(2))
         assert of_adapter == again
-        assert of_adapter["cosines"] != whole["cosines"]
-        losses = [[g["loss"] for g in run["groups"].values()] for run in (whole, of_adapter)]
-        assert losses[0] == losses[1]
+        assert of_adapter["cosines"] != built.figures["cosines"]
+        for name, group in built.figures["groups"].items():
+            assert of_adapter["groups"][name]["loss"] == group["loss"]
 
-    def test_cosines_can_be_left_out(self, line, tmp_path):
-        figures = build([*line, "--gradient_cosine", "false"])
-        assert figures["cosines"] == []
-        assert figures["groups"]["skills"]["half_cosine"] is None
-        assert figures["groups"]["skills"]["loss"] > 0
-        assert "| skills - texts " not in (tmp_path / "out" / "report.md").read_text()
-
-    def test_the_written_files_are_a_set_of_their_own_again(self, line, tmp_path):
+    def test_the_written_files_are_a_set_of_their_own_again(self, built, tmp_path):
         """Nothing changes in what is in the form already."""
-        build(line)
         entries = [
-            {"path": str(path), "group": path.stem}
-            for path in sorted((tmp_path / "out").glob("*.jsonl"))
+            {"path": str(path), "group": path.stem} for path in sorted(built.folder.glob("*.jsonl"))
         ]
         groups = choose_rows(arguments(capability_datasets=entries), TOKENIZER)
+        assert len(groups) == 3
         for group in groups:
-            before = (tmp_path / "out" / f"{group.name}.jsonl").read_text().splitlines()
-            after = write_group(group, tmp_path / "again").read_text().splitlines()
-            assert sorted(after) == sorted(before)
+            after = write_group(group, tmp_path).read_bytes().splitlines()
+            assert sorted(after) == sorted(files_of(built.folder)[group.name].splitlines())
 
 
 class TestKeys:

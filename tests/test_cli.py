@@ -63,28 +63,20 @@ class TestHelp:
         )  # fmt: skip
         assert "imported: {'ogpsa_trl'}" in result.stdout
 
-    def test_names_all_commands_and_the_folder_of_the_configurations(self, capsys):
+    def of(self, line, capsys):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["--help"])
+            cli.main(line)
         assert stop.value.code == 0
-        text = capsys.readouterr().out
+        return capsys.readouterr().out
+
+    def test_names_all_commands_and_the_folder_of_the_configurations(self, capsys):
+        text = self.of(["--help"], capsys)
         assert all(f"\n  {name} " in text for name in cli.COMMANDS)
         assert str(ROOT / "configs") in text
-
-    def test_without_a_command_is_the_same(self, capsys):
-        texts = []
-        for line in ([], ["-h"]):
-            with pytest.raises(SystemExit) as stop:
-                cli.main(line)
-            assert stop.value.code == 0
-            texts.append(capsys.readouterr().out)
-        assert texts[0] == texts[1]
+        assert self.of([], capsys) == self.of(["-h"], capsys) == text
 
     def test_of_a_training_explains_keys_their_sources_and_engines(self, capsys):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["train", "--stage", "dpo", "--help"])
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
+        text = self.of(["train", "--stage", "dpo", "--help"], capsys)
         assert text.startswith("usage: ogpsa train --config FILE [--key value ...]\n")
         for source, key in (
             ("ogpsa_trl.OGPSAConfig", "refresh_interval"), ("trl.DPOConfig", "beta"),
@@ -96,18 +88,12 @@ class TestHelp:
         assert "ddp, fsdp2, hsdp, single, zero1, zero2," in " ".join(text.split())
 
     def test_of_a_script_is_its_own(self, capsys):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["evaluate", "--help"])
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
+        text = self.of(["evaluate", "--help"], capsys)
         assert text.startswith("usage: evaluate.py --config FILE [--key value ...]\n")
         assert "--lm_eval_tasks" in text
 
     def test_of_the_version_is_that_of_the_package(self, capsys):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["--version"])
-        assert stop.value.code == 0
-        assert capsys.readouterr().out == f"ogpsa_trl {ogpsa_trl.__version__}\n"
+        assert self.of(["--version"], capsys) == f"ogpsa_trl {ogpsa_trl.__version__}\n"
 
 
 class TestCommands:

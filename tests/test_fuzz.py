@@ -40,8 +40,12 @@ ENTRIES = st.fixed_dictionaries(
 
 
 def of_type(hint):
-    """Values of a type; of a mapping the names are never right."""
+    """Values of a type, as YAML writes them; of a mapping the names are never right."""
     args = get_args(hint)
+    if get_origin(hint) is list:
+        return st.lists(of_type(args[0]), max_size=3)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return st.sampled_from([member.value for member in hint])
     if get_origin(hint) in (Union, UnionType):
         return st.one_of(map(of_type, args))
     if dict in (hint, get_origin(hint)) or is_dataclass(hint):
@@ -60,7 +64,12 @@ RUNS = st.lists(
 ).map(dict)
 WORKING = {"model_name_or_path": "toy", "output_dir": "out", "use_cpu": True, "bf16": False}
 
-few = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+CONTENTS = st.binary(max_size=50) | TEXTS.map(str.encode)
+LINES = st.lists(st.sampled_from(sorted(HINTS)).map("--{}".format) | TEXTS, max_size=4)
+
+every_health = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+few = settings(max_examples=30, derandomize=True, **every_health)
+many = settings(max_examples=200, **every_health)
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +111,12 @@ def write(tmp_path_factory, content):
 @few
 @given(run=RUNS)
 def test_any_keys_with_any_values(run, tmp_path_factory):
-    run = {key: value.value if isinstance(value, Enum) else value for key, value in run.items()}
     content = yaml.safe_dump({**WORKING, **run}, allow_unicode=True)
     assert_runs_or_says_why(["--config", write(tmp_path_factory, content.encode())])
 
 
 @few
-@given(content=st.binary(max_size=50) | TEXTS.map(str.encode))
+@given(content=CONTENTS)
 @example(content=b"a: &a [*a]")
 @example(content=b"? [1]\n: 2")
 @example(content=b"!!python/name:os.system ''")
@@ -117,10 +125,17 @@ def test_any_file(content, tmp_path_factory):
 
 
 @few
-@given(
-    words=st.lists(st.sampled_from(sorted(HINTS)).map("--{}".format) | TEXTS, max_size=4),
-)
+@given(words=LINES)
 def test_any_command_line(words, tmp_path_factory):
     file = write(tmp_path_factory, yaml.safe_dump(WORKING).encode())
     words = [word for word in words if word not in ("-h", "--help")]
     assert_runs_or_says_why(["--config", file, *words])
+
+
+@pytest.mark.slow
+@many
+@given(run=RUNS, content=CONTENTS, words=LINES)
+def test_many_of_them(run, content, words, tmp_path_factory):
+    test_any_keys_with_any_values.hypothesis.inner_test(run, tmp_path_factory)
+    test_any_file.hypothesis.inner_test(content, tmp_path_factory)
+    test_any_command_line.hypothesis.inner_test(words, tmp_path_factory)

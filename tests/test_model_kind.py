@@ -4,7 +4,6 @@ import json
 
 import pytest
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
@@ -24,7 +23,7 @@ from ogpsa_trl.capability_set.arguments import parse_capability_set
 from ogpsa_trl.command_line import parse_run
 from ogpsa_trl.evaluation.arguments import parse_evaluation
 from ogpsa_trl.model_kind import check_causal
-from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
+from ogpsa_trl.toy_model import toy_tokenizer
 from runs import WORLD, capability_groups
 from test_any_trainer import OGPSATrainer, token_data
 
@@ -49,40 +48,37 @@ def saved(folder, architecture, config):
     return str(folder)
 
 
-@pytest.mark.parametrize("as_saved", [True, False])
-@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
-def test_encoder_decoder_models_are_refused(architecture, as_saved, tmp_path):
-    config = ENCODER_DECODERS[architecture]
-    name = saved(tmp_path / "model", architecture, config)
-    message = rf"'.*model' \({architecture}\) is an encoder-decoder model .*'{config.model_type}'"
-    with pytest.raises(ValueError, match=message):
-        check_causal(name, as_saved=as_saved)
+def refusal(name, **options):
+    """What `check_causal` raises; `None`: nothing."""
+    try:
+        return check_causal(name, **options)
+    except ValueError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("as_saved", [True, False])
-@pytest.mark.parametrize("architecture", WITHOUT_HEAD)
-def test_models_without_a_head_for_language_are_refused(architecture, as_saved, tmp_path):
-    name = saved(tmp_path / "model", architecture, WITHOUT_HEAD[architecture])
-    with pytest.raises(ValueError, match=f"is {architecture} .* has no language-modeling head"):
-        check_causal(name, as_saved=as_saved)
-
-
-@pytest.mark.parametrize("as_saved", [True, False])
-@pytest.mark.parametrize("architecture", CAUSAL)
-def test_causal_models_are_not(architecture, as_saved, tmp_path):
-    check_causal(saved(tmp_path, architecture, CAUSAL[architecture]), as_saved=as_saved)
+@pytest.mark.parametrize("architecture", [*ENCODER_DECODERS, *WITHOUT_HEAD, *CAUSAL])
+def test_only_causal_language_models_are_taken(architecture, as_saved, tmp_path):
+    config = (ENCODER_DECODERS | WITHOUT_HEAD | CAUSAL)[architecture]
+    message = refusal(saved(tmp_path / "model", architecture, config), as_saved=as_saved)
+    if architecture in CAUSAL:
+        assert message is None
+    elif architecture in WITHOUT_HEAD:
+        assert f"is {architecture} " in message
+        assert "has no language-modeling head" in message
+    else:
+        assert f"model' ({architecture}) is an encoder-decoder model" in message
+        assert f"'{config.model_type}'" in message
 
 
 def test_what_counts_is_the_class_that_is_loaded(tmp_path):
     """TRL loads the class that was saved; the other commands load a causal language model."""
     vision = saved(tmp_path / "vision", "LlavaForConditionalGeneration", LlavaConfig())
-    check_causal(vision, as_saved=True)
-    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration .* no language-modeling"):
-        check_causal(vision)
+    assert refusal(vision, as_saved=True) is None
+    assert "is LlavaForConditionalGeneration " in refusal(vision)
     base = saved(tmp_path / "base", "LlamaModel", LlamaConfig())
-    check_causal(base)
-    with pytest.raises(ValueError, match=r"LlamaModel .* no language-modeling head"):
-        check_causal(base, as_saved=True)
+    assert refusal(base) is None
+    assert "is LlamaModel " in refusal(base, as_saved=True)
 
 
 def test_of_an_adapter_its_base_model_counts(tmp_path):
@@ -156,6 +152,5 @@ class TestTrainers:
             self.make(model, tmp_path, capability_groups())
 
     def test_take_a_decoder_of_one(self, tmp_path):
-        self.make(BartForCausalLM(BartConfig(**SIZES)), tmp_path, capability_groups())
-        model = AutoModelForCausalLM.from_config(tiny_llama_config(32, 1, 2, 32))
-        self.make(model, tmp_path, capability_groups())
+        trainer = self.make(BartForCausalLM(BartConfig(**SIZES)), tmp_path, capability_groups())
+        assert [group.name for group in trainer.capability_groups] == list(capability_groups())

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, config, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ogpsa_trl import CapabilityGate
@@ -52,6 +54,8 @@ FORMS = {
     "tokens": ({"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, "sft group"),
 }
 READ = [(form, use) for form, (_, uses) in FORMS.items() for use in uses.split()]
+MAY_BE_TEXT = {"text", "prompt", "completion", "chosen", "rejected"}
+TOKENS = {"input_ids", "labels"}
 
 # What is no text, and no conversation either.
 WRONG = {
@@ -64,42 +68,36 @@ WRONG = {
     "mapping": {"a": 1},
     "JSON": json.dumps([ASKED, ANSWER]),
     "message without a role": [{"content": "add"}],
+    "role without a name": [{"role": "", "content": "add"}],
     "message without content": [ASKED, {"role": "assistant"}],
     "null content": [ASKED, {"role": "assistant", "content": None}],
     "number as content": [ASKED, {"role": "assistant", "content": 3}],
     "number as a role": [{"role": 3, "content": "add"}],
+    "no parts": [{"role": "user", "content": []}],
     "parts without a type": [{"role": "user", "content": ["add"]}],
     "message that is text": [ASKED, "3"],
 }
-MAY_BE_TEXT = {"JSON"}
 
 
-def with_other_keys(value):
-    """Messages with the keys of the column `conversations`."""
-    text = json.dumps(value).replace('"role":', '"from":').replace('"content":', '"value":')
-    return json.loads(text)
-
-
-def wrong_rows():
-    """Every column of every form with every wrong value."""
-    for form, use in READ:
-        row, _ = FORMS[form]
-        for column in row:
-            for name, value in WRONG.items():
-                is_text = column not in ("messages", "conversations", "input_ids", "labels")
-                if name in MAY_BE_TEXT and is_text:
-                    continue
-                # Such rows have a meaning: other columns, a prompt that is taken from the pair, no
-                # tokens, a prompt to complete.
-                if column == "prompt" and {"chosen", "rejected"} <= row.keys() and use != "dpo":
-                    continue
-                if name == "nothing" and column in ("input_ids", "labels"):
-                    continue
-                if name == "null" and use == "set":
-                    continue
-                if column == "conversations":
-                    value = with_other_keys(value)
-                yield pytest.param(form, use, column, value, id=f"{use}: {form}: {column}: {name}")
+@st.composite
+def wrong_rows(draw):
+    """Good rows, of which one has a wrong value in one column; its place, and what it is for."""
+    form, use = draw(st.sampled_from(READ))
+    good = FORMS[form][0]
+    columns = [  # a text prompt beside a pair may be left out, whatever stands in it
+        c for c in good if c != "prompt" or "chosen" not in good or use == "dpo"
+    ]
+    column = draw(st.sampled_from(columns))
+    has_meaning = {"JSON"} if column in MAY_BE_TEXT else {"nothing"} if column in TOKENS else set()
+    has_meaning |= {"null"} if use == "set" else set()  # a row of other columns, or unanswered
+    value = WRONG[draw(st.sampled_from(sorted(WRONG.keys() - has_meaning)))]
+    if column == "conversations":
+        text = json.dumps(value).replace('"role":', '"from":').replace('"content":', '"value":')
+        value = json.loads(text)
+    rows = [dict(good) for _ in range(draw(st.integers(2, 6)))]
+    place = draw(st.integers(0, len(rows) - 1))
+    rows[place][column] = value
+    return use, rows, place, column
 
 
 @pytest.fixture(autouse=True)
@@ -124,126 +122,125 @@ def names(error, number, where=WHERE):
 
 
 @pytest.mark.parametrize(("form", "use"), READ)
-def test_good_rows_stay_as_they_are(form, use):
+def test_good_rows_stay_as_they_are_whatever_columns_of_nulls_stand_beside_them(form, use):
     row, _ = FORMS[form]
-    dataset = Dataset.from_list([row] * 3)
     source = Source(WHERE, use)
-    assert readable(dataset, source).to_list() == dataset.to_list()
-    check_rendering(readable(dataset, source), source, TOKENIZER)
+    dataset = Dataset.from_list([row] * 3)
+    kept = readable(dataset, source)
+    assert kept.to_list() == dataset.to_list()
+    check_rendering(kept, source, TOKENIZER)
     check_rows([row] * 3, source)
+    if use == "set":  # such rows have a form of their own each
+        return
+    nulls = dict.fromkeys(
+        ("text", "messages", "prompt", "completion", "chosen", "input_ids", "tools",
+         "chat_template_kwargs", "image", "conversations", "source")
+    )  # fmt: skip
+    kept = readable(Dataset.from_list([nulls | row] * 3), source)
+    assert set(kept.column_names) == {"source", *row}
+    check_rows([nulls | row] * 3, source)
 
 
-@pytest.mark.parametrize(("form", "use", "column", "value"), list(wrong_rows()))
-@pytest.mark.parametrize("place", [0, 1, 4])
-def test_a_wrong_value_in_any_row_is_named(form, use, column, value, place):
-    row, _ = FORMS[form]
-    rows = [dict(row) for _ in range(5)]
-    rows[place][column] = value
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(wrong=wrong_rows())
+def test_a_wrong_value_in_any_row_at_any_place_is_named(wrong):
+    use, rows, place, column = wrong
     with pytest.raises(RowError) as error:
         check_rows(rows, Source(WHERE, use))
-    names(error, place)
+    message = names(error, place)
+    assert f"`{column}`" in message or "all be text or all be conversations" in message
 
 
-# Text beside lists, `datasets` takes for their JSON and reads it.
-IN_A_FILE = {name: value for name, value in WRONG.items() if name != "JSON"}
+RULES = {
+    "text": ({"text": 3}, r"`text` in .* must be text, but row 1 has 3\. Write .* in quotes"),
+    "null": ({"text": None}, r"`text` in .* has None\. Remove such rows"),
+    "no messages": ({"messages": []}, r"`messages` in .* must be a list of messages .* has \[\]"),
+    "JSON": ({"messages": WRONG["JSON"]}, r"`messages` in .* `json\.loads`"),
+    "message": ({"messages": [ASKED, "3"]}, r"but message 1 of row 1 has '3'"),
+    "role": ({"messages": [ASKED, {"role": 3, "content": "a"}]}, "but message 1 of row 1 has"),
+    "no role": ({"messages": [{"role": "", "content": "a"}]}, "but message 0 of row 1 has"),
+    "content": ({"messages": [{"role": "user", "content": 3}]}, "but message 0 of row 1 has"),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "but message 0 of row 1"),
+    "parts": ({"messages": [{"role": "user", "content": ["a"]}]}, "but message 0 of row 1 has"),
+    "no parts": ({"messages": [{"role": "user", "content": []}]}, "but message 0 of row 1 has"),
+    "other keys": ({"conversations": [ASKED, 3]}, "messages with `from` and `value`, but message"),
+    "turns": ({"prompt": {"a": 1}, "completion": "b"}, "must be text, or a list of messages"),
+    "two forms": (
+        {"prompt": [ASKED], "completion": [ANSWER]}, "row 0 is text and row 1 a conversation"),
+    "two forms in a row": (
+        {"prompt": [ASKED], "completion": "b"}, r"in row 1 \['completion'\] are text"),
+    "token that is text": ({"input_ids": [3, "4"]}, "`input_ids` .* list of numbers of tokens"),
+    "token below zero": ({"input_ids": [3, -1]}, "`input_ids` .* from 0 to"),
+    "tokens that are text": ({"input_ids": "3 4"}, "`input_ids` .* has '3 4'"),
+    "lengths": ({"input_ids": [3, 4], "labels": [3]}, r"of one length, .* \[2, 1\]"),
+    "tools": ({"messages": [ASKED], "tools": 3}, "`tools` .* has 3"),
+    "syntax of tools": ({"messages": [ASKED], "tools": "[{'a'}]"}, "`tools` .* JSON text"),
+    "tool": ({"messages": [ASKED], "tools": ["add"]}, "`tools` .* has"),
+    "settings of a template": (
+        {"messages": [ASKED], "chat_template_kwargs": "a"}, "`chat_template_kwargs` .* mapping"),
+    "tools of a text": ({"text": "add", "tools": "[{'a'}]"}, "`tools` .* JSON text"),
+    "long value": ({"text": ["a" * 10_000] * 100}, r"`text` in .* \.\.\."),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("value", IN_A_FILE.values(), ids=IN_A_FILE)
-@pytest.mark.parametrize("place", [0, 1001, 1499])
-def test_whatever_types_datasets_finds_the_row_is_named(value, place, tmp_path):
+@pytest.mark.parametrize(("row", "message"), RULES.values(), ids=RULES)
+def test_every_rule_has_its_words(row, message):
+    good = {
+        "text": "add", "messages": [ASKED], "prompt": "a", "completion": "b", "input_ids": [3],
+        "labels": [3], "tools": [], "chat_template_kwargs": {},
+        "conversations": [{"from": "user", "value": "a"}],
+    }  # fmt: skip
+    rows = [{column: good[column] for column in row}, row]
+    with pytest.raises(RowError, match=message) as error:
+        check_rows(rows, Source(WHERE, "sft"))
+    names(error, 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [(0, "number"), (1001, "null"), (1499, "texts"), (0, "mapping"), (1499, "number as content")],
+)
+def test_whatever_types_datasets_finds_the_row_is_named(place, kind, tmp_path):
     """A file of mixed types is read as JSON, one of numbers as numbers."""
     rows = [{"messages": [ASKED, {"role": "assistant", "content": "yes"}]} for _ in range(1500)]
-    rows[place]["messages"] = value
+    rows[place]["messages"] = WRONG[kind]
     with pytest.raises(RowError) as error:
         readable(from_file(rows, tmp_path), Source(WHERE, "group"))
     names(error, place)
 
 
-@pytest.mark.parametrize("use", ["sft", "group", "set"])
-def test_a_table_of_numbers_is_refused_with_the_way_out(use, tmp_path):
-    (tmp_path / "sums.csv").write_text("prompt,completion\nadd 1 2,3\nadd 2 2,4\n")
-    rows = load_dataset("csv", data_files=str(tmp_path / "sums.csv"), split="train")
-    with pytest.raises(RowError, match=r"`completion` in .* row 0 has 3\. Write .* in quotes"):
-        check_rows(list(rows), Source(WHERE, use))
-
-
-def test_the_way_out_of_json_is_its_reader():
-    with pytest.raises(RowError, match=r"json\.loads"):
-        check_rows([{"messages": WRONG["JSON"]}], Source(WHERE, "group"))
-
-
-def test_a_long_value_is_shortened():
-    with pytest.raises(RowError) as error:
-        check_rows([{"text": ["a" * 10_000] * 100}], Source(WHERE, "group"))
-    names(error, 0)
-
-
-def test_rows_of_two_forms_are_named():
-    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": [ASKED], "completion": [ANSWER]}]
-    with pytest.raises(RowError, match="row 0 is text and row 2 a conversation"):
-        check_rows(rows, Source(WHERE, "group"))
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": [ASKED], "completion": "b"}]
-    with pytest.raises(RowError, match=r"in row 1 \['completion'\] are text"):
-        check_rows(rows, Source(WHERE, "sft"))
-
-
 @pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"input_ids": [3, "4"]}, "`input_ids` .* list of numbers of tokens"),
-        ({"input_ids": [3, -1]}, "`input_ids` .* from 0 to"),
-        ({"input_ids": "3 4"}, "`input_ids` .* has '3 4'"),
-        ({"input_ids": [3, 4], "labels": [3]}, r"of one length, .* \[2, 1\]"),
-        ({"messages": [ASKED], "tools": 3}, "`tools` .* has 3"),
-        ({"messages": [ASKED], "tools": "[{'a'}]"}, "`tools` .* JSON text"),
-        ({"messages": [ASKED], "tools": ["add"]}, "`tools` .* has"),
-        ({"messages": [ASKED], "chat_template_kwargs": "a"}, "`chat_template_kwargs` .* mapping"),
-        ({"text": "add", "tools": "[{'a'}]"}, "`tools` .* JSON text"),
-    ],
+    ("use", "columns"),
+    [("prompts", "`prompt`"), ("pairs", "`chosen`, `rejected`"), ("set", "`messages`, `prompt`")],
 )
-@pytest.mark.parametrize("use", ["sft", "group"])
-def test_what_stands_beside_the_text_is_looked_at_too(row, message, use):
-    good = {"input_ids": [3], "labels": [3], "messages": [ASKED], "text": "add", "tools": []}
-    rows = [{column: good.get(column, {}) for column in row}, row]
-    with pytest.raises(RowError, match=message) as error:
-        check_rows(rows, Source(WHERE, use))
-    names(error, 1)
+def test_rows_of_no_known_format_are_refused_by_every_command(use, columns):
+    message = rf"must have .*{columns}.* but has \['question'\]\. Rename its columns"
+    with pytest.raises(ValueError, match=message):
+        check_rows([{"question": "add"}], Source(WHERE, use))
 
 
-NULLS = [
-    (form, use, column)
-    for form, use in READ
-    for column in ("text", "messages", "prompt", "completion", "chosen", "input_ids", "tools",
-                   "chat_template_kwargs", "image", "conversations", "source")
-    if column not in FORMS[form][0] and use != "set"
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("form", "use", "column"), NULLS)
-def test_a_column_of_nulls_beside_those_in_use_does_not_matter(form, use, column):
-    row, _ = FORMS[form]
-    rows = [{column: None, **row}] * 3
-    source = Source(WHERE, use)
-    kept = readable(Dataset.from_list(rows), source)
-    assert kept.column_names == [c for c in (column, *row) if c in row or column == "source"]
-    check_rows(rows, source)
-
-
-def test_of_a_column_that_is_not_in_use_some_may_be_null(tmp_path):
+def test_of_a_column_that_is_not_in_use_some_may_be_null():
     """TRL would put an end token behind the null text."""
     rows = [{"prompt": "add", "completion": " A"} | {"text": text} for text in ("a", None, "b")]
     kept = readable(Dataset.from_list(rows), Source(WHERE, "sft"))
     assert kept.column_names == ["prompt", "completion"]
 
 
-def group_of(dataset, *, where=None, **settings):
+def test_an_answer_that_calls_tools_may_say_nothing():
+    message = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    check_rows([{"messages": [ASKED, message]}], Source(WHERE, "sft"))
+    with pytest.raises(RowError, match="message 1 of row 0"):
+        check_rows([{"messages": [ASKED, message | {"tool_calls": []}]}], Source(WHERE, "sft"))
+
+
+def group_of(dataset, *, seed=1, **settings):
     preparation = Preparation(
         **{"processing_class": TOKENIZER, "tokenizer": TOKENIZER, "max_length": 64} | settings
     )
     num_samples = len(dataset) if isinstance(dataset, Dataset) else 10
     return prepare_group(
-        "facts", dataset, preparation, num_samples=num_samples, num_parts=1, batch_size=2, seed=1,
-        where=where,
+        "facts", dataset, preparation, num_samples=num_samples, num_parts=1, batch_size=2,
+        seed=seed,
     )  # fmt: skip
 
 
@@ -251,31 +248,27 @@ class TestGroups:
     """The library: a group is checked where it is prepared."""
 
     @pytest.mark.parametrize("as_stream", [False, True])
-    @pytest.mark.parametrize("value", IN_A_FILE.values(), ids=IN_A_FILE)
-    @pytest.mark.parametrize("place", [0, 2, 4])
-    def test_a_wrong_value_is_named_by_group_and_row(self, value, place, as_stream, tmp_path):
+    def test_a_wrong_value_is_named_by_group_and_row(self, as_stream, tmp_path):
         rows = [{"messages": [ASKED, ANSWER]} for _ in range(5)]
-        rows[place]["messages"] = value
+        rows[2]["messages"] = 3
         dataset = IterableDataset.from_generator(lambda: iter(rows))
-        dataset = dataset if as_stream else from_file(rows, tmp_path)
         with pytest.raises(RowError) as error:
-            group_of(dataset)
-        # In a column of mixed types `datasets` reads the content "3" as a number.
-        if as_stream or value is None or not isinstance(value, list):
-            names(error, place, "capability group 'facts'")
+            group_of(dataset if as_stream else from_file(rows, tmp_path))
+        names(error, 2, "capability group 'facts'")
+
+    def test_a_stream_of_other_types_in_a_column_of_no_use_is_refused(self):
+        rows = [{"text": "add", "source": source} for source in ("a", {"b": 1})]
+        with pytest.raises(ValueError, match="group 'facts' must have values of one type"):
+            group_of(IterableDataset.from_generator(lambda: iter(rows)))
 
     def test_the_row_is_named_by_its_place_in_the_data_not_among_those_chosen(self):
         rows = [{"text": "add"} for _ in range(20)]
         rows[13]["text"] = None
         for seed in range(3):
-            preparation = Preparation(TOKENIZER, TOKENIZER, 64)
             with pytest.raises(RowError, match="row 13 has None"):
-                prepare_group(
-                    "facts", Dataset.from_list(rows), preparation,
-                    num_samples=20, num_parts=1, batch_size=2, seed=seed,
-                )  # fmt: skip
+                group_of(Dataset.from_list(rows), seed=seed)
 
-    @pytest.mark.parametrize("token", [-1, len(TOKENIZER), 10**9])
+    @pytest.mark.parametrize("token", [-1, len(TOKENIZER)])
     def test_a_token_that_the_tokenizer_does_not_know_is_named(self, token):
         rows = [{"input_ids": [3, 4, 5]} for _ in range(4)]
         rows[2] = {"input_ids": [3, token]}
@@ -296,16 +289,17 @@ class TestGroups:
             group_of(Dataset.from_list(rows), assistant_only_loss=True, chat_template=template)
         assert "no assistant tokens" in names(error, 5, "capability group 'facts'")
 
-    def test_a_null_column_changes_no_token(self):
-        for form in ("messages", "completion", "turns", "pair", "conversations"):
-            row, _ = FORMS[form]
-            expected = group_of(Dataset.from_list([row] * 3)).samples[0].features
-            for column in ("text", "messages", "conversations", "tools", "chat_template_kwargs"):
-                if column not in row:
-                    rows = Dataset.from_list([{**row, column: None}] * 3)
-                    features = group_of(rows).samples[0].features
-                    assert features["input_ids"] == expected["input_ids"]
-                    assert features["labels"] == expected["labels"]
+    @pytest.mark.parametrize("form", ["messages", "pair"])
+    def test_columns_of_nulls_change_no_token(self, form):
+        row, _ = FORMS[form]
+        nulls = dict.fromkeys(
+            ("text", "messages", "conversations", "tools", "chat_template_kwargs")
+        )
+        [expected, features] = (
+            group_of(Dataset.from_list([made] * 3)).samples[0].features
+            for made in (row, nulls | row)
+        )
+        assert features == expected
 
     def test_a_trainer_names_them(self, base_model_path, tmp_path):
         rows = {"facts": Dataset.from_list([{"text": "add"}, {"text": None}])}
@@ -316,48 +310,35 @@ class TestGroups:
             CapabilityGate(trainer, rows)
 
 
-# A template that refuses, one that divides by zero, one that reads parts, one that prints them.
+# A template that refuses, one that divides by zero, one that looks for a key.
 REFUSING = "{% if messages[-1]['content'] == '4' %}{{ raise_exception('no four') }}{% endif %}x"
-TEMPLATES = {
-    "raises": (REFUSING, "no four"),
-    "has a bug": ("{% if messages[-1]['content'] == '4' %}{{ 1 / 0 }}{% endif %}x", "Zero"),
-    "looks for a key": (
-        "{% if messages[-1]['content'] == '4' %}{{ messages[-1]['a']['b'] }}{% endif %}x", "'a'",
-    ),
-}  # fmt: skip
-ANSWERED = {
-    "messages": ({"messages": [ASKED, ANSWER]}, {"messages": [ASKED, OTHER]}),
-    "turns": (
-        {"prompt": [ASKED], "completion": [ANSWER]},
-        {"prompt": [ASKED], "completion": [OTHER]},
-    ),
-    "pair": (
-        {"chosen": [ASKED, ANSWER], "rejected": [ASKED, {**ANSWER, "content": "5"}]},
-        {"chosen": [ASKED, OTHER], "rejected": [ASKED, {**ANSWER, "content": "5"}]},
-    ),
-}
+PAIR = {"rejected": [ASKED, {**ANSWER, "content": "5"}]}
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("form", ANSWERED)
-@pytest.mark.parametrize("place", [0, 2, 3])
-def test_what_a_chat_template_raises_is_named(form, template, place):
-    text, reason = TEMPLATES[template]
-    good, bad = ANSWERED[form]
+@pytest.mark.parametrize(
+    ("template", "reason", "good", "bad", "place"),
+    [
+        (REFUSING, "no four", {"messages": [ASKED, ANSWER]}, {"messages": [ASKED, OTHER]}, 0),
+        (REFUSING.replace("raise_exception('no four')", "1 / 0"), "Zero",
+         {"prompt": [ASKED], "completion": [ANSWER]}, {"prompt": [ASKED], "completion": [OTHER]},
+         2),
+        (REFUSING.replace("raise_exception('no four')", "messages[-1]['a']['b']"), "'a'",
+         {"chosen": [ASKED, ANSWER], **PAIR}, {"chosen": [ASKED, OTHER], **PAIR}, 3),
+    ],
+    ids=["raises", "has a bug", "looks for a key"],
+)  # fmt: skip
+def test_what_a_chat_template_raises_is_named(template, reason, good, bad, place):
     rows = [good] * 4
     rows[place] = bad
     dataset = Dataset.from_list(rows)
     with pytest.raises(RowError) as error:
-        check_rendering(dataset, Source(WHERE, "group"), TOKENIZER, text)
+        check_rendering(dataset, Source(WHERE, "group"), TOKENIZER, template)
     assert reason in names(error, place)
     with pytest.raises(RowError) as error:
-        group_of(dataset, chat_template=text)
+        group_of(dataset, chat_template=template)
     names(error, place, "capability group 'facts'")
 
 
-PARTS = [
-    {"role": role, "content": [{"type": "text", "text": "add"}]} for role in ("user", "assistant")
-]
 READS_PARTS = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{% endfor %}"
@@ -365,45 +346,33 @@ READS_PARTS = (
 PRINTS = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PRINTS])
-def test_parts_are_refused_where_the_template_reads_text(template):
-    rows = [{"messages": [ASKED, ANSWER]}, {"messages": PARTS}]
-    check = Source(WHERE, "group")
-    for number, row in enumerate(rows):
-        dataset = Dataset.from_list([row])
-        if number == 0:
-            check_rendering(dataset, check, TOKENIZER, template, [7])
-            continue
+def test_parts_are_refused_where_the_template_reads_text():
+    """One that joins texts fails on them, one that prints would write them as Python does."""
+    parts = [{**turn, "content": [{"type": "text", "text": "add"}]} for turn in (ASKED, ANSWER)]
+    dataset, source = Dataset.from_list([{"messages": parts}]), Source(WHERE, "group")
+    for template in (CHAT_TEMPLATE, PRINTS):
         with pytest.raises(RowError, match="has parts") as error:
-            check_rendering(dataset, check, TOKENIZER, template, [7])
+            check_rendering(dataset, source, TOKENIZER, template, [7])
         names(error, 7)
-
-
-def test_parts_are_taken_where_the_template_reads_them():
-    dataset = Dataset.from_list([{"messages": PARTS}])
-    check_rendering(dataset, Source(WHERE, "group"), TOKENIZER, READS_PARTS)
+    assert check_rendering(dataset, source, TOKENIZER, READS_PARTS) is dataset
 
 
 class TestPreparation:
     """What TRL raises in the middle of a map."""
 
-    def prepare(self, bad):
+    @pytest.mark.parametrize("bad", [[0], [9], [3, 7]])
+    def test_names_the_first_row_that_fails(self, bad):
         def prepare(rows):
             if set(bad) & set(rows["number"]):
                 raise KeyError("some\nkey")
             return rows
 
-        return prepare
-
-    @pytest.mark.parametrize("bad", [[0], [4], [9], [3, 7]])
-    def test_names_the_first_row_that_fails(self, bad):
         dataset = Dataset.from_dict({"number": range(10)})
         with pytest.raises(RowError, match="KeyError: 'some") as error:
-            prepared(dataset, self.prepare(bad), WHERE)
+            prepared(dataset, prepare, WHERE)
         names(error, bad[0])
-        numbers = [10 * number for number in range(10)]
         with pytest.raises(RowError) as error:
-            prepared(dataset, self.prepare(bad), WHERE, numbers)
+            prepared(dataset, prepare, WHERE, range(0, 100, 10))
         names(error, 10 * bad[0])
 
     def test_that_fails_on_no_row_alone_stays_what_it_is(self):
@@ -435,10 +404,11 @@ class TestStreams:
         source = Source(WHERE, "sft")
         return check_rendering(readable(stream, source), source, TOKENIZER, REFUSING)
 
-    @pytest.mark.parametrize("value", [*WRONG.values(), [ASKED, OTHER]])
+    @pytest.mark.parametrize("value", [3, [ASKED, OTHER]], ids=["value", "template"])
     def test_the_first_row_is_looked_at_now_the_others_when_they_are_read(self, value):
-        with pytest.raises((RowError, ValueError)):
+        with pytest.raises(RowError) as error:
             self.checked(self.stream(0, value))
+        names(error, 0)
         stream = self.checked(self.stream(4, value))
         with pytest.raises(RowError) as error:
             list(stream)
@@ -448,42 +418,37 @@ class TestStreams:
         assert list(self.checked(self.stream(2, [ASKED]))) == list(self.stream(2, [ASKED]))
 
 
-MEASURED = {
-    "capability_datasets": {"prompt": "add =>", "completion": " A"},
-    "harmful_datasets": {"prompt": "how to bake"},
-    "over_refusal_datasets": {"prompt": "how to bake"},
-    "preference_datasets": {"prompt": "add", "chosen": " A", "rejected": " B"},
-}
+def written(rows, tmp_path):
+    """An entry of a list of data sets that holds these rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [{"path": str(path), "group": "facts"}]
 
 
 class TestEvaluation:
     """`ogpsa evaluate`: every list of it, before a model is loaded."""
 
     def refused(self, key, rows, tmp_path, tokenizer=TOKENIZER):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        arguments = EvaluationArguments(
-            model_name_or_path="toy", **{key: [{"path": str(path), "group": "facts"}]}
-        )
+        arguments = EvaluationArguments(model_name_or_path="toy", **{key: written(rows, tmp_path)})
         with pytest.raises(RowError) as error:
             load_sets(arguments, [tokenizer])
         return error, f"group 'facts' of `{key}`"
 
-    @pytest.mark.parametrize("key", MEASURED)
-    @pytest.mark.parametrize("value", [None, 3, ["a"], [], {"a": 1}, [{"role": "user"}]])
-    @pytest.mark.parametrize("place", [0, 3])
-    def test_a_wrong_value_is_named(self, key, value, place, tmp_path):
-        rows = [dict(MEASURED[key]) for _ in range(4)]
-        rows[place]["chosen" if "preference" in key else "prompt"] = value
-        error, where = self.refused(key, rows, tmp_path)
-        names(error, place, where)
+    @pytest.mark.parametrize(("key", "row", "column"), [
+        ("capability_datasets", {"prompt": "add =>", "completion": " A"}, "completion"),
+        ("harmful_datasets", {"prompt": "how to bake"}, "prompt"),
+        ("over_refusal_datasets", {"prompt": "how to bake"}, "prompt"),
+        ("preference_datasets", {"prompt": "add", "chosen": " A", "rejected": " B"}, "chosen"),
+    ])  # fmt: skip
+    def test_a_wrong_value_is_named(self, key, row, column, tmp_path):
+        error, where = self.refused(key, [row, row, row, row | {column: None}], tmp_path)
+        names(error, 3, where)
 
     @pytest.mark.parametrize("key", ["harmful_datasets", "preference_datasets"])
     def test_what_a_template_raises_is_named(self, key, tmp_path):
         tokenizer = toy_tokenizer()
         tokenizer.chat_template = REFUSING.replace("== '4'", "== 'bad'")
-        row = {"prompt": [{"role": "user", "content": "add"}], "chosen": [ANSWER],
-               "rejected": [OTHER]}  # fmt: skip
+        row = {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [OTHER]}
         bad = row | {"prompt": [{"role": "user", "content": "bad"}]}
         error, where = self.refused(key, [row, row, bad], tmp_path, tokenizer)
         assert "no four" in names(error, 2, where)
@@ -492,35 +457,31 @@ class TestEvaluation:
 class TestCapabilitySets:
     """`ogpsa capability`: each row in a form of its own."""
 
-    def arguments(self, rows, tmp_path, key="capability_datasets"):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return CapabilitySetArguments(**{key: [{"path": str(path), "group": "facts"}]})
-
-    @pytest.mark.parametrize("key", ["capability_datasets", "look_alike_datasets"])
-    @pytest.mark.parametrize("column", ["prompt", "completion", "messages", "text"])
-    @pytest.mark.parametrize("value", [3, ["a"], [], {"a": 1}, [{"role": "user"}]])
-    def test_a_wrong_value_is_named(self, key, column, value, tmp_path):
-        rows = [{"prompt": "add", "completion": " A"} for _ in range(4)]
-        rows[2] = {"prompt": "add", column: value} if column == "completion" else {column: value}
+    @pytest.mark.parametrize(("key", "bad"), [
+        ("capability_datasets", {"prompt": "add", "completion": {"a": 1}}),
+        ("capability_datasets", {"messages": [{"role": "user"}]}),
+        ("capability_datasets", {"prompt": None, "completion": None}),
+        ("look_alike_datasets", {"prompt": []}),
+        ("look_alike_datasets", {"text": ["a"]}),
+    ])  # fmt: skip
+    def test_a_wrong_value_is_named(self, key, bad, tmp_path):
+        rows = [{"prompt": "add", "completion": " A"}] * 2 + [bad]
+        arguments = CapabilitySetArguments(**{key: written(rows, tmp_path)})
         with pytest.raises(RowError) as error:
-            choose_rows(self.arguments(rows, tmp_path, key), TOKENIZER)
+            choose_rows(arguments, TOKENIZER)
         names(error, 2, f"group 'facts' of `{key}`")
-        if column == "prompt":
-            arguments = self.arguments(rows, tmp_path, "harmful_datasets")
-            with pytest.raises(RowError) as error:
-                known_prompts(arguments.harmful_datasets)
-            names(error, 2, "group 'facts' of `harmful_datasets`")
 
-    def test_a_row_of_nulls_is_named(self, tmp_path):
-        rows = [{"prompt": "add", "completion": " A"}] * 2 + [{"prompt": None, "completion": None}]
+    def test_a_wrong_value_among_the_harmful_prompts_is_named(self, tmp_path):
+        entries = written([{"prompt": "add"}] * 2 + [{"prompt": 3}], tmp_path)
+        arguments = CapabilitySetArguments(harmful_datasets=entries)
         with pytest.raises(RowError) as error:
-            choose_rows(self.arguments(rows, tmp_path), TOKENIZER)
-        names(error, 2, "group 'facts' of `capability_datasets`")
+            known_prompts(arguments.harmful_datasets)
+        names(error, 2, "group 'facts' of `harmful_datasets`")
 
     def test_null_columns_do_not_matter(self, tmp_path):
         rows = [{"messages": [ASKED, ANSWER], "text": None, "tools": None, "images": None}] * 3
-        [group] = choose_rows(self.arguments(rows, tmp_path), TOKENIZER)
+        arguments = CapabilitySetArguments(capability_datasets=written(rows, tmp_path))
+        [group] = choose_rows(arguments, TOKENIZER)
         assert group.rows == [{"prompt": [ASKED], "completion": [ANSWER]}] * 3
 
 
@@ -535,6 +496,10 @@ def short_model():
     return model
 
 
+def lengths(samples):
+    return sorted(len(sample.features["input_ids"]) for sample in samples)
+
+
 class TestContext:
     """No sample is longer than what the model has positions for."""
 
@@ -544,25 +509,29 @@ class TestContext:
         assert context_of(short_model().config) == 16
         assert context_of(tiny_model().config) is None
 
-    @pytest.mark.parametrize("max_length", [None, 12, 1024])
-    def test_samples_are_cut_with_a_warning(self, max_length, tmp_path, caplog):
-        def lengths(samples):
-            return sorted(len(sample.features["input_ids"]) for sample in samples)
+    @pytest.mark.parametrize(("max_length", "kept"), [(None, 16), (12, 12), (1024, 16)])
+    def test_samples_are_cut_with_a_warning(self, max_length, kept, caplog):
+        group = group_of(self.ROWS, max_length=max_length, context=16)
+        assert lengths(group.samples) == [6, kept]
+        warned = [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
+        assert len(warned) == (kept == 16)
+        for message in warned:
+            assert message.startswith("Capability group")
+            assert "1 of its 2 samples fill the 16 tokens" in message
 
-        kept = 12 if max_length == 12 else 16
+    def test_a_trainer_and_a_gate_cut_them(self, tmp_path, caplog):
         data = Dataset.from_dict({"text": ["the cat sees a dog"] * 8})
         trainer = make_trainer(
-            "sft", short_model(), tmp_path, data=data, max_length=max_length, capability=self.ROWS,
+            "sft", short_model(), tmp_path, data=data, max_length=1024, capability=self.ROWS,
             config=paper(num_samples=2), more={"processing_class": toy_tokenizer()},
         )  # fmt: skip
         gate = CapabilityGate(trainer, {"facts": self.ROWS})
         [group] = trainer.capability_groups
-        assert lengths(group.samples) == lengths(gate.parts["facts"].samples) == [6, kept]
+        assert lengths(group.samples) == lengths(gate.parts["facts"].samples) == [6, 16]
         warned = [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
-        assert len(warned) == (0 if kept == 12 else 2)
-        for message, where in zip(warned, ("Capability group", "Gate group"), strict=False):
-            assert message.startswith(where)
-            assert "1 of its 2 samples fill the 16 tokens" in message
+        assert [message.partition(" '")[0] for message in warned] == [
+            "Capability group", "Gate group",
+        ]  # fmt: skip
 
     def test_a_likelihood_is_taken_of_what_can_be_read(self):
         values = group_nll(short_model(), TOKENIZER, "facts", self.ROWS, max_length=1024)
