@@ -187,14 +187,6 @@ class OGPSAConfig:
             "removed is then the exact projection on the rounded directions)."
         },
     )
-    compile_projection: bool = field(
-        default=False,
-        metadata={
-            "help": "Fuse the operations of a projection with `torch.compile`, which takes some "
-            "seconds at the start and needs a C++ compiler on a CPU, Triton on a GPU. Measured on "
-            "a CPU: with `metric: optimizer` a projection then takes .6 to .8 of the time."
-        },
-    )
 
     @classmethod
     def from_preset(cls, name: Preset, *, stage: str = "sft", **settings: Any) -> "OGPSAConfig":
@@ -359,7 +351,7 @@ def _check_fields(config: OGPSAConfig | GateConfig) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Check one setting: a choice, a switch, a number, or a count of at least 1 (or unset)."""
+    """Check one setting: a choice, a number, or a count of at least 1 (or unset)."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
@@ -369,10 +361,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
         return
     optional = type(None) in get_args(hint)
     if optional and value is None:
-        return
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be true or false, but got {value!r}.")
         return
     if hint is float or float in get_args(hint):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -181,9 +181,7 @@ def _project(
         if rows_KN is None or vector_N is None:
             continue
         metric = None if metrics is None else metrics[index]
-        blockwise.subtract_(
-            vector_N, rows_KN, weights_K, metric, is_compiled=config.compile_projection
-        )
+        blockwise.subtract_(vector_N, rows_KN, weights_K, metric)
     held = _hold(subspace, vectors, products.squares_P)
 
     if held:
@@ -221,12 +219,7 @@ def _products(
     numbers = [
         None
         if vector_N is None
-        else blockwise.products(
-            rows_KN,
-            vector_N,
-            None if metrics is None else metrics[index],
-            is_compiled=subspace.config.compile_projection,
-        )
+        else blockwise.products(rows_KN, vector_N, None if metrics is None else metrics[index])
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.

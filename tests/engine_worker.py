@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, blockwise, linalg
+from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
 from ogpsa_trl.projection import project
 from runs import (
     capability_groups,
@@ -55,8 +55,6 @@ SETTINGS = {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
     },
     "replay": {"target": "none", "replay_weight": 0.5},
-    # Here, but not in the one process that it is compared with.
-    "compiled": {"target": "update", "metric": "optimizer", "compile_projection": True},
 }  # fmt: skip
 UPDATE_CELLS = [
     ("sft", "full", "parameter", "acc2", "update"),
@@ -66,7 +64,6 @@ UPDATE_CELLS = [
     ("sft", "full", "model", "acc2", "inequality"),
     ("sft", "full", "model", "acc2", "feedback"),
     ("dpo", "full", "parameter", "acc2", "replay"),
-    ("sft", "lora", "parameter", "acc2", "compiled"),
 ]
 # As they are, but for their numbers: the name stands where the other cells have the scope.
 PRESET_CELLS = [
@@ -273,8 +270,6 @@ def make(
     stage, form, _, accumulation, *_ = cell
     num_passes = int(accumulation[-1])
     config = config_of(cell)
-    if engine == "one":
-        config = dataclasses.replace(config, compile_projection=False)
     # Three rows on two processes: shards of two sizes, on four processes an empty one.
     lora = LoraConfig(
         r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=stage == "dpo",
@@ -545,7 +540,6 @@ def train_in_8_bits(engine, model_path, folder, num_processes):
 
 def main(engine, model_path, output_dir, part, checkpoints=None):
     torch.set_num_threads(1)
-    blockwise._FEWEST_COMPILED_ENTRIES = 2  # the model is small
     if ON_CPU:
         use_cpu(engine)
     num_processes = int(os.environ["WORLD_SIZE"])

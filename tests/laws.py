@@ -1,7 +1,5 @@
 """Named assertions about bases and projections, applied by the tests to awkward inputs."""
 
-import contextlib
-
 import torch
 
 from ogpsa_trl import blockwise, linalg
@@ -77,12 +75,3 @@ def assert_orthogonal(vector_N, rows_RN, relative_to, atol):
 
 def assert_not_longer(after_N, before_N):
     assert after_N.double().norm() <= before_N.double().norm() * (1 + 1e-6)
-
-
-@contextlib.contextmanager
-def counted_programs():
-    """How many torch.compile makes in here, of which it forgets none for being too many."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]

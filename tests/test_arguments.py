@@ -275,6 +275,7 @@ class TestUnknownKeys:
         ("overwrite_output_dir", "no such key any more. Nothing that is in the folder"),
         ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
         ("tokenizer", "no such key any more. It is that of the model"),
+        ("compile_projection", "no such key any more. It saved .* Remove the key"),
     ])  # fmt: skip
     @pytest.mark.parametrize("stage", ["sft", "dpo"])
     def test_that_were_renamed_or_removed_are_answered_with_that(self, parse, stage, key, answer):
