@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 Scope = Literal["parameter", "model"]
 Target = Literal["gradient", "update", "none"]
 Metric = Literal["euclidean", "optimizer"]
-Constraint = Literal["equality", "inequality"]
 CapabilityLoss = Literal["nll", "kl"]
 BasisDtype = Literal["float32", "bfloat16"]
 Preset = Literal["paper", "paper-theorem", "preserve", "replay", "kl"]
@@ -76,13 +75,6 @@ class OGPSAConfig:
             "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
             "Adam's second moment, with `target: update`; for SGD, which has none, it is the "
             "euclidean one, and optimizers that are not known are an error."
-        },
-    )
-    constraint: Constraint = field(
-        default="equality",
-        metadata={
-            "help": "'equality': no capability loss changes, to first order (official). "
-            "'inequality': none rises; a step that lowers them all is left alone."
         },
     )
     capability_loss: CapabilityLoss = field(

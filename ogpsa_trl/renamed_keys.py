@@ -58,6 +58,9 @@ _NO_STREAM = "Samples are packed as they are prepared"
 # Why there is none any more, or what does it now, without a key.
 _GONE = {
     # OGPSA
+    "constraint": (
+        "'inequality' had the same results as 'equality', which every step keeps. Remove the key"
+    ),
     "compile_projection": "It saved a hundredth of a step. Remove the key: the run is the same",
     # transformers
     "overwrite_output_dir": "Nothing that is in the folder is deleted before training",

@@ -46,11 +46,10 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 CELLS = list(
     itertools.product(("sft", "dpo"), ("full", "lora"), ("parameter", "model"), ("acc1", "acc2"))
 )
-# Beside the projected gradient: the constrained update, in both metrics, with both constraints.
+# Beside the projected gradient: the constrained update, in both metrics.
 SETTINGS = {
     "update": {"target": "update"},
     "optimizer": {"target": "update", "metric": "optimizer"},
-    "inequality": {"target": "update", "metric": "optimizer", "constraint": "inequality"},
     "feedback": {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
     },
@@ -61,7 +60,6 @@ UPDATE_CELLS = [
     ("dpo", "lora", "model", "acc2", "update"),
     ("sft", "lora", "parameter", "acc2", "optimizer"),
     ("dpo", "full", "model", "acc2", "optimizer"),
-    ("sft", "full", "model", "acc2", "inequality"),
     ("sft", "full", "model", "acc2", "feedback"),
     ("dpo", "full", "parameter", "acc2", "replay"),
 ]

@@ -275,6 +275,7 @@ class TestUnknownKeys:
         ("overwrite_output_dir", "no such key any more. Nothing that is in the folder"),
         ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
         ("tokenizer", "no such key any more. It is that of the model"),
+        ("constraint", "no such key any more. 'inequality' had .* Remove the key"),
         ("compile_projection", "no such key any more. It saved .* Remove the key"),
     ])  # fmt: skip
     @pytest.mark.parametrize("stage", ["sft", "dpo"])

@@ -26,7 +26,6 @@ CHOICES = {
     "scope": ("parameter", "model"),
     "target": ("gradient", "update", "none"),
     "metric": ("euclidean", "optimizer"),
-    "constraint": ("equality", "inequality"),
     "capability_loss": ("nll", "kl"),
     "basis_dtype": ("float32", "bfloat16"),
 }
@@ -48,7 +47,6 @@ PAPER = {
     "scope": "parameter",
     "target": "gradient",
     "metric": "euclidean",
-    "constraint": "equality",
     "capability_loss": "nll",
     "kl_tokens": 64,
     "refresh_interval": 30,
@@ -211,7 +209,7 @@ def test_every_part_of_a_group_has_a_sample():
     )
 
 
-@pytest.mark.parametrize("name", ["scope", "constraint", "capability_loss", "basis_dtype"])
+@pytest.mark.parametrize("name", ["scope", "capability_loss", "basis_dtype"])
 def test_every_available_choice_is_accepted(name):
     for choice in CHOICES[name]:
         assert getattr(OGPSAConfig(**{name: choice}), name) == choice

@@ -17,7 +17,6 @@ CONFIGS = {
     "paper-theorem": OGPSAConfig.from_preset("paper-theorem", refresh_interval=1),
     "preserve": OGPSAConfig(samples_per_refresh=3),
     "nll": OGPSAConfig(capability_loss="nll", samples_per_refresh=None),
-    "inequality": OGPSAConfig(constraint="inequality", restoration=0.0, capability_loss="nll"),
 }
 
 

@@ -60,14 +60,6 @@ class StepProbe(TrainerCallback):
                 for gradient in gradients
             )
 
-    def changes(self):
-        """First-order changes of the capability losses, relative to the largest they could be."""
-        for update, gradients in self.steps:
-            u = flat(update, update)
-            yield [
-                (flat(g, update) @ u / flat(g, update).norm() / u.norm()).item() for g in gradients
-            ]
-
 
 def flat(tensors, names):
     return torch.cat([tensors[name].flatten() for name in names]).double()
@@ -155,22 +147,6 @@ def test_the_step_is_the_nearest_one_in_the_metric(metric, base_model_path, tmp_
     assert (actual - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("target", ["gradient", "update"])
-@pytest.mark.parametrize("scope", ["parameter", "model"])
-def test_inequality_raises_no_capability_loss(scope, target, base_model_path, tmp_path):
-    options = {"optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0, "learning_rate": 0.1}
-    options = options if target == "gradient" else {}
-    trainer, probe = run(
-        base_model_path, tmp_path, scope=scope, target=target, constraint="inequality", **options
-    )
-    changes = torch.tensor(list(probe.changes()))
-    assert changes.max() < 1e-4
-    assert changes.min() < -1e-2  # what lowers them is left
-    equality, _ = run(base_model_path, tmp_path, scope=scope, target=target, **options)
-    removed = [t.state.log_history[0]["ogpsa/removed_fraction"] for t in (trainer, equality)]
-    assert removed[0] < removed[1]
-
-
 def test_a_does_not_move_before_its_direction_is_known(base_model_path, tmp_path):
     """LoRA: AdamW's weight decay and first gradients would move A, which has no direction yet."""
     from peft import LoraConfig
@@ -223,12 +199,9 @@ def test_where_every_parameter_is_held_all_is_removed(metric):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
-@pytest.mark.parametrize("constraint", ["equality", "inequality"])
-def test_resume_is_bitwise(metric, constraint, base_model_path, tmp_path):
+def test_resume_is_bitwise(metric, base_model_path, tmp_path):
     def make():
-        config = paper(
-            target="update", metric=metric, constraint=constraint, refresh_interval=3, scope="model"
-        )
+        config = paper(target="update", metric=metric, refresh_interval=3, scope="model")
         return make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(), config=config,
             save_strategy="steps", save_steps=1, **ADAMW,
