@@ -33,11 +33,9 @@ def test_a_difference_is_projected_as_the_vector_it_stands_for(dtype, has_metric
 def test_a_small_correction_of_a_weight_is_rounded_once():
     """Each row's part may be too small for the digits of the weight; their sum is not."""
     weights_N, rows_KN = torch.ones(NUM_ENTRIES), torch.full((8, NUM_ENTRIES), 2.5e-8)
-    blockwise.subtract_(
-        blockwise.Difference(weights_N, torch.ones(NUM_ENTRIES)), rows_KN, torch.ones(8)
-    )
-    exact_N = 1 - rows_KN.double().sum(dim=0)
-    assert torch.equal(weights_N, exact_N.float())
+    difference = blockwise.Difference(weights_N, torch.ones(NUM_ENTRIES))
+    blockwise.subtract_(difference, rows_KN, torch.ones(8))
+    assert torch.equal(weights_N, (1 - rows_KN.double().sum(dim=0)).float())
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
