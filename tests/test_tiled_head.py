@@ -18,16 +18,16 @@ SIZES = {
 
 
 class Changing(LlamaForCausalLM):
-    """Does something to its logits, with a parameter that is zero, or another one, at first."""
+    """Does something to its logits, with a bias that is zero at first."""
 
-    def __init__(self, change, tensor=None):
+    def __init__(self, change):
         super().__init__(LlamaConfig(**SIZES))
         self.change = change
-        self.tensor = torch.nn.Parameter(torch.zeros(NUM_WORDS) if tensor is None else tensor)
+        self.bias = torch.nn.Parameter(torch.zeros(NUM_WORDS))
 
     def forward(self, input_ids, **kwargs):
         output = super().forward(input_ids, **kwargs)
-        output.logits = self.change(output.logits, self.tensor)
+        output.logits = self.change(output.logits, self.bias)
         return output
 
 
@@ -71,37 +71,29 @@ MODELS = {
     "without call": lambda: WithoutCall(LlamaConfig(**SIZES)),
 }
 PLAIN = {"plain", "tied", "virtual tokens"}
-# What leaves logits as they are only for now: a bias that is zero at the start of training is not
-# so later.
-NEUTRAL = {
-    "zero bias": lambda: Changing(lambda logits, bias: logits + bias),
-    "zero bias, in place": lambda: Changing(lambda logits, bias: logits.add_(bias)),
-    "zero bias, after a cast": lambda: Changing(
-        lambda logits, bias: (logits.double() + bias).float()
+# What is done to logits without changing them, with a bias of zero: and whether it may change them
+# once the bias is trained.
+UNCHANGED = {
+    "bias": (True, lambda logits, bias: logits + bias),
+    "bias, in place": (True, lambda logits, bias: logits.add_(bias)),
+    "bias, after a cast": (True, lambda logits, bias: (logits.double() + bias).float()),
+    "bias, copied": (True, lambda logits, bias: torch.empty_like(logits).copy_(logits + bias)),
+    "scale": (True, lambda logits, bias: logits * (1 + bias)),
+    "mask": (True, lambda logits, bias: logits.masked_fill(bias > 0, -1e9)),
+    # As engines do with the outputs of modules.
+    "cast": (False, lambda logits, _: logits.double().float()),
+    "cast to less": (False, lambda logits, _: logits.bfloat16()),
+    "view of a copy": (False, lambda logits, _: logits.mT.contiguous().mT[:, :, :]),
+    "written into another": (False, lambda logits, _: torch.empty_like(logits).copy_(logits)),
+    "something else made of it": (
+        False, lambda logits, bias: logits if (logits + bias).sum() > -1e30 else bias,
     ),
-    "zero bias, written into a copy": lambda: Changing(
-        lambda logits, bias: torch.empty_like(logits).copy_(logits + bias)
-    ),
-    "scale of one": lambda: Changing(lambda logits, scale: logits * scale, torch.ones(NUM_WORDS)),
-    "mask of none": lambda: Changing(lambda logits, mask: logits.masked_fill(mask > 0, -1e9)),
-}
-# As engines do with the outputs of modules.
-COPYING = {
-    "cast": lambda: Changing(lambda logits, _: logits.double().float()),
-    "cast to less": lambda: Changing(lambda logits, _: logits.bfloat16()),
-    "view of a copy": lambda: Changing(lambda logits, _: logits.mT.contiguous().mT[:, :, :]),
-    "written into another": lambda: Changing(
-        lambda logits, _: torch.empty_like(logits).copy_(logits)
-    ),
-    "something else made of it": lambda: Changing(
-        lambda logits, bias: logits if (logits + bias).sum() > -1e30 else bias
-    ),
-}
+}  # fmt: skip
 
 
-def make(name, models=MODELS):
+def make(name):
     torch.manual_seed(0)
-    model = models[name]()
+    model = MODELS[name]()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -154,9 +146,9 @@ def test_scores_and_gradients_are_those_of_the_whole_logits(name, share, tile, m
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_model_whose_output_is_rounded_has_exact_scores(share):
     """FSDP2 in bfloat16 rounds what a model returns, and the gradient on its way back."""
-    rounded, (ids, is_scored) = make("cast to less", COPYING), make_batch(3, share)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    model.load_state_dict(rounded.state_dict(), strict=False)
+    model, (ids, is_scored) = make("plain"), make_batch(3, share)
+    rounded = Changing(lambda logits, _: logits.bfloat16())
+    rounded.load_state_dict(model.state_dict(), strict=False)
     expected = literally_scored(model, ids, is_scored)
     head = TiledHead(rounded.get_output_embeddings)
     scores = scored(rounded, ids, is_scored, head)
@@ -187,23 +179,21 @@ def test_a_model_that_changes_its_logits_is_found_out_once(name, share):
     assert head.is_plain == (name in PLAIN)
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
-def test_what_leaves_logits_as_they_are_only_for_now_is_no_copy(name):
-    model, (ids, is_scored) = NEUTRAL[name](), make_batch(3, 0.5)
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_copy_is_told_from_what_leaves_logits_as_they_are_only_for_now(name):
+    """A bias that is zero at the start of training is not so later."""
+    may_change, change = UNCHANGED[name]
+    model, (ids, is_scored) = Changing(change), make_batch(3, 0.5)
     head = TiledHead(model.get_output_embeddings)
     scored(model, ids, is_scored, head)
-    assert head.is_plain is False
-    torch.nn.init.normal_(model.tensor, std=0.5)
-    expected = literally_scored(model, ids, is_scored)
-    torch.testing.assert_close(scored(model, ids, is_scored, head), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", COPYING)
-def test_a_model_that_copies_its_logits_is_plain(name):
-    model, (ids, is_scored) = COPYING[name](), make_batch(3, 0.5)
-    head = TiledHead(model.get_output_embeddings)
-    scored(model, ids, is_scored, head)
-    assert head.is_plain
+    assert head.is_plain is not may_change
+    if may_change:
+        torch.nn.init.normal_(model.bias, std=0.5)
+        scores, expected = (
+            scored(model, ids, is_scored, head),
+            literally_scored(model, ids, is_scored),
+        )
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):
