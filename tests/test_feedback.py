@@ -144,7 +144,7 @@ class TestReplay:
                 "sft", base_model_path, tmp_path, capability=capability_groups(), config=config
             )
             results.append(after)
-        gradients = [g for _, g in literal_gradients(base_model_path, before)]
+        gradients = literal_gradients(base_model_path, before)
         mean = {n: sum(g[n] for g in gradients) / len(gradients) for n in before}
         expected = {n: results[0][n] - weight * mean[n] for n in before}
         # float32 weights of size 1 and steps of size 1e-2.
