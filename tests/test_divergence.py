@@ -69,9 +69,12 @@ def test_small_divergences_keep_their_digits(size):
     assert of(start, model, 11).item() == pytest.approx(literal(start, model).item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 11])
-def test_extreme_logits_stay_finite(num_tokens):
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 5, 11])
+def test_extreme_logits_stay_finite(num_tokens, is_masked):
     start, model = logits(0, scale=1e4), logits(1, scale=1e4).requires_grad_()
+    if is_masked:  # what is not possible at the start
+        start[:, 5:] = -torch.inf
     value = of(start, model, num_tokens)
     [gradient] = torch.autograd.grad(value, model)
     assert value.isfinite() and value > 0

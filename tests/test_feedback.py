@@ -193,7 +193,7 @@ class TestPrediction:
 
     @pytest.mark.parametrize(
         ("predicted", "realised", "loss", "is_surprise"),
-        [(-0.1, 0.2, "nll", True), (-0.1, 0.0, "nll", False), (-0.1, 0.2, "kl", True),
+        [(-0.1, 0.2, "nll", True), (-0.1, 0.05, "nll", False), (-0.1, 0.05, "kl", True),
          (0.0, 0.09, "kl", False), (None, 9.0, "nll", False)],
     )  # fmt: skip
     def test_steps_that_part_from_it_are_a_warning(

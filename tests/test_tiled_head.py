@@ -83,7 +83,7 @@ UNCHANGED = {
     # As engines do with the outputs of modules.
     "cast": (False, lambda logits, _: logits.double().float()),
     "cast to less": (False, lambda logits, _: logits.bfloat16()),
-    "view of a copy": (False, lambda logits, _: logits.mT.contiguous().mT[:, :, :]),
+    "view of a copy": (False, lambda logits, _: logits.clone()[:, :, :]),
     "written into another": (False, lambda logits, _: torch.empty_like(logits).copy_(logits)),
     "something else made of it": (
         False, lambda logits, bias: logits if (logits + bias).sum() > -1e30 else bias,

@@ -158,6 +158,17 @@ def test_the_step_is_the_nearest_one_in_the_metric(base_model_path, tmp_path):
     assert (actual - expected).abs().max() < 1e-6
 
 
+def test_what_weight_decay_alone_moves_takes_no_part_in_a_correction():
+    """No gradient has reached it: nothing is known of its metric."""
+    config = paper(target="update", scope="model", metric="optimizer")
+    subspace = small_subspace(config=config, weight_decay=0.1)
+    subspace.backend.model[2].data.fill_(1.0)
+    refresh(subspace, random_gradients())
+    projection, update = take_step(subspace, [torch.ones(7), torch.ones(5), torch.zeros(4)])
+    torch.testing.assert_close(update[2], torch.full((4,), -1e-3), rtol=1e-3, atol=0.0)
+    assert 0 < projection.removed_fraction < 1
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
 @pytest.mark.parametrize("num_waiting", [1, 3])
 def test_what_waits_for_a_direction_is_held_for_one_step(num_waiting, metric):
@@ -227,6 +238,8 @@ class Remembering(torch.optim.SGD):
 
 def one_step_of(optimizer_class):
     subspace = small_subspace(optimizer_class, config=paper(target="update"))
+    for parameter in subspace.backend.model:
+        parameter.data.fill_(1.0)
     refresh(subspace, random_gradients())
     take_step(subspace, [torch.ones(size) for size in SIZES])
     return subspace
