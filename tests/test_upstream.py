@@ -81,16 +81,14 @@ ORDERS = [
         f"{TRAINER}._save_optimizer_and_scheduler",
         ("elif self.is_deepspeed_enabled:", "self.model_wrapped.save_checkpoint(output_dir)",
         "elif self.is_fsdp_enabled:", "save_fsdp_optimizer(", "elif self.args.should_save:")),
-    *(
-        order
-        for name in ("SFTTrainer", "DPOTrainer")
-        for order in (
-            Order("it takes the step of transformers",
-                f"trl:{name}.training_step", ("super().training_step(*args, **kwargs)",)),
-            Order("it logs as transformers does",
-                f"trl:{name}.log", ("self.model.training", "super().log(")),
-        )
-    ),
+    Order("it takes the step of transformers",
+        "trl:SFTTrainer.training_step", ("super().training_step(*args, **kwargs)",)),
+    Order("it takes the step of transformers",
+        "trl:DPOTrainer.training_step", ("super().training_step(*args, **kwargs)",)),
+    Order("it logs as transformers does",
+        "trl:SFTTrainer.log", ("self.model.training", "super().log(")),
+    Order("it logs as transformers does",
+        "trl:DPOTrainer.log", ("self.model.training", "super().log(")),
     # What `ogpsa_trl/zero.py` reads and writes, and when.
     Order("the projection stands in front of `engine.step`, looked up on the engine",
         f"{ENGINE_OF_ACCELERATE}.backward",
@@ -114,10 +112,7 @@ ORDERS = [
         f"{DEEPSPEED_ENGINE}._do_optimizer_sanity_check",
         ("if zero_enabled:", "model_dtype == torch.bfloat16 and grad_accum_dtype == torch.float32",
         "== 1 and not self.zero_cpu_offload():", "return BFLOAT16", "return ZERO_OPTIMIZATION")),
-    Order("and is made here", f"{DEEPSPEED_ENGINE}._configure_optimizer",
-        ("elif optimizer_wrapper == BFLOAT16:",
-        "self.optimizer = self._configure_bf16_optimizer(")),
-    Order("by this class", f"{DEEPSPEED_ENGINE}._configure_bf16_optimizer", ("BF16_Optimizer(",)),
+    Order("made here", f"{DEEPSPEED_ENGINE}._configure_bf16_optimizer", ("BF16_Optimizer(",)),
     Order("`clear_gradients` does what a skipped step of ZeRO-1 and 2 does; clipping comes after",
         f"{ZERO12}.step",
         ("if self.overflow:", "self.zero_grad(set_to_none=True)",
