@@ -13,10 +13,9 @@ Shapes:
     P: parameters
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +28,6 @@ from ogpsa_trl.linalg import symmetric, triangle_size
 # than in one running sum.
 _BLOCK = 2**19
 _BLOCK_OF_ACCELERATOR = 2**22
-
-# What is compiled: entries, from which on it is faster (measured: 2^14 to 2^16), and programs for
-# all sizes are one; rows, up to which (measured, Adam's metric: 2 and 4 rows .3 to .5 of the time,
-# 8 rows .75, 16 rows .9 and half a minute to compile).
-_FEWEST_COMPILED_ENTRIES = 2**16
-_MOST_COMPILED_ROWS = 8
 
 
 class Difference(NamedTuple):
@@ -116,13 +109,7 @@ def num_products(num_rows: int, *, has_metric: bool) -> int:
     return 1 + num_rows + (1 + triangle_size(num_rows) if has_metric else 0)
 
 
-def products(
-    rows_KN: Tensor | None,
-    vector_N: Vector,
-    metric: AdamMetric | None = None,
-    *,
-    is_compiled: bool = False,
-) -> Tensor:
+def products(rows_KN: Tensor | None, vector_N: Vector, metric: AdamMetric | None = None) -> Tensor:
     """
     The products of one parameter, or of this process's share of it.
 
@@ -130,7 +117,6 @@ def products(
         rows_KN: B, any floating dtype; `None`: no rows.
         vector_N: v, any floating dtype.
         metric: D; `None`: no products in a metric.
-        is_compiled: Fuse the operations, where that is faster.
 
     Returns:
         Numbers that add up over the shards: v v^T, v D^-1 v^T, the entries of B v, and the lower
@@ -139,27 +125,7 @@ def products(
     if rows_KN is None:
         target_N = _target(vector_N)
         rows_KN = target_N.new_empty(0, len(target_N))
-    if is_compiled and _is_faster_compiled(rows_KN):
-        return torch.stack(_compiled(_dots)(*_for_any_shape(vector_N, rows_KN, metric)))
     return _sum([_dots(*block) for block in _blocks_of(vector_N, rows_KN, metric)])
-
-
-def check_compiler(device: torch.device) -> None:
-    """
-    Compile something, for what is only found out by trying.
-
-    Raises:
-        ValueError: it cannot be done for this device.
-    """
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # whatever the compiler raises
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"`compile_projection` is on, but `torch.compile` does not work for {device.type!r} "
-            f"here: {reason}. Set `compile_projection: false`, or install what it needs: a C++ "
-            "compiler (`g++`) on a CPU, Triton on a GPU."
-        ) from error
 
 
 def squared_length(vector_N: Tensor) -> Tensor:
@@ -203,20 +169,12 @@ def combine_(weights_XR: Tensor, rows_RN: Tensor) -> Tensor:
 
 
 def subtract_(
-    vector_N: Vector,
-    rows_KN: Tensor,
-    weights_K: Tensor,
-    metric: AdamMetric | None = None,
-    *,
-    is_compiled: bool = False,
+    vector_N: Vector, rows_KN: Tensor, weights_K: Tensor, metric: AdamMetric | None = None
 ) -> None:
     """`vector_N -= D (weights_K @ rows_KN)`, in float32, rounded to its dtype at the end."""
     if not len(rows_KN):
         return
     weights = weights_K.unbind()
-    if is_compiled and _is_faster_compiled(rows_KN):
-        _compiled(_subtract)(*_for_any_shape(vector_N, rows_KN, metric), weights)
-        return
     for block in _blocks_of(vector_N, rows_KN, metric):
         _subtract(*block, weights)
 
@@ -248,20 +206,6 @@ def _blocks_of(
     return zip(vectors, rows, metrics, strict=False)
 
 
-def _is_faster_compiled(rows_KN: Tensor) -> bool:
-    num_rows, num_entries = rows_KN.shape
-    return 0 < num_rows <= _MOST_COMPILED_ROWS and num_entries >= _FEWEST_COMPILED_ENTRIES
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    The function of a block, for vectors of any length: fused, it needs no memory for what it
-    computes on the way, and its sums are exact to 3e-6 at 6e7 entries (measured on a CPU).
-    """
-    return torch.compile(function, dynamic=True)
-
-
 def _dots(vector_N: Vector, rows: Sequence[Tensor], metric: AdamMetric | None) -> list[Tensor]:
     """
     What `products` returns, of one block.
@@ -284,22 +228,6 @@ def _dots(vector_N: Vector, rows: Sequence[Tensor], metric: AdamMetric | None) -
         *with_rows,
         *_triangle(rows, inverse),
     ]
-
-
-def _for_any_shape(
-    vector_N: Vector, rows_KN: Tensor, metric: AdamMetric | None
-) -> tuple[Vector, Sequence[Tensor], AdamMetric | None]:
-    """
-    Arguments of a compiled function that say nothing of the shape of a parameter. A view knows what
-    it is a view of, and another program would be made for that; its `data` does not.
-    """
-    if isinstance(vector_N, Difference):
-        vector_N = Difference(vector_N.new_N.data, vector_N.old_N.data)
-    else:
-        vector_N = vector_N.data
-    if metric is not None:
-        metric = AdamMetric(metric.second_moment_N.data, metric.floor)
-    return vector_N, [row.data for row in rows_KN], metric
 
 
 def _triangle(rows: Sequence[Tensor], inverse: Tensor | None = None) -> Iterator[Tensor]:

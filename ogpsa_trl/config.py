@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 Scope = Literal["parameter", "model"]
 Target = Literal["gradient", "update", "none"]
 Metric = Literal["euclidean", "optimizer"]
-Constraint = Literal["equality", "inequality"]
 CapabilityLoss = Literal["nll", "kl"]
 BasisDtype = Literal["float32", "bfloat16"]
 Preset = Literal["paper", "paper-theorem", "preserve", "replay", "kl"]
@@ -76,13 +75,6 @@ class OGPSAConfig:
             "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
             "Adam's second moment, with `target: update`; for SGD, which has none, it is the "
             "euclidean one, and optimizers that are not known are an error."
-        },
-    )
-    constraint: Constraint = field(
-        default="equality",
-        metadata={
-            "help": "'equality': no capability loss changes, to first order (official). "
-            "'inequality': none rises; a step that lowers them all is left alone."
         },
     )
     capability_loss: CapabilityLoss = field(
@@ -185,14 +177,6 @@ class OGPSAConfig:
         metadata={
             "help": "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is "
             "removed is then the exact projection on the rounded directions)."
-        },
-    )
-    compile_projection: bool = field(
-        default=False,
-        metadata={
-            "help": "Fuse the operations of a projection with `torch.compile`, which takes some "
-            "seconds at the start and needs a C++ compiler on a CPU, Triton on a GPU. Measured on "
-            "a CPU: with `metric: optimizer` a projection then takes .6 to .8 of the time."
         },
     )
 
@@ -359,7 +343,7 @@ def _check_fields(config: OGPSAConfig | GateConfig) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Check one setting: a choice, a switch, a number, or a count of at least 1 (or unset)."""
+    """Check one setting: a choice, a number, or a count of at least 1 (or unset)."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
@@ -369,10 +353,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
         return
     optional = type(None) in get_args(hint)
     if optional and value is None:
-        return
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be true or false, but got {value!r}.")
         return
     if hint is float or float in get_args(hint):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

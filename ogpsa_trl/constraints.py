@@ -5,11 +5,10 @@ To first order a displacement u of the parameters changes capability loss i by a
 gradient. A step u is replaced by the nearest one that keeps a constraint on these changes, nearest
 in the norm |u|^2 = sum u_j^2 / D_j of a metric D > 0 (the identity, or the optimizer's own):
 
-    equality      A u  = 0    no capability loss changes
-    inequality    A u <= 0    none rises                     (Lopez-Paz and Ranzato 2017, GEM)
-    restoration   A u  = -r   losses that have risen come down again (Rosen's gradient projection)
+    equality      A u = 0     no capability loss changes
+    restoration   A u = -r    losses that have risen come down again (Rosen's gradient projection)
 
-In all cases the answer is u - D B^T w, with B the stored basis rows and A = C B. So only K weights
+In both cases the answer is u - D B^T w, with B the stored basis rows and A = C B. So only K weights
 have to be found, from the products B u and the Gram matrix H = B D B^T. It happens here, in float64
 on the CPU.
 
@@ -17,7 +16,6 @@ Shapes: B blocks (one subspace each, see `linalg`), R capability gradients, K ba
 """
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 # Directions shorter than this share of the longest are rounding of float32 products.
@@ -29,27 +27,6 @@ def equality_weights(products_BK: Tensor, gram_BKK: Tensor) -> Tensor:
     inverse_BKK, scale_BK = _inverse(gram_BKK)
     weights_BK = (inverse_BKK @ (scale_BK * products_BK.double())[..., None]).squeeze(-1)
     return scale_BK * weights_BK
-
-
-def inequality_weights(products_BK: Tensor, gram_BKK: Tensor, coordinates_BRK: Tensor) -> Tensor:
-    """
-    Weights w with A (u - D B^T w) <= 0: the nearest step that raises no capability loss.
-
-    The dual problem min_m m^T G m / 2 - m^T A u over m >= 0, with G = A D A^T, is a least-squares
-    problem in the square root of G, solved exactly by an active-set method. w = C^T m.
-
-    Args:
-        products_BK: B u.
-        gram_BKK: B D B^T.
-        coordinates_BRK: C, the capability gradients in the basis.
-    """
-    coordinates_BRK = coordinates_BRK.double()
-    gram_BRR = coordinates_BRK @ gram_BKK.double() @ coordinates_BRK.mT
-    rises_BR = (coordinates_BRK @ products_BK.double()[..., None]).squeeze(-1)
-    multipliers = [
-        _nonnegative(gram_RR, rises_R) for gram_RR, rises_R in zip(gram_BRR, rises_BR, strict=True)
-    ]
-    return (torch.stack(multipliers)[:, None] @ coordinates_BRK).squeeze(1)
 
 
 def restoration_weights(
@@ -74,25 +51,7 @@ def restoration_weights(
 def _inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Pseudo-inverse of a Gram matrix whose rows are scaled to length one, and that scale."""
     gram = gram.double()
-    scaled, scale = _scaled(gram)
-    return torch.linalg.pinv(scaled, rtol=_DEPENDENT, hermitian=True), scale
-
-
-def _scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A Gram matrix whose rows are scaled to length one (or are zero), and that scale."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths, 0.0)
-    return scale[..., None] * gram * scale[..., None, :], scale
-
-
-def _nonnegative(gram_RR: Tensor, rises_R: Tensor) -> Tensor:
-    """argmin_m m^T G m / 2 - m^T b over m >= 0, shape [R]."""
-    if not (rises_R > 0).any():
-        return torch.zeros_like(rises_R)
-    scaled_RR, scale_R = _scaled(gram_RR)
-    values_R, vectors_RR = torch.linalg.eigh(scaled_RR)
-    is_kept_R = values_R > _DEPENDENT * values_R.max()
-    root_KR = values_R[is_kept_R].sqrt()[:, None] * vectors_RR[:, is_kept_R].T
-    target_K = (vectors_RR[:, is_kept_R].T @ (scale_R * rises_R)) / values_R[is_kept_R].sqrt()
-    multipliers_R, _ = nnls(root_KR.numpy(), target_K.numpy())
-    return scale_R * torch.from_numpy(multipliers_R)
+    scaled = scale[..., None] * gram * scale[..., None, :]
+    return torch.linalg.pinv(scaled, rtol=_DEPENDENT, hermitian=True), scale

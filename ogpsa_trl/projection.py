@@ -1,12 +1,12 @@
 """
-Projection: what a step loses, so that it keeps the constraint on the capability losses.
+Projection: what a step loses, so that it changes no capability loss, to first order.
 
     p = B v                      summed over shards: all that a step sends
     v <- v - D B^T w             w from p, C and H = B D B^T (`constraints`)
 
 v is the gradient or the optimizer's update, B the basis of the capability subspace, D the identity
-or the optimizer's metric, C the coordinates of the capability gradients. With D the identity and
-the constraint an equality, w = H^-1 p, and H is the identity up to the rounding of B.
+or the optimizer's metric, C the coordinates of the capability gradients. With D the identity
+w = H^-1 p, and H is the identity up to the rounding of B.
 
 Of an update D is the learning rate of each parameter, divided in Adam's metric by the root of the
 second moment: what the optimizer moves little, a correction moves little, and what it did not move
@@ -71,7 +71,7 @@ class _Products:
 @torch.no_grad()
 def project(subspace: CapabilitySubspace) -> Projection | None:
     """
-    Make the gradient keep the constraint, in place. A collective call.
+    Take its component in the subspace from the gradient, in place. A collective call.
 
     Returns:
         What it did; `None` where the gradient, or the square of its length, is not finite. It is
@@ -91,8 +91,7 @@ def project(subspace: CapabilitySubspace) -> Projection | None:
     products = _products(subspace, gradients)
     if not products.square.isfinite():
         return None
-    # A step goes along minus the gradient, so what the constraint is about has the other sign.
-    return _project(subspace, gradients, products, is_descent=True)
+    return _project(subspace, gradients, products)
 
 
 @torch.no_grad()
@@ -105,7 +104,8 @@ def copy_weights(subspace: CapabilitySubspace) -> list[Tensor]:
 @torch.no_grad()
 def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -> Projection:
     """
-    Make what the optimizer did since `copy_weights` keep the constraint. A collective call.
+    Take from what the optimizer did since `copy_weights` what changes a capability loss. A
+    collective call.
 
     Args:
         subspace: The subspace.
@@ -120,7 +120,7 @@ def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -
     updates = _updates(subspace, weights_before)
     metrics = _metrics(subspace) if subspace.config.metric == "optimizer" else None
     products = _products(subspace, updates, metrics, _relative_rates(subspace.backend))
-    projection = _project(subspace, updates, products, metrics, is_descent=False)
+    projection = _project(subspace, updates, products, metrics)
     subspace.backend.publish_weights()
     return projection
 
@@ -155,12 +155,10 @@ def _project(
     vectors: Sequence[blockwise.Vector | None],
     products: _Products,
     metrics: Sequence[blockwise.AdamMetric | None] | None = None,
-    *,
-    is_descent: bool,
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from them."""
     config, backend = subspace.config, subspace.backend
-    weights_BK = _weights(subspace, products, is_descent=is_descent)
+    weights_BK = _weights(subspace, products)
     removed = linalg.square(weights_BK, products.gram_BKK)
     restoration = None
     if config.restoration:
@@ -168,7 +166,7 @@ def _project(
         weights_BK = weights_BK + restoring_BK
     weights_BK = backend.same_on_all(weights_BK)
     changes = None
-    if not is_descent:
+    if products.rates_P is not None:  # an update
         left_BK = products.with_rows_BK - linalg.times(products.gram_BKK, weights_BK)
         changes = _changes(subspace, left_BK)
         subspace.count_step(changes)
@@ -181,9 +179,7 @@ def _project(
         if rows_KN is None or vector_N is None:
             continue
         metric = None if metrics is None else metrics[index]
-        blockwise.subtract_(
-            vector_N, rows_KN, weights_K, metric, is_compiled=config.compile_projection
-        )
+        blockwise.subtract_(vector_N, rows_KN, weights_K, metric)
     held = _hold(subspace, vectors, products.squares_P)
 
     if held:
@@ -221,12 +217,7 @@ def _products(
     numbers = [
         None
         if vector_N is None
-        else blockwise.products(
-            rows_KN,
-            vector_N,
-            None if metrics is None else metrics[index],
-            is_compiled=subspace.config.compile_projection,
-        )
+        else blockwise.products(rows_KN, vector_N, None if metrics is None else metrics[index])
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.
@@ -258,22 +249,12 @@ def _products(
     )
 
 
-def _weights(subspace: CapabilitySubspace, products: _Products, *, is_descent: bool) -> Tensor:
+def _weights(subspace: CapabilitySubspace, products: _Products) -> Tensor:
     """The weights of the basis rows that a step has to lose, shape [B, K]."""
-    config = subspace.config
-    if config.constraint == "equality" and products.rates_P is None:
-        # Nothing leaves the device.
+    if products.rates_P is None:  # nothing leaves the device
         return linalg.times(subspace.inverse_gram, products.with_rows_BK)
-    # Along minus a gradient, what would rise falls.
-    sign = -1 if is_descent else 1
-    products_BK = sign * products.with_rows_BK.cpu()
-    gram_BKK = products.gram_BKK.cpu()
-    if config.constraint == "equality":
-        weights_BK = constraints.equality_weights(products_BK, gram_BKK)
-    else:
-        coordinates_BRK = subspace.coordinates.cpu()
-        weights_BK = constraints.inequality_weights(products_BK, gram_BKK, coordinates_BRK)
-    return subspace.small(sign * weights_BK)
+    weights_BK = constraints.equality_weights(products.with_rows_BK.cpu(), products.gram_BKK.cpu())
+    return subspace.small(weights_BK)
 
 
 def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:

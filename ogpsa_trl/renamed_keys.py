@@ -1,5 +1,5 @@
 """
-Keys that transformers and TRL have had: what they are called now, and which are gone.
+Keys that there were once: what they are called now, and which are gone.
 
 The nearest key by its spelling is seldom the one that has taken over: for `torch_dtype` it is
 `torch_compile`.
@@ -57,6 +57,11 @@ _NO_STREAM = "Samples are packed as they are prepared"
 
 # Why there is none any more, or what does it now, without a key.
 _GONE = {
+    # OGPSA
+    "constraint": (
+        "'inequality' had the same results as 'equality', which every step keeps. Remove the key"
+    ),
+    "compile_projection": "It saved a hundredth of a step. Remove the key: the run is the same",
     # transformers
     "overwrite_output_dir": "Nothing that is in the folder is deleted before training",
     "logging_dir": "TensorBoard reads the environment variable TENSORBOARD_LOGGING_DIR",
@@ -97,7 +102,7 @@ _GONE = {
 
 def answer_to(key: str, known: Collection[str]) -> str | None:
     """
-    What to say of a key that libraries have renamed or removed; `None`: they have not.
+    What to say of a key that was renamed or removed; `None`: it was not.
 
     Args:
         key: The key.

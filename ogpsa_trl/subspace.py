@@ -77,8 +77,6 @@ class CapabilitySubspace:
             optimizers.check_keeps_no_weights(backend.optimizer_class)
         if config.metric == "optimizer":
             optimizers.check_known(backend.optimizer_class)
-        if config.compile_projection:
-            blockwise.check_compiler(backend.device)
         num_parameters = len(backend.parameters)
         # Rows of the basis per parameter, shape [K, N]; None where all are zero.
         self.basis: list[Tensor | None] = [None] * num_parameters

@@ -38,7 +38,6 @@ from overhead_cell import SIZES, Cell
 OPTIONS = {
     "sizes": "size", "ranks": "rank", "targets": "target", "scopes": "scope", "metrics": "metric",
     "capability_losses": "capability_loss", "basis_dtypes": "basis_dtype",
-    "projections": "projection",
     "accumulations": "accumulation", "capability_samples": "capability_samples",
     "lengths": "length", "engines": "engine",
 }  # fmt: skip
@@ -103,7 +102,6 @@ def parse_arguments() -> argparse.Namespace:
         "sizes": list(SIZES), "targets": ["gradient", "update", "none"],
         "scopes": ["model", "parameter"], "metrics": ["euclidean", "optimizer"],
         "capability_losses": ["nll", "kl"], "basis_dtypes": ["float32", "bfloat16"],
-        "projections": ["eager", "compiled"],
         "engines": [
             "single",
             *sorted(
@@ -291,8 +289,7 @@ def _label(cell: Cell) -> str:
     """Size, rank and target, and what is not as in most cells."""
     words = [cell.size, f"rank {cell.rank}", cell.target]
     usual = {
-        "scope": "model", "metric": "euclidean", "basis_dtype": "float32", "projection": "eager",
-        "engine": "single",
+        "scope": "model", "metric": "euclidean", "basis_dtype": "float32", "engine": "single",
     }  # fmt: skip
     words += [getattr(cell, name) for name, value in usual.items() if getattr(cell, name) != value]
     words += [cell.capability_loss] if cell.capability_loss != "nll" else []

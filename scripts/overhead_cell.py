@@ -61,7 +61,6 @@ class Cell:
         metric: `euclidean`, or with `target: update` `optimizer`.
         capability_loss: `nll` or `kl`.
         basis_dtype: `float32` or `bfloat16`.
-        projection: `eager` or `compiled`.
         accumulation: Passes of a step.
         tokens: Of a step on one process, over all its passes.
         length: Tokens of every sample.
@@ -77,7 +76,6 @@ class Cell:
     metric: str = "euclidean"
     capability_loss: str = "nll"
     basis_dtype: str = "float32"
-    projection: str = "eager"
     accumulation: int = 1
     tokens: int = 2048
     length: int = 128
@@ -100,7 +98,6 @@ class Cell:
             metric=self.metric,  # type: ignore[arg-type]
             capability_loss=self.capability_loss,  # type: ignore[arg-type]
             basis_dtype=self.basis_dtype,  # type: ignore[arg-type]
-            compile_projection=self.projection == "compiled",
             replay_weight=float(self.target == "none"),
             num_samples=self.capability_samples // num_groups,
             gradients_per_group=self.rank // num_groups,
@@ -367,10 +364,10 @@ class CountedBytes(TorchDispatchMode):
 def _bytes_of_a_step(trainer: OGPSASFTTrainer) -> int:
     """
     Bytes that one more projection reads and writes on this process, counted by operation; zero
-    where operations do not show: in engines that keep gradients elsewhere, and where compiled.
+    where operations do not show: in engines that keep gradients elsewhere.
     """
     subspace, target = trainer.subspace, trainer.ogpsa_config.target
-    if trainer.accelerator.num_processes > 1 or trainer.ogpsa_config.compile_projection:
+    if trainer.accelerator.num_processes > 1:
         return 0
     for _, parameter in subspace.backend.parameters:
         if parameter.grad is None:

@@ -87,7 +87,6 @@ METHODS = {
         {"preset": "preserve", "restoration": 0.0, "scope": "parameter", "metric": "euclidean"}
     ),
     "OGPSA preserve": Method({"preset": "preserve"}),
-    "OGPSA preserve, one-sided": Method({"preset": "preserve", "constraint": "inequality"}),
     "OGPSA preserve, nll": Method({"preset": "preserve", "capability_loss": "nll"}),
     "OGPSA preserve, LoRA": Method({"preset": "preserve"}, lora=True, learning_rate_factor=10.0),
     "OGPSA replay": Method({"preset": "replay"}),

@@ -1,10 +1,15 @@
-"""Named assertions about bases and projections, applied by the tests to awkward inputs."""
+"""Named assertions about bases and projections, and a subspace without a trainer."""
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 
-from ogpsa_trl import blockwise, linalg
+from ogpsa_trl import OGPSAConfig, blockwise, linalg
+from ogpsa_trl.backends import TorchBackend
+from ogpsa_trl.gradients import capability_gradients
+from ogpsa_trl.projection import copy_weights, project, project_update
+from ogpsa_trl.subspace import CapabilitySubspace
 
 NUM_ENTRIES = 300
 
@@ -79,10 +84,69 @@ def assert_not_longer(after_N, before_N):
     assert after_N.double().norm() <= before_N.double().norm() * (1 + 1e-6)
 
 
-@contextlib.contextmanager
-def counted_programs():
-    """How many torch.compile makes in here, of which it forgets none for being too many."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+SIZES = (7, 5, 4)
+
+
+def small_subspace(optimizer=torch.optim.AdamW, rates=(1e-2, 1e-2, 1e-2), config=None, **options):
+    """A subspace of three small parameters, all zero, in the engine of one process."""
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(size)) for size in SIZES)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(model, rates, strict=True)]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), process_index=0, num_processes=1,
+        reduce=lambda value, reduction: value, backward=lambda loss: loss.backward(),
+        no_sync=lambda model: contextlib.nullcontext(),
+    )  # fmt: skip
+    backend = TorchBackend(accelerator, model, model, optimizer(groups, **options))
+    return CapabilitySubspace(backend, config or OGPSAConfig(capability_loss="nll"))
+
+
+def random_gradients(num_gradients=2, seed=0):
+    """One row of each gradient for every parameter of a small subspace: [R, N] for each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_gradients, size, generator=generator) for size in SIZES]
+
+
+def refresh(subspace, rows, rises=None):
+    """Refresh with these capability gradients: those of linear losses, of a group each."""
+    parts = [
+        SimpleNamespace(group=f"group {index}", num_tokens=1, batches_of=lambda i, n, r=row: [r])
+        for index, row in enumerate(zip(*rows, strict=True))
+    ]
+    parameters = [parameter for _, parameter in subspace.backend.parameters]
+
+    def loss(row):
+        value = sum(map(torch.dot, row, parameters))
+        return value - value.detach() + 10  # a loss below zero would count as one at its minimum
+
+    old_rows, old_share = subspace.release_gradients(len(parts))
+    gradients = capability_gradients(
+        subspace.backend, parts, loss, old_rows, dtype=subspace.dtype, old_share=old_share
+    )
+    return gradients, subspace.refresh(gradients, rises or [0.0] * len(parts))
+
+
+def take_step(subspace, gradient):
+    """A step of the optimizer, as training takes it; what was projected, and the update."""
+    for (_, parameter), gradient_N in zip(subspace.backend.parameters, gradient, strict=True):
+        parameter.grad = gradient_N.clone()
+    before = copy_weights(subspace)
+    projection = project(subspace) if subspace.config.target == "gradient" else None
+    subspace.replay()
+    subspace.backend.optimizer.step()
+    if subspace.config.target == "update":
+        projection = project_update(subspace, before)
+    return projection, list(map(torch.sub, copy_weights(subspace), before))
+
+
+def largest_cosine(vector, rows, scope):
+    """Of one vector with the rows of gradients, over all parameters or over each."""
+    blocks = [slice(None)] if scope == "model" else [slice(i, i + 1) for i in range(len(rows))]
+    cosines = [torch.zeros(1)]
+    for block in blocks:
+        rows_RN, vector_N = (
+            torch.cat(rows[block], dim=1).double(),
+            torch.cat(vector[block]).double(),
+        )
+        lengths_R = rows_RN.norm(dim=1) * vector_N.norm()
+        cosines.append((rows_RN @ vector_N).abs() / lengths_R.clamp_min(1e-30))
+    return torch.cat(cosines).max().item()

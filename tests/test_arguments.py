@@ -262,6 +262,8 @@ class TestUnknownKeys:
         ("max_prompt_length", "no such key any more. Prompt and completion are cut as one"),
         ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
         ("tokenizer", "no such key any more. It is that of the model"),
+        ("constraint", "no such key any more. 'inequality' had .* Remove the key"),
+        ("compile_projection", "no such key any more. It saved .* Remove the key"),
     ])  # fmt: skip
     def test_that_were_renamed_or_removed_are_answered_with_that(self, known, key, answer):
         for stage in known:

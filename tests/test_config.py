@@ -27,11 +27,9 @@ CHOICES = {
     "scope": ("parameter", "model"),
     "target": ("gradient", "update", "none"),
     "metric": ("euclidean", "optimizer"),
-    "constraint": ("equality", "inequality"),
     "capability_loss": ("nll", "kl"),
     "basis_dtype": ("float32", "bfloat16"),
 }
-SWITCHES = ("compile_projection",)
 NUMBERS = ("restoration", "restoration_cap", "capability_ema", "replay_weight")
 COUNTS = (
     "refresh_interval", "num_samples", "gradients_per_group", "kl_tokens", "capability_batch_size",
@@ -50,7 +48,6 @@ PAPER = {
     "scope": "parameter",
     "target": "gradient",
     "metric": "euclidean",
-    "constraint": "equality",
     "capability_loss": "nll",
     "kl_tokens": 64,
     "refresh_interval": 30,
@@ -65,7 +62,6 @@ PAPER = {
     "capability_ema": 0.0,
     "replay_weight": 0.0,
     "basis_dtype": "float32",
-    "compile_projection": False,
 }
 DRAWN = {"capability_loss": "kl", "refresh_interval": 1, "samples_per_refresh": 8, "scope": "model"}
 PRESETS = {
@@ -112,7 +108,7 @@ class TestPresets:
 
 
 def test_every_setting_is_tested_here():
-    tested = {*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *NUMBERS, *SWITCHES}
+    tested = {*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *NUMBERS}
     assert {f.name for f in fields(OGPSAConfig)} == tested
 
 
@@ -128,8 +124,6 @@ def wrong_values():
         yield name, "an integer of at least 1, or unset", [0, 1.0, "none", True, [1]]
     for name in NUMBERS:
         yield name, "a number of at least 0", [-0.1, "1", None, True, [1], math.inf, math.nan]
-    for name in SWITCHES:
-        yield name, "true or false", [0, "true", None, [True]]
 
 
 @pytest.mark.parametrize(("name", "words", "values"), list(wrong_values()))
@@ -202,7 +196,7 @@ def test_every_part_of_a_group_has_a_sample():
 
 
 def test_every_choice_and_the_smallest_count_are_accepted():
-    for name in ("scope", "constraint", "capability_loss", "basis_dtype"):
+    for name in ("scope", "capability_loss", "basis_dtype"):
         for choice in CHOICES[name]:
             assert getattr(OGPSAConfig(**{name: choice}), name) == choice
     for name in (*COUNTS, *OPTIONAL_COUNTS):

@@ -18,7 +18,7 @@ LAYERS = {
     "config": ("", ""),
     "linalg": ("", "torch"),
     "blockwise": ("linalg", "torch"),
-    "constraints": ("", "torch scipy"),
+    "constraints": ("", "torch"),
     "optimizers": ("", "torch"),
     "backends": ("config optimizers", "torch torch.distributed accelerate"),
     "zero": ("backends", "torch torch.distributed accelerate deepspeed"),

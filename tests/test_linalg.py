@@ -20,28 +20,25 @@ from laws import (
 )
 from ogpsa_trl import blockwise, linalg
 
-
-def awkward_rows():
-    rows = random_rows(4)
-    parallel = torch.stack([rows[0], 3 * rows[0], rows[1]])
-    return {
-        "one": rows[:1],
-        "several": rows,
-        "zero": torch.zeros(2, NUM_ENTRIES),
-        "one zero": torch.stack([rows[0], torch.zeros(NUM_ENTRIES)]),
-        "parallel": parallel,
-        "opposite": torch.stack([rows[0], -rows[0]]),
-        "nearly parallel": torch.stack([rows[0], rows[0] + 1e-2 * rows[1]]),
-        "huge": rows * 1e12,
-        "tiny": rows * 1e-12,
-        "very different lengths": rows * torch.tensor([1e6, 1.0, 1e-3, 1e-6])[:, None],
-        "bfloat16": rows.bfloat16(),
-    }
+ROWS = random_rows(4)
+AWKWARD = {
+    "one": ROWS[:1],
+    "several": ROWS,
+    "zero": torch.zeros(2, NUM_ENTRIES),
+    "one zero": torch.stack([ROWS[0], torch.zeros(NUM_ENTRIES)]),
+    "parallel": torch.stack([ROWS[0], 3 * ROWS[0], ROWS[1]]),
+    "opposite": torch.stack([ROWS[0], -ROWS[0]]),
+    "nearly parallel": torch.stack([ROWS[0], ROWS[0] + 1e-2 * ROWS[1]]),
+    "huge": ROWS * 1e12,
+    "tiny": ROWS * 1e-12,
+    "very different lengths": ROWS * torch.tensor([1e6, 1.0, 1e-3, 1e-6])[:, None],
+    "bfloat16": ROWS.bfloat16(),
+}
 
 
-@pytest.mark.parametrize("name", awkward_rows())
+@pytest.mark.parametrize("name", AWKWARD)
 def test_projection_obeys_its_laws(name):
-    rows_RN = awkward_rows()[name]
+    rows_RN = AWKWARD[name]
     basis_KN, inverse_KK = basis_of(rows_RN)
     vector_N = random_rows(1, seed=1)[0] + rows_RN.float().sum(dim=0)
     once_N = projected(vector_N, basis_KN, inverse_KK)
@@ -55,20 +52,20 @@ def test_projection_obeys_its_laws(name):
     assert (twice_N - once_N).norm() <= 1e-6 * vector_N.norm()
 
 
-@pytest.mark.parametrize("name", awkward_rows())
-def test_basis_is_the_singular_value_decomposition_of_the_stacked_gradients(name):
-    rows_RN = awkward_rows()[name]
-    for rank in (None, 1, 2):
-        basis_KN, _ = basis_of(rows_RN, rank)
-        kept_KN = basis_KN[basis_KN.norm(dim=1) > 0].double()
-        literal_KN = literal_basis(rows_RN, rank)
-        assert len(kept_KN) == len(literal_KN)
-        # Directions have no sign, so compare the projectors.
-        difference = kept_KN.T @ kept_KN - literal_KN.T @ literal_KN
-        assert difference.abs().max() <= 1e-4 if len(kept_KN) else True
+@pytest.mark.parametrize("rank", [None, 1, 2, 50])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_basis_is_the_singular_value_decomposition_of_the_stacked_gradients(name, rank):
+    """The strongest directions of it, or all that are there."""
+    basis_KN, _ = basis_of(AWKWARD[name], rank)
+    kept_KN = basis_KN[basis_KN.norm(dim=1) > 0].double()
+    literal_KN = literal_basis(AWKWARD[name], rank)
+    assert len(kept_KN) == len(literal_KN)
+    # Directions have no sign, so compare the projectors.
+    difference = kept_KN.T @ kept_KN - literal_KN.T @ literal_KN
+    assert not len(kept_KN) or difference.abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("exponent", range(-30, 1))
+@pytest.mark.parametrize("exponent", [-30, -20, -19, -18, -17, -16, -15, -10, 0])
 def test_a_direction_is_right_or_not_there_however_short_the_gradient(exponent):
     """Squares that float32 loses, whole or in part, are not taken for a length."""
     rows_RN = random_rows(2) * torch.tensor([1.0, 10.0**exponent])[:, None]
@@ -79,22 +76,9 @@ def test_a_direction_is_right_or_not_there_however_short_the_gradient(exponent):
     assert_orthonormal(basis_KN, atol=1e-5)
 
 
-def test_rank_beyond_what_is_there_keeps_all_that_is_there():
-    rows_RN = random_rows(3)
-    few, _ = basis_of(rows_RN)
-    many, _ = basis_of(rows_RN, rank=50)
-    assert torch.equal(few, many)
-
-
-def test_first_direction_is_the_strongest():
-    strong, weak = random_rows(2)
-    basis_KN, _ = basis_of(torch.stack([weak, 100 * strong]), rank=1)
-    assert (basis_KN[0] @ strong / strong.norm()).abs() > 0.999
-
-
 def test_rows_rounded_to_bfloat16_still_give_an_exact_projection():
     """What is removed is the span of the rows as stored, so no component along them is left."""
-    basis_KN, inverse_KK = basis_of(random_rows(4), dtype=torch.bfloat16)
+    basis_KN, inverse_KK = basis_of(ROWS, dtype=torch.bfloat16)
     vector_N = random_rows(1, seed=1)[0] + basis_KN.float().sum(dim=0)
     once_N = projected(vector_N, basis_KN, inverse_KK)
     assert basis_KN.dtype == torch.bfloat16
@@ -105,11 +89,10 @@ def test_bfloat16_vectors_are_projected_to_their_own_rounding():
     basis_KN, inverse_KK = basis_of(random_rows(2))
     vector_N = random_rows(1, seed=1, dtype=torch.bfloat16)[0]
     once_N = projected(vector_N, basis_KN, inverse_KK)
-    exact_N = literal_projection(vector_N, basis_KN)
-    assert torch.equal(once_N, exact_N.bfloat16())
+    assert torch.equal(once_N, literal_projection(vector_N, basis_KN).bfloat16())
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(
     num_rows=st.integers(1, 6),
     num_independent=st.integers(1, 6),
