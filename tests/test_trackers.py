@@ -8,13 +8,18 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers.integrations.integration_utils import TensorBoardCallback
-from wandb.proto.wandb_internal_pb2 import Record
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
-from runs import capability_groups, make_trainer
+from ogpsa_trl.trackers import SettingsCallback, record_settings
+from runs import capability_groups, gated, make_trainer
 from tracked_run import GATE, SETTINGS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -48,6 +53,8 @@ def tracked(request, folder):
 
 
 def in_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     [file] = (folder / "tensorboard").iterdir()
     events = EventAccumulator(str(file)).Reload()
     config = {}
@@ -78,6 +85,8 @@ def in_wandb(folder):
 
 def wandb_records(data):
     """The format is that of LevelDB's logs: blocks of 32 KiB, records in one or several pieces."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     place, pieces = 7, []  # after the name of the format
     while place + 7 <= len(data):
         left = 2**15 - place % 2**15
@@ -103,17 +112,21 @@ def in_trackio(folder):
     return json.loads(config), metrics
 
 
+def expected_settings():
+    return asdict(SETTINGS) | {f"capability_samples/{name}": 6 for name in capability_groups()}
+
+
+@pytest.mark.slow
 def test_the_configuration_of_a_run_holds_settings_groups_and_gate(tracked):
     config, _ = tracked
-    expected = asdict(SETTINGS) | asdict(GATE)
-    for name in capability_groups():
-        expected[f"capability_samples/{name}"] = 6
     tokens = [config.pop(f"ogpsa/capability_tokens/{name}") for name in capability_groups()]
     assert all(number >= 12 for number in tokens)  # an answer and its end
     ours = {name: value for name, value in config.items() if name.startswith("ogpsa/")}
+    expected = expected_settings() | asdict(GATE)
     assert ours == {f"ogpsa/{name}": value for name, value in expected.items()}
 
 
+@pytest.mark.slow
 def test_every_metric_of_the_log_is_tracked_at_its_step(tracked, folder):
     _, metrics = tracked
     log = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
@@ -131,12 +144,44 @@ def test_every_metric_of_the_log_is_tracked_at_its_step(tracked, folder):
     } <= names
 
 
+def test_settings_reach_every_tracker(monkeypatch):
+    found = {}
+
+    def config(name):
+        return SimpleNamespace(update=lambda settings, **_: found.update({name: settings}))
+
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(config=config(name)))
+    board, wandb, trackio = (
+        object.__new__(kind) for kind in (TensorBoardCallback, WandbCallback, TrackioCallback)
+    )
+    board.tb_writer = SimpleNamespace(
+        add_text=lambda title, text: found.update({title: json.loads(text.strip("`"))})
+    )
+    recorder = TrainerCallback()
+    handler = SimpleNamespace(callbacks=[board, wandb, trackio, recorder])
+    trainer = SimpleNamespace(callback_handler=handler, is_world_process_zero=lambda: False)
+    record_settings(recorder, trainer, "a title", {"rank": 2})
+    assert found == {}
+    trainer.is_world_process_zero = lambda: True
+    record_settings(recorder, trainer, "a title", {"rank": 2})
+    assert found == {name: {"ogpsa/rank": 2} for name in ("a title", "wandb", "trackio")}
+
+
 def test_a_tracker_that_comes_too_late_is_named(base_model_path, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
+    trainer = make_trainer(
+        "sft", base_model_path, tmp_path, capability=capability_groups(), config=SETTINGS
+    )
+    gated(trainer, capability_groups(), GATE)
     trainer.add_callback(TensorBoardCallback)
     trainer.train()
-    assert "settings in 'ogpsa_config' are missing in the configuration" in caplog.text
+    for title in ("ogpsa_config", "gate_config"):
+        assert f"settings in '{title}' are missing in the configuration" in caplog.text
     assert "in TensorBoardCallback, which is set up later. Name trackers in `report_to`" in (
         caplog.text
     )
+    [callback] = [c for c in trainer.callback_handler.callbacks if isinstance(c, SettingsCallback)]
+    tokens = [callback.settings.pop(f"capability_tokens/{name}") for name in capability_groups()]
+    assert all(number >= 12 for number in tokens)
+    assert callback.settings == expected_settings()
