@@ -1,10 +1,14 @@
 """scripts/evaluate.py and what it is made of: known answers, and the keys."""
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,7 +29,7 @@ from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
 from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model
+from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +38,12 @@ SETS = WORLD.evaluation_sets()
 REFUSAL_LENGTH = 10  # tokens, the end among them
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
     """What `load_dataset` makes of the files here does not stay in the user's cache."""
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def write_data(folder):
@@ -64,34 +70,45 @@ def write_data(folder):
     }
 
 
+def parsed(folder, values=None, *line, model="toy"):
+    """The arguments of a file of keys in a folder, with a command line."""
+    file = folder / "evaluation.yaml"
+    required = {"model_name_or_path": model, "output_dir": str(folder / "out")}
+    file.write_text(yaml.safe_dump(required | (values or {})))
+    return parse_evaluation(["--config", str(file), *line])
+
+
 @pytest.fixture
 def parse(tmp_path):
-    def parse_with(values=None, *line, model="toy"):
-        file = tmp_path / "evaluation.yaml"
-        required = {"model_name_or_path": model, "output_dir": str(tmp_path / "out")}
-        file.write_text(yaml.safe_dump(required | (values or {})))
-        return parse_evaluation(["--config", str(file), *line])
-
-    return parse_with
+    return partial(parsed, tmp_path)
 
 
-@pytest.fixture
-def measure(parse, tmp_path):
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
     """All measures of a model on all kinds of data."""
-    data = write_data(tmp_path)
+    folder = tmp_path_factory.mktemp("data")
+    data = write_data(folder)
 
     def measured(model, **keys):
-        arguments = parse(data | {"max_length": 60, "max_new_tokens": 16} | keys)
+        arguments = parsed(folder, data | {"max_length": 60, "max_new_tokens": 16} | keys)
         sets = load_sets(arguments, [tokenizer_without_template()])
         return score_model(model, tokenizer_without_template(), sets, arguments)
 
     return measured
 
 
+@pytest.fixture(scope="module")
+def refusing(measure):
+    return measure(scripted_model(REFUSING))
+
+
+@pytest.fixture(scope="module")
+def answering(measure):
+    return measure(scripted_model(ANSWERING))
+
+
 def tokenizer_without_template():
     """The prompts of the world are texts that end where an answer begins."""
-    from ogpsa_trl.toy_model import toy_tokenizer
-
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = None
     return tokenizer
@@ -102,8 +119,8 @@ def value(scores, name):
 
 
 class TestKnownAnswers:
-    def test_a_model_that_always_refuses(self, measure):
-        scores = measure(scripted_model(REFUSING))
+    def test_a_model_that_always_refuses(self, refusing):
+        scores = refusing
         for prefix, group in (("", "harmful"), ("over_", "benign")):
             assert value(scores, f"{prefix}refusal_rate/{group}") == 1.0
             assert value(scores, f"{prefix}refusal_ll/{group}") == pytest.approx(math.log(P_STEP))
@@ -112,8 +129,8 @@ class TestKnownAnswers:
         assert set(scores.answers["refusal_rate/harmful"]) == {REFUSAL.strip()}
         assert value(scores, "preference/pairs") == 1.0
 
-    def test_a_model_that_never_refuses(self, measure):
-        scores = measure(scripted_model(ANSWERING))
+    def test_a_model_that_never_refuses(self, answering):
+        scores = answering
         assert value(scores, "refusal_rate/harmful") == 0.0
         assert value(scores, "over_refusal_rate/benign") == 0.0
         # The table knows no token of the refusal but its first one, which is not the likeliest.
@@ -143,9 +160,9 @@ class TestKnownAnswers:
                 assert result.delta == (0.0, (0.0, 0.0)), result.name
                 assert result.verdict == "unclear"
 
-    def test_from_never_to_always_is_a_change_of_one(self, measure):
-        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
-        results = {r.name: r for r in compare(before, after, num_bootstrap=100)}
+    def test_from_never_to_always_is_a_change_of_one(self, answering, refusing):
+        results = compare(answering.measures, refusing.measures, num_bootstrap=100)
+        results = {result.name: result for result in results}
         for name, verdict in (("refusal_rate/harmful", "better"),
                               ("over_refusal_rate/benign", "worse")):  # fmt: skip
             assert results[name].delta == (1.0, (1.0, 1.0))
@@ -183,11 +200,10 @@ class TestCapability:
         scores = completion_scores(model, TOKENIZER, ["is poison bad ? =>"], [" yes"])
         assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
 
-    @pytest.mark.parametrize("batch_size", [1, 4, 100])
-    def test_batches_change_nothing(self, batch_size):
+    def test_batches_change_nothing(self):
         model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["language"]
-        expected = group_nll(model, TOKENIZER, "a", rows, batch_size=3)
-        values = group_nll(model, TOKENIZER, "a", rows, batch_size=batch_size)
+        expected = group_nll(model, TOKENIZER, "a", rows, batch_size=1)
+        values = group_nll(model, TOKENIZER, "a", rows, batch_size=5)
         values = values.select(expected.ids)
         for ours, theirs in zip(values.columns, expected.columns, strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
@@ -307,35 +323,50 @@ class TestKeys:
         assert values["refusals"] == list(REFUSALS)
 
 
-def save(model, folder, tokenizer=TOKENIZER):
+def save(model, folder):
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return str(folder)
 
 
+class Evaluated(NamedTuple):
+    results: list
+    content: dict
+    out: Path
+    printed: str
+
+
 class TestScript:
-    @pytest.fixture(autouse=True)
-    def script(self, evaluate_script):
-        self.script = evaluate_script
-
-    @pytest.fixture
-    def models(self, tmp_path):
+    @pytest.fixture(scope="class")
+    def models(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("models")
         seeds = {"before": 1, "after": 2}
-        return {when: save(tiny_model(seed), tmp_path / when) for when, seed in seeds.items()}
+        return {when: save(tiny_model(seed), folder / when) for when, seed in seeds.items()}
 
-    def run(self, parse, tmp_path, models, **keys):
-        data = write_data(tmp_path)
-        options = {"max_length": 60, "max_new_tokens": 8, "num_bootstrap": 100}
-        base = {"base_model_name_or_path": models["before"]} if "before" in models else {}
-        arguments = parse(data | options | base | keys, model=models["after"])
-        results = self.script.main(arguments)
-        content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-        return results, content
+    @pytest.fixture(scope="class")
+    def evaluate(self, evaluate_script, tmp_path_factory):
+        """Run the script on all kinds of data."""
 
-    def test_the_results_are_the_direct_measures(self, parse, tmp_path, models):
-        results, content = self.run(parse, tmp_path, models)
-        measures = content["measures"]
-        assert list(measures) == [result.name for result in results]
+        def evaluate(models, **keys):
+            folder = tmp_path_factory.mktemp("evaluation")
+            values = write_data(folder) | {"max_length": 60, "max_new_tokens": 8} | keys
+            values |= {"num_bootstrap": 100, "base_model_name_or_path": models.get("before")}
+            arguments, printed = parsed(folder, values, model=models["after"]), io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                results = evaluate_script.main(arguments)
+            out = folder / "out"
+            content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+            return Evaluated(results, content, out, printed.getvalue())
+
+        return evaluate
+
+    @pytest.fixture(scope="class")
+    def finished(self, evaluate, models):
+        return evaluate(models)
+
+    def test_the_results_are_the_direct_measures(self, finished):
+        measures = finished.content["measures"]
+        assert list(measures) == [result.name for result in finished.results]
         harmful, pairs = SETS["refusal"].select(range(9)), WORLD.safety_preferences()
         pairs = pairs.select(range(10))
         # The tokenizer has a chat template, so the prompts end in two arrows.
@@ -363,8 +394,8 @@ class TestScript:
             direct.mean_margin, rel=1e-4
         )
 
-    def test_the_values_can_be_computed_anew_from_the_file(self, parse, tmp_path, models):
-        _, content = self.run(parse, tmp_path, models)
+    def test_the_values_can_be_computed_anew_from_the_file(self, finished):
+        content = finished.content
         for name, measure in content["measures"].items():
             samples = content["samples"][name]
             for when in ("before", "after"):
@@ -378,42 +409,33 @@ class TestScript:
         assert content["settings"]["num_bootstrap"] == 100
         assert content["versions"]["torch"] == version("torch")
 
-    def test_everything_is_written(self, parse, tmp_path, models, capsys):
-        results, _ = self.run(parse, tmp_path, models)
-        out = tmp_path / "out"
-        table = (out / "evaluation.md").read_text(encoding="utf-8")
-        printed = capsys.readouterr().out
-        for result in results:
+    def test_everything_is_written(self, finished):
+        table = (finished.out / "evaluation.md").read_text(encoding="utf-8")
+        for result in finished.results:
             assert f"| {result.name} " in table
-            assert result.name in printed
+            assert result.name in finished.printed
         assert "* `nll`: negative log-likelihood" in table
-        assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-        lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert (finished.out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+        answers = (finished.out / "answers.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in answers]
         assert len(lines) == 9 + 8
         assert {"prompt", "before", "before_refused", "after", "after_refused"} <= set(lines[0])
 
-    def test_without_a_model_before_there_are_values_only(self, parse, tmp_path, models):
-        results, _ = self.run(parse, tmp_path, {"after": models["after"]})
-        assert all(result.before is result.delta is None for result in results)
-        assert all(result.after.interval is not None for result in results)
-        assert not (tmp_path / "out" / "evaluation.png").exists()
-        assert "verdict" not in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+    def test_without_a_model_before_there_are_values_only(self, evaluate, models):
+        found = evaluate({"after": models["after"]}, over_refusal_datasets=None)
+        assert all(result.before is result.delta is None for result in found.results)
+        assert all(result.after.interval is not None for result in found.results)
+        assert not (found.out / "evaluation.png").exists()
+        assert "verdict" not in (found.out / "evaluation.md").read_text(encoding="utf-8")
 
-    def test_an_adapter_is_put_on_its_base_model(self, parse, tmp_path, models):
-        """Zero as it begins: the base model. Then it is what PEFT makes of it."""
+    def test_an_adapter_is_put_on_its_base_model(self, evaluate, models, tmp_path):
         model = tiny_model(1)
         model.name_or_path = model.config._name_or_path = models["before"]
-        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
-        fresh = {"before": models["before"], "after": save(adapted, tmp_path / "fresh")}
-        results, _ = self.run(parse, tmp_path, fresh)
-        assert all(r.delta.value == 0 for r in results if r.delta is not None)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(1.0)
-        trained = fresh | {"after": save(adapted, tmp_path / "trained")}
-        assert not (tmp_path / "trained" / "model.safetensors").exists()
-        results, _ = self.run(parse, tmp_path, trained)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+        adapted = get_peft_model(model, lora)
+        trained = {"before": models["before"], "after": save(adapted, tmp_path)}
+        assert not (tmp_path / "model.safetensors").exists()
+        results = evaluate(trained, harmful_datasets=None, over_refusal_datasets=None).results
         skills = WORLD.capability_groups(12)["skills"]
         scores = completion_scores(adapted, TOKENIZER, skills["prompt"], skills["completion"])
         [nll] = [result for result in results if result.name == "nll/skills"]
@@ -441,12 +463,13 @@ class TestBadPaths:
 
 
 class TestReport:
-    def results(self, measure):
-        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
+    @pytest.fixture(scope="class")
+    def results(self, answering, refusing):
+        before, after = answering.measures, refusing.measures
         return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
 
-    def test_rows_hold_what_there_is(self, measure):
-        rows = {row["measure"]: row for row in result_rows(self.results(measure), digits=2)}
+    def test_rows_hold_what_there_is(self, results):
+        rows = {row["measure"]: row for row in result_rows(results, digits=2)}
         assert rows["refusal_rate/harmful"] == {
             "measure": "refusal_rate/harmful", "unit": "share", "good": "up", "before": 0.0,
             "after": 1.0, "change": "+1.00", "interval": "[+1.00, +1.00]", "verdict": "better",
@@ -456,7 +479,7 @@ class TestReport:
         assert over_base["change"] is over_base["before"] is over_base["verdict"] is None
 
     def test_a_figure_has_a_panel_per_unit_and_no_label_on_another(
-        self, measure, monkeypatch, tmp_path
+        self, results, monkeypatch, tmp_path
     ):
         from matplotlib.figure import Figure
 
@@ -464,7 +487,6 @@ class TestReport:
         monkeypatch.setattr(
             Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
         )
-        results = self.results(measure)
         change_figure(results, tmp_path / "new" / "changes.png", title="a title")
         [figure] = figures
         drawn = [result for result in results if result.delta is not None]
@@ -479,13 +501,13 @@ class TestReport:
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
             assert not any(box.overlaps(other) for other in boxes[:i])
 
-    def test_a_name_with_signs_of_mathematics_is_drawn_as_it_is(self, measure, tmp_path):
+    def test_a_name_with_signs_of_mathematics_is_drawn_as_it_is(self, results, tmp_path):
         """Of a group, from the user's data; matplotlib would fail on the first one."""
-        results = [replace(result, name="nll/$a{$ ^_") for result in self.results(measure)]
+        results = [replace(result, name="nll/$a{$ ^_") for result in results[:2]]
         change_figure(results, tmp_path / "changes.png", title="runs/$x^{$")
         assert (tmp_path / "changes.png").exists()
 
-    def test_without_changes_there_is_no_figure(self, measure, tmp_path):
-        results = compare(None, measure(tiny_model()).measures, num_bootstrap=100)
+    def test_without_changes_there_is_no_figure(self, refusing, tmp_path):
+        results = compare(None, refusing.measures, num_bootstrap=100)
         with pytest.raises(ValueError, match="no result has a change"):
             change_figure(results, tmp_path / "changes.png")
