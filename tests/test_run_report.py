@@ -11,7 +11,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import pytest
-from transformers import TrainerCallback
 
 import report as report_script
 from ogpsa_trl import GateConfig, OGPSAConfig
@@ -91,22 +90,18 @@ def page(folder, **options):
     return Page(write_report(folder, **options).read_text())
 
 
-def make_run(kind, model, folder, *, callbacks=(), **overrides):
+def make_run(kind, model, folder):
     """A trained run with everything that the report reads."""
     stage = "sft" if kind == "plain" else kind
     skills, language = capability_groups().values()
     groups = None if kind == "plain" else {"skills": skills, HOSTILE: language}
     trainer = make_trainer(
         stage, model, folder, capability=groups, config=CONFIGS[kind],
-        more={"eval_dataset": safety_data(stage, 4)},
-        **{
-            "max_steps": 5, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
-            "optim": "adamw_torch", "learning_rate": 1e-2, **overrides,
-        },
+        more={"eval_dataset": safety_data(stage, 4)}, max_steps=5, eval_strategy="steps",
+        eval_steps=2, optim="adamw_torch", learning_rate=1e-2,
+        save_strategy="steps" if kind == "sft" else "no", save_steps=2,
     )  # fmt: skip
     gate = gated(trainer, {"held out": contradicted(), HOSTILE: contradicted(6)}, GATE)
-    for callback in callbacks:
-        trainer.add_callback(callback)
     save_run_settings(trainer, gate, {"dataset_name": HOSTILE})
     trainer.train()
     trainer.save_state()
@@ -241,10 +236,6 @@ class TestPage:
         assert shown.rows("gate group").keys() == {"held out", HOSTILE}
         assert shown.text.count(HOSTILE) >= 3  # chart, table, settings
 
-    def test_the_same_run_gives_the_same_page(self, run):
-        first = (run.folder / "report.html").read_bytes()
-        assert write_report(run.folder).read_bytes() == first
-
     def test_it_says_what_the_run_is(self, runs):
         kinds = {kind: run.page.text for kind, run in runs.items()}
         assert "SFTTrainer with OGPSA" in kinds["sft"]
@@ -284,22 +275,15 @@ def assert_affine(places, values):
 
 
 class TestRunsThatWereCutOff:
-    def test_the_last_checkpoint_is_reported(self, base_model_path, tmp_path):
-        class Fault(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == 4:
-                    raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            make_run(
-                "sft", base_model_path, tmp_path, callbacks=[Fault()], save_strategy="steps",
-                save_steps=1,
-            )  # fmt: skip
+    def test_the_last_checkpoint_is_reported(self, runs, tmp_path):
+        for name in ("checkpoint-2", "checkpoint-4", "run_settings.json"):
+            copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+            copy(runs["sft"].folder / name, tmp_path / name)
         shown = page(tmp_path)
-        assert "The run was cut off, or is still going on: this is the log of checkpoint-3." in (
+        assert "The run was cut off, or is still going on: this is the log of checkpoint-4." in (
             shown.text
         )
-        assert "Optimizer steps 3 of 5" in shown.text
+        assert "Optimizer steps 4 of 5" in shown.text
         assert shown.rows("capability group").keys() == {"skills", HOSTILE}
         assert "capability_loss kl" in shown.text
         assert "capability_loss kl" in page(tmp_path / "checkpoint-2").text  # settings lie above
@@ -474,23 +458,19 @@ class TestSettings:
                 assert saved["capability_groups"].keys() == {"skills", HOSTILE}
             assert saved["training"]["max_steps"] == 5
 
-    def test_one_process_writes_them(self, base_model_path, tmp_path, monkeypatch):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
-        save_run_settings(trainer)
-        assert not (tmp_path / "run_settings.json").exists()
-
-    def test_no_token_of_the_hub_is_in_them(self, base_model_path, tmp_path):
+    def test_one_process_writes_them_without_tokens_of_the_hub(
+        self, base_model_path, tmp_path, monkeypatch
+    ):
         trainer = make_trainer("sft", base_model_path, tmp_path, hub_token="hf_secret")
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "is_world_process_zero", lambda: False)
+            save_run_settings(trainer)
+        assert not (tmp_path / "run_settings.json").exists()
         save_run_settings(trainer)
         assert "hf_secret" not in (tmp_path / "run_settings.json").read_text()
 
 
-class TestScript:
-    def test_it_writes_where_it_is_told(self, runs, tmp_path):
-        shutil.copytree(runs["sft"].folder, tmp_path / "run")
-        (tmp_path / "run" / "report.html").unlink()
-        assert report_script.main([str(tmp_path / "run")]) == tmp_path / "run" / "report.html"
-        there = tmp_path / "there.html"
-        assert report_script.main([str(tmp_path / "run"), "--output", str(there)]) == there
-        assert there.read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
+def test_the_script_writes_the_same_page_where_it_is_told(runs, tmp_path):
+    folder, there = runs["sft"].folder, tmp_path / "there.html"
+    assert report_script.main([str(folder), "--output", str(there)]) == there
+    assert there.read_bytes() == (folder / "report.html").read_bytes()
