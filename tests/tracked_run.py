@@ -1,6 +1,8 @@
 """A short gated run with every local tracker. Arguments: model, output folder."""
 
+import json
 import sys
+from pathlib import Path
 
 from ogpsa_trl import GateConfig, OGPSAConfig
 from runs import capability_groups, contradicted, gated, make_trainer
@@ -19,4 +21,5 @@ if __name__ == "__main__":
     gated(trainer, contradicted(), GATE)
     trainer.train()
     trainer.save_state()
+    Path(output, "wandb_config.json").write_text(json.dumps(dict(wandb.config)))
     wandb.finish()
