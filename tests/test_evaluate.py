@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from ogpsa_trl.evaluation import (
 )
 from ogpsa_trl.evaluation.arguments import parse_evaluation
 from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.evaluation.report import change_figure, result_rows
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
@@ -160,14 +161,6 @@ class TestKnownAnswers:
                 assert result.delta == (0.0, (0.0, 0.0)), result.name
                 assert result.verdict == "unclear"
 
-    def test_from_never_to_always_is_a_change_of_one(self, answering, refusing):
-        results = compare(answering.measures, refusing.measures, num_bootstrap=100)
-        results = {result.name: result for result in results}
-        for name, verdict in (("refusal_rate/harmful", "better"),
-                              ("over_refusal_rate/benign", "worse")):  # fmt: skip
-            assert results[name].delta == (1.0, (1.0, 1.0))
-            assert results[name].verdict == verdict
-
     def test_no_answers_no_rates(self, measure):
         scores = measure(tiny_model(), max_new_tokens=0)
         assert not scores.answers
@@ -176,36 +169,33 @@ class TestKnownAnswers:
 
 
 class TestCapability:
-    def test_completions_count_as_they_do_in_the_direct_measure(self):
-        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["skills"]
-        values = group_nll(model, TOKENIZER, "skills", rows, batch_size=5)
-        scores = completion_scores(model, TOKENIZER, rows["prompt"], rows["completion"])
-        assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
-        assert values.columns[1].sum() == scores.num_tokens.sum()
-
-    def test_of_a_text_every_token_counts_with_the_end(self):
-        model, text = tiny_model(seed=2), "is poison bad ? => yes"
-        values = group_nll(model, TOKENIZER, "text", Dataset.from_dict({"text": [text]}))
-        rest = completion_scores(model, TOKENIZER, ["is"], [text[2:]])
-        assert values.columns[1].tolist() == rest.num_tokens.tolist() == [6]
-        assert values.value == pytest.approx(-mean_log_likelihood_per_token(rest), rel=1e-5)
-
-    def test_a_conversation_counts_like_the_same_text(self):
-        model = tiny_model(seed=2)
-        row = {
+    @pytest.mark.parametrize("kind", ["completions", "a text", "a conversation"])
+    def test_what_counts_is_what_the_direct_measure_counts(self, kind):
+        """Of a text every token but the first, and the end."""
+        skills = WORLD.capability_groups(12)["skills"]
+        conversation = {
             "prompt": [{"role": "user", "content": "is poison bad ?"}],
             "completion": [{"role": "assistant", "content": "yes"}],
         }
-        values = group_nll(model, TOKENIZER, "chat", Dataset.from_list([row]))
-        scores = completion_scores(model, TOKENIZER, ["is poison bad ? =>"], [" yes"])
+        rows, prompts, completions = {
+            "completions": (skills, skills["prompt"], skills["completion"]),
+            "a text": (
+                Dataset.from_dict({"text": ["is poison bad ? => yes"]}),
+                ["is"], [" poison bad ? => yes"],
+            ),
+            "a conversation": (
+                Dataset.from_list([conversation]), ["is poison bad ? =>"], [" yes"]
+            ),
+        }[kind]  # fmt: skip
+        model = tiny_model(seed=2)
+        values = group_nll(model, TOKENIZER, kind, rows, batch_size=5)
+        scores = completion_scores(model, TOKENIZER, prompts, completions)
         assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
-
-    def test_batches_change_nothing(self):
-        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["language"]
-        expected = group_nll(model, TOKENIZER, "a", rows, batch_size=1)
-        values = group_nll(model, TOKENIZER, "a", rows, batch_size=5)
-        values = values.select(expected.ids)
-        for ours, theirs in zip(values.columns, expected.columns, strict=True):
+        assert values.columns[1].sum() == scores.num_tokens.sum()
+        one_by_one = group_nll(model, TOKENIZER, kind, rows, batch_size=1)
+        for ours, theirs in zip(
+            values.select(one_by_one.ids).columns, one_by_one.columns, strict=True
+        ):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
 
     def test_samples_are_chosen_by_the_seed_and_cut(self):
@@ -221,6 +211,14 @@ class TestCapability:
 
 
 class TestSets:
+    @pytest.fixture
+    def parse_rows(self, parse, tmp_path):
+        def parse_rows(rows, key="harmful_datasets", **keys):
+            Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+            return parse({key: [{"path": str(tmp_path / "rows.jsonl")}]} | keys)
+
+        return parse_rows
+
     def test_a_text_becomes_a_message_where_all_models_know_conversations(self, parse, tmp_path):
         arguments = parse(write_data(tmp_path))
         chat = load_sets(arguments, [TOKENIZER]).harmful["harmful"].column("prompt")
@@ -229,42 +227,33 @@ class TestSets:
         plain = both.harmful["harmful"].column("prompt")
         assert [prompt[0]["content"] for prompt in chat] == plain
 
-    def test_conversations_need_a_template(self, parse, tmp_path):
-        row = {"prompt": [{"role": "user", "content": "how"}]}
-        Dataset.from_list([row]).to_json(tmp_path / "chat.jsonl")
-        arguments = parse({"harmful_datasets": [{"path": str(tmp_path / "chat.jsonl")}]})
+    def test_conversations_need_a_template(self, parse_rows):
+        arguments = parse_rows([{"prompt": [{"role": "user", "content": "how"}]}])
         with pytest.raises(ValueError, match=r"has no chat template. Set `tokenizer_name_or_path`"):
             load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
 
-    def test_what_is_too_long_is_left_out_and_counted(self, parse, tmp_path):
-        prompts = ["how to bake ?", "how " * 30]
-        Dataset.from_dict({"prompt": prompts}).to_json(tmp_path / "long.jsonl")
-        keys = {
-            "harmful_datasets": [{"path": str(tmp_path / "long.jsonl")}],
-            "refusals": ["sorry ."], "max_new_tokens": 4,
-        }  # fmt: skip
-        rows = load_sets(parse(keys | {"max_length": 30}), [TOKENIZER]).harmful["harmful"]
-        assert (rows.ids, rows.num_left_out) == (("0",), 1)
+    def test_what_is_too_long_is_left_out_and_counted(self, parse_rows):
+        rows = [{"prompt": "how to bake ?"}, {"prompt": "how " * 30}]
+        keys = {"refusals": ["sorry ."], "max_new_tokens": 4}
+        harmful = load_sets(parse_rows(rows, max_length=30, **keys), [TOKENIZER]).harmful["harmful"]
+        assert (harmful.ids, harmful.num_left_out) == (("0",), 1)
         with pytest.raises(ValueError, match="a row that fits into `max_length`, 3 tokens, but"):
-            load_sets(parse(keys | {"max_length": 3}), [TOKENIZER])
+            load_sets(parse_rows(rows, max_length=3, **keys), [TOKENIZER])
 
-    def test_a_missing_column_is_named(self, parse, tmp_path):
-        Dataset.from_dict({"question": ["how"]}).to_json(tmp_path / "q.jsonl")
-        for key in ("harmful_datasets", "preference_datasets"):
-            with pytest.raises(
-                ValueError, match=r"must have the columns .* but has \['question'\]"
-            ):
-                load_sets(parse({key: [{"path": str(tmp_path / "q.jsonl")}]}), [TOKENIZER])
+    @pytest.mark.parametrize("key", ["harmful_datasets", "preference_datasets"])
+    def test_a_missing_column_is_named(self, key, parse_rows):
+        with pytest.raises(ValueError, match=r"must have the columns .* but has \['question'\]"):
+            load_sets(parse_rows([{"question": "how"}], key), [TOKENIZER])
 
-    def test_prompts_are_taken_out_of_whole_conversations(self, parse, tmp_path):
+    def test_prompts_are_taken_out_of_whole_conversations(self, parse_rows):
         user = {"role": "user", "content": "how"}
-        row = {side: [user, {"role": "assistant", "content": side}]
-               for side in ("chosen", "rejected")}  # fmt: skip
-        Dataset.from_list([row]).to_json(tmp_path / "pairs.jsonl")
-        arguments = parse({"preference_datasets": [{"path": str(tmp_path / "pairs.jsonl")}]})
+        answers = {side: {"role": "assistant", "content": side} for side in ("chosen", "rejected")}
+        arguments = parse_rows(
+            [{side: [user, answer] for side, answer in answers.items()}], "preference_datasets"
+        )
         [pair] = load_sets(arguments, [TOKENIZER]).preference["pairs"].rows
         assert pair["prompt"] == [user]
-        assert pair["chosen"] == [{"role": "assistant", "content": "chosen"}]
+        assert pair["chosen"] == [answers["chosen"]]
 
 
 class TestKeys:
@@ -308,32 +297,18 @@ class TestKeys:
 
     @pytest.mark.parametrize("name", ["evaluate", "stories_evaluate"])
     def test_the_configurations_that_we_ship_are_valid(self, name, monkeypatch):
-        from ogpsa_trl.evaluation import arguments
-
-        monkeypatch.setattr(arguments, "check_installed", lambda: None)
-        path = ROOT / "configs" / f"{name}.yaml"
-        parsed = parse_evaluation(["--config", str(path), "--model_name_or_path", "toy"])
-        assert parsed.harmful_datasets and parsed.over_refusal_datasets
-        assert parsed.capability_datasets and parsed.preference_datasets
-
-    def test_the_default_file_shows_the_defaults_of_the_refusals(self):
-        from ogpsa_trl.evaluation.refusal import REFUSALS
-
-        values = yaml.safe_load((ROOT / "configs" / "evaluate.yaml").read_text("utf-8"))
-        assert values["refusals"] == list(REFUSALS)
+        monkeypatch.setattr("ogpsa_trl.evaluation.arguments.check_installed", lambda: None)
+        path = str(ROOT / "configs" / f"{name}.yaml")
+        found = parse_evaluation(["--config", path, "--model_name_or_path", "toy"])
+        assert found.harmful_datasets and found.over_refusal_datasets
+        assert found.capability_datasets and found.preference_datasets
+        assert name != "evaluate" or found.refusals == list(REFUSALS)  # the file shows the defaults
 
 
 def save(model, folder):
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return str(folder)
-
-
-class Evaluated(NamedTuple):
-    results: list
-    content: dict
-    out: Path
-    printed: str
 
 
 class TestScript:
@@ -356,7 +331,9 @@ class TestScript:
                 results = evaluate_script.main(arguments)
             out = folder / "out"
             content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-            return Evaluated(results, content, out, printed.getvalue())
+            return SimpleNamespace(
+                results=results, content=content, out=out, printed=printed.getvalue()
+            )
 
         return evaluate
 
@@ -371,20 +348,18 @@ class TestScript:
         pairs = pairs.select(range(10))
         # The tokenizer has a chat template, so the prompts end in two arrows.
         prompts = [f"{prompt} =>" for prompt in harmful["prompt"]]
+        skills = WORLD.capability_groups(12)["skills"]
         before, after = (tiny_model(seed) for seed in (1, 2))
         for when, model in (("before", before), ("after", after)):
-            scores = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
-            assert measures["p_refuse/harmful"][when]["value"] == pytest.approx(
-                mean_probability(scores), rel=1e-4
-            )
-            assert measures["refusal_ll/harmful"][when]["value"] == pytest.approx(
-                mean_log_likelihood_per_token(scores), rel=1e-5
-            )
-            skills = WORLD.capability_groups(12)["skills"]
+            refusals = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
             scores = completion_scores(model, TOKENIZER, skills["prompt"], skills["completion"])
-            assert measures["nll/skills"][when]["value"] == pytest.approx(
-                -mean_log_likelihood_per_token(scores), rel=1e-5
-            )
+            expected = {
+                "p_refuse/harmful": mean_probability(refusals),
+                "refusal_ll/harmful": mean_log_likelihood_per_token(refusals),
+                "nll/skills": -mean_log_likelihood_per_token(scores),
+            }
+            found = {name: measures[name][when]["value"] for name in expected}
+            assert found == pytest.approx(expected, rel=1e-4)
         texts = pairs["prompt"], pairs["chosen"], pairs["rejected"]
         direct = preference_accuracy(after, TOKENIZER, *texts, reference_model=before)
         over_base = measures["preference_over_base/pairs"]
@@ -403,9 +378,8 @@ class TestScript:
                     continue
                 columns = samples[when]["columns"]
                 assert len(samples[when]["ids"]) == len(columns[0]) == measure["num_samples"]
-                sums = [sum(column) for column in columns]
-                denominator = sums[1] if samples["form"] == "ratio" else len(columns[0])
-                assert measure[when]["value"] == pytest.approx(sums[0] / denominator), name
+                denominator = sum(columns[1]) if samples["form"] == "ratio" else len(columns[0])
+                assert measure[when]["value"] == pytest.approx(sum(columns[0]) / denominator), name
         assert content["settings"]["num_bootstrap"] == 100
         assert content["versions"]["torch"] == version("torch")
 
@@ -475,6 +449,7 @@ class TestReport:
             "after": 1.0, "change": "+1.00", "interval": "[+1.00, +1.00]", "verdict": "better",
             "samples": 9,
         }  # fmt: skip
+        assert rows["over_refusal_rate/benign"]["verdict"] == "worse"
         over_base = rows["preference_over_base/pairs"]
         assert over_base["change"] is over_base["before"] is over_base["verdict"] is None
 
