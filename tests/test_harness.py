@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from datasets import config
 from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -34,13 +33,50 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+COMMON = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+num_fewshot: 0
+"""
+CHOICE = f"""{COMMON}
+doc_to_text: "{{{{prompt}}}}"
+output_type: multiple_choice
+doc_to_choice: "{{{{options}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+# A choice, right or wrong, a text, a generation with a metric of its own kind, and a group.
+TASKS = {
+    "right": f"task: right\n{CHOICE}\ndoc_to_target: 0",
+    "wrong": f"task: wrong\n{CHOICE}\ndoc_to_target: 1",
+    "text": f"""task: text\n{COMMON}
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}}"
+output_type: loglikelihood_rolling
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+""",
+    "answers": f"""task: answers\n{COMMON}
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: ""
+output_type: generate_until
+generation_kwargs: {{until: [<eos>], do_sample: false, max_gen_toks: 12}}
+process_results: !function utils.says_sorry
+metric_list:
+- {{metric: sorry, aggregation: !function utils.most, higher_is_better: false}}
+""",
+    "both": "group: both\ntask: [right, wrong]",
+}
+# Its functions import the package `evaluate`, as tasks of the harness do.
+UTILS = """
+from evaluate import load
+def says_sorry(doc, results): return {'sorry': 'sorry' in results[0]}
+def most(items): return max(items)
+"""
+
+
 @pytest.fixture
 def tasks(tmp_path):
-    """
-    A folder of tasks: a choice, a text, a generation, a metric of its own kind, and a group.
-
-    The functions of the tasks import the package `evaluate`, as tasks of the harness do.
-    """
+    """A folder of tasks."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
@@ -48,44 +84,9 @@ def tasks(tmp_path):
         for row in ROWS
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
-        "test_split": "test", "num_fewshot": 0, "doc_to_text": "{{prompt}}",
-    }  # fmt: skip
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    choice = common | {
-        "output_type": "multiple_choice", "doc_to_choice": "{{options}}",
-        "metric_list": [{"metric": "acc", **mean}],
-    }  # fmt: skip
-    files = {
-        "right": choice | {"doc_to_target": 0},
-        "wrong": choice | {"doc_to_target": 1},
-        "text": common | {
-            "output_type": "loglikelihood_rolling", "doc_to_text": "",
-            "doc_to_target": "{{prompt}}",
-            "metric_list": [{"metric": m} for m in ("word_perplexity", "bits_per_byte")],
-        },
-        "answers": common | {
-            "output_type": "generate_until", "doc_to_target": "",
-            "generation_kwargs": {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 12},
-            "process_results": "FUNCTION utils.says_sorry",
-            "metric_list": [{"metric": "sorry", "aggregation": "FUNCTION utils.most",
-                             "higher_is_better": False}],
-        },
-        "both": {"group": "both", "task": ["right", "wrong"]},
-    }  # fmt: skip
-    for name, content in files.items():
-        if name != "both":
-            content = {"task": name, **content}
-        text = yaml.safe_dump(content).replace("'FUNCTION ", "!function ").replace(
-            "FUNCTION ", "!function ").replace("utils.says_sorry'", "utils.says_sorry").replace(
-            "utils.most'", "utils.most")  # fmt: skip
-        (folder / f"{name}.yaml").write_text(text)
-    (folder / "utils.py").write_text(
-        "from evaluate import load\n"
-        "def says_sorry(doc, results): return {'sorry': 'sorry' in results[0]}\n"
-        "def most(items): return max(items)\n"
-    )
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(text.replace("ROWS", f"{folder}/rows.jsonl"))
+    (folder / "utils.py").write_text(UTILS)
     return folder
 
 

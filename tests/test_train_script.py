@@ -107,14 +107,6 @@ def test_two_processes_train_what_one_does(config, tmp_path):
     assert (changed > 1e-4).double().mean() < 1e-3
 
 
-@pytest.mark.slow
-def test_plain_trl_from_the_same_file(config, tmp_path):
-    line = ["--config", config("sft"), "--output_dir", str(tmp_path / "plain"), "--ogpsa", "false"]
-    launch(*line)
-    assert not any("ogpsa" in key for entry in log_in(tmp_path / "plain") for key in entry)
-    assert "OGPSA" not in (tmp_path / "plain" / "README.md").read_text()
-
-
 class TestGate:
     """The exit status is the verdict; whatever it is, the model is saved and complete."""
 
@@ -150,6 +142,9 @@ class TestGate:
         line = self.line(config, tmp_path, ogpsa=ogpsa, gate_action=action, **more)
         assert train.main(parse_run(line)) == 1
         self.assert_failed(capfd.readouterr().err, tmp_path, num_steps)
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        has_basis = any("ogpsa/rank" in entry for entry in state["log_history"])
+        assert has_basis == ogpsa == ("OGPSA" in (tmp_path / "run" / "README.md").read_text())
 
     @pytest.mark.slow
     def test_within_the_tolerance_it_is_0(self, config, tmp_path):
