@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 import yaml
@@ -220,9 +221,6 @@ class TestRemoteCode:
         with pytest.raises(SystemExit, match="trust_remote_code"):
             run(run_file(model=str(model)))
         assert not (tmp_path / "marker").exists()
-
-    def test_it_is_run_where_the_user_does(self, model, run_file, tmp_path):
-        """So the test above would see it."""
         with pytest.raises((SystemExit, Exception)):  # it has no `OwnConfig`
             run(run_file(model=str(model), trust_remote_code=True))
         assert (tmp_path / "marker").exists()
@@ -235,68 +233,53 @@ class TestRemoteCode:
         assert not (tmp_path / "marker").exists()
 
 
-# Runs a script and writes down every file that Python opens for writing, makes, moves or removes.
-AUDIT = """
-import os, runpy, sys
-log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-def hook(event, arguments):
-    if event == "open":
-        path, _, flags = arguments
-        paths = [path] if isinstance(path, (str, bytes)) and (flags or 0) & WRITES else []
-    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
-        paths = [arguments[0]]
-    elif event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"):
-        paths = [arguments[1]]
-    else:
-        return
-    for path in paths:
-        os.write(log, os.path.realpath(os.fsdecode(path)).encode() + b"\\n")
-sys.addaudithook(hook)
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+
+class WrittenPaths:
+    """Every file that Python opens for writing, makes, moves or removes, while it is on."""
+
+    def __init__(self):
+        self.paths, self.is_on = set(), False
+        sys.addaudithook(self.see)  # for good
+
+    def see(self, event, arguments):
+        if not self.is_on:
+            return
+        path = None
+        if event == "open":
+            path = arguments[0] if (arguments[2] or 0) & WRITES else None
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
+            path = arguments[0]
+        elif event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"):
+            path = arguments[1]
+        if isinstance(path, str | bytes | Path):
+            self.paths.add(os.path.realpath(os.fsdecode(path)))
+
+
+def test_a_run_writes_into_its_output_and_the_caches_only(run_file, tmp_path, monkeypatch):
+    file = run_file(gate_datasets=[{"path": str(tmp_path / "safety.jsonl"), "group": "gate"}])
+    temporary, here = tmp_path / "tmp", tmp_path / "here"
+    for folder in (temporary, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    allowed = [str((tmp_path / name).resolve()) for name in ("out", "cache", "tmp")]
+    # The picture of the report: matplotlib keeps the fonts that it finds.
+    allowed += [os.path.realpath(matplotlib.get_cachedir()), matplotlib.get_configdir()]
+    written = WrittenPaths()
+    written.is_on = True
+    assert run(file) == 0
+    written.is_on = False
+    assert any("checkpoint-2" in path for path in written.paths)
+    assert any(path.endswith("report.html") for path in written.paths)
+    assert [path for path in temporary.rglob("*") if path.is_file()] == []
+    assert {p for p in written.paths if not p.startswith(("/dev/", "/proc/", *allowed))} == set()
 
 
 def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-
-
-def test_a_run_writes_into_its_output_and_the_caches_only(run_file, tmp_path, base_model_path):
-    file = run_file(gate_datasets=[{"path": str(tmp_path / "safety.jsonl"), "group": "gate"}])
-    home, temporary, here = (tmp_path / name for name in ("home", "tmp", "here"))
-    for folder in (home, temporary, here):
-        folder.mkdir()
-    audit, log = tmp_path / "audit.py", tmp_path / "log"
-    audit.write_text(AUDIT)
-    before = files_in(tmp_path), files_in(Path(base_model_path))
-    keep = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
-    environment = {name: os.environ[name] for name in keep if name in os.environ}
-    result = subprocess.run(
-        [sys.executable, str(audit), str(log), str(ROOT / "scripts" / "train.py"),
-         "--config", file],
-        cwd=here, capture_output=True, text=True, timeout=250, check=False,
-        env=environment | {
-            "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    new = files_in(tmp_path) - before[0] - {"log"}
-    assert any(name.startswith("out/checkpoint-2/") for name in new)
-    allowed = ("out/", "home/.cache/")
-    assert [name for name in new if not name.startswith(allowed)] == []
-    assert files_in(here) == files_in(temporary) == set()
-    assert files_in(Path(base_model_path)) == before[1]
-
-    roots = [str(folder.resolve()) for folder in (tmp_path / "out", home / ".cache", temporary)]
-    written = set(log.read_text().splitlines())
-    assert any("checkpoint-2" in path for path in written)
-    devices = ("/dev/", "/proc/")
-    outside = {p for p in written if not p.startswith((*devices, *roots)) and p != str(home)}
-    # The picture of the report: matplotlib makes a folder for its settings, and puts nothing in it.
-    assert outside <= {str(home / ".config"), str(home / ".config" / "matplotlib")}
 
 
 NASTY = "../../x y;$(touch z)`touch z`'\"|<b>&"
