@@ -1,6 +1,5 @@
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,8 +286,7 @@ def test_texts_without_a_token_to_score_are_refused(texts):
         bits_per_character(tiny_model(), TOKENIZER, texts)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_measuring_leaves_modes_and_gradients_as_they_were(fails):
+def test_measuring_leaves_modes_and_gradients_as_they_were_also_where_it_fails():
     model = tiny_model().train()
     model.model.layers[0].eval()  # a frozen part
     modes = [module.training for module in model.modules()]
@@ -296,20 +294,14 @@ def test_measuring_leaves_modes_and_gradients_as_they_were(fails):
 
     def forward(**kwargs):
         seen.append((any(m.training for m in model.modules()), torch.is_grad_enabled()))
-        if fails:
-            raise RuntimeError("out of memory")
-        return SimpleNamespace(logits=torch.zeros(*kwargs["input_ids"].shape, len(TOKENIZER)))
+        raise RuntimeError("out of memory")
 
     model.forward = forward
-    if fails:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            bits_per_character(model, TOKENIZER, ["is bad"])
-    else:
+    with pytest.raises(RuntimeError, match="out of memory"):
         bits_per_character(model, TOKENIZER, ["is bad"])
     assert seen == [(False, False)]
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_divergence_from_a_uniform_model_is_what_its_entropy_leaves(trained_model):

@@ -233,10 +233,18 @@ def measure_refreshes(trainer):
     return measured
 
 
-# The rows fit into the memory of the basis, or they do not.
-@pytest.mark.parametrize(
-    ("form", "parts", "rank", "dtype"), [("lora", 1, 2, "bfloat16"), ("full", 2, 3, "float32")]
-)
+CASES = [
+    # The rows fit into the memory of the basis, or they do not.
+    ("lora", 1, 2, "bfloat16"), ("full", 2, 3, "float32"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("full", 1, 1, "bfloat16"), ("full", 1, 2, "float32"),
+                     ("full", 2, 4, "bfloat16"), ("lora", 2, 3, "bfloat16"))
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "parts", "rank", "dtype"), CASES)
 def test_what_is_measured_on_one_process_is_the_formula(
     form, parts, rank, dtype, base_model_path, tmp_path, monkeypatch
 ):
