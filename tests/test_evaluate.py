@@ -311,36 +311,39 @@ def save(model, folder):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    seeds = {"before": 1, "after": 2}
+    return {when: save(tiny_model(seed), folder / when) for when, seed in seeds.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluate(evaluate_script, tmp_path_factory):
+    """Run the script on all kinds of data."""
+
+    def evaluate(models, **keys):
+        folder = tmp_path_factory.mktemp("evaluation")
+        values = write_data(folder) | {"max_length": 60, "max_new_tokens": 8} | keys
+        values |= {"num_bootstrap": 100, "base_model_name_or_path": models.get("before")}
+        arguments, printed = parsed(folder, values, model=models["after"]), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            results = evaluate_script.main(arguments)
+        out = folder / "out"
+        content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        return SimpleNamespace(
+            results=results, content=content, out=out, printed=printed.getvalue()
+        )
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(evaluate, models):
+    return evaluate(models)
+
+
 class TestScript:
-    @pytest.fixture(scope="class")
-    def models(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("models")
-        seeds = {"before": 1, "after": 2}
-        return {when: save(tiny_model(seed), folder / when) for when, seed in seeds.items()}
-
-    @pytest.fixture(scope="class")
-    def evaluate(self, evaluate_script, tmp_path_factory):
-        """Run the script on all kinds of data."""
-
-        def evaluate(models, **keys):
-            folder = tmp_path_factory.mktemp("evaluation")
-            values = write_data(folder) | {"max_length": 60, "max_new_tokens": 8} | keys
-            values |= {"num_bootstrap": 100, "base_model_name_or_path": models.get("before")}
-            arguments, printed = parsed(folder, values, model=models["after"]), io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                results = evaluate_script.main(arguments)
-            out = folder / "out"
-            content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-            return SimpleNamespace(
-                results=results, content=content, out=out, printed=printed.getvalue()
-            )
-
-        return evaluate
-
-    @pytest.fixture(scope="class")
-    def finished(self, evaluate, models):
-        return evaluate(models)
-
     def test_the_results_are_the_direct_measures(self, finished):
         measures = finished.content["measures"]
         assert list(measures) == [result.name for result in finished.results]
@@ -436,12 +439,13 @@ class TestBadPaths:
             evaluate_script.main(arguments)
 
 
-class TestReport:
-    @pytest.fixture(scope="class")
-    def results(self, answering, refusing):
-        before, after = answering.measures, refusing.measures
-        return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
+@pytest.fixture(scope="module")
+def results(answering, refusing):
+    before, after = answering.measures, refusing.measures
+    return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
 
+
+class TestReport:
     def test_rows_hold_what_there_is(self, results):
         rows = {row["measure"]: row for row in result_rows(results, digits=2)}
         assert rows["refusal_rate/harmful"] == {

@@ -263,14 +263,17 @@ def test_the_published_form_runs(stage, train_recipe, tiny):
     assert is_finite_and_moved(train_recipe(f"paper_{stage}", "--learning_rate", "1e-3"), tiny)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
-def test_an_adapter_is_trained_on_all_matrices(stage, train_recipe):
-    model = AutoModelForCausalLM.from_pretrained(train_recipe(f"{stage}_lora"))
+@pytest.mark.parametrize("recipe", ["dpo_lora", "sft_qlora"])
+def test_an_adapter_is_trained_on_all_matrices(recipe, train_recipe):
+    if "qlora" in recipe:
+        pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(train_recipe(recipe))
     adapter = [p for n, p in model.named_parameters() if "lora_B" in n]
     assert len(adapter) == 14  # seven matrices of two layers
     assert max(p.abs().max() for p in adapter) > 0
 
 
+@pytest.mark.slow
 def test_an_adapter_of_qlora_is_merged_as_the_page_says(train_recipe, tiny):
     """In bfloat16, as the page does it."""
     pytest.importorskip("bitsandbytes")
@@ -285,7 +288,7 @@ def test_an_adapter_of_qlora_is_merged_as_the_page_says(train_recipe, tiny):
     train_recipe("dpo_qlora", "--model_name_or_path", "runs/sft_merged")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_tokenizer_without_a_pad_token_trains_the_same(stage, config, base_model_path, tmp_path):
     """As that of Llama: the end token pads, and is learned where it ends a text."""
     bare = tmp_path / "bare"

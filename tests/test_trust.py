@@ -139,16 +139,17 @@ def run(file):
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 
 
-class TestCheckpoints:
-    @pytest.fixture(scope="class")
-    def out(self, base_model_path, tmp_path_factory):
-        """The output of a run."""
-        folder = tmp_path_factory.mktemp("finished")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(config, "HF_DATASETS_CACHE", str(folder / "cache"))
-            assert run(write_run(folder, base_model_path)) == 0
-        return folder / "out"
+@pytest.fixture(scope="module")
+def out(base_model_path, tmp_path_factory):
+    """The output of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        assert run(write_run(folder, base_model_path)) == 0
+    return folder / "out"
 
+
+class TestCheckpoints:
     @pytest.mark.parametrize("name", [*PICKLED, FILE_NAME, START_FILE_NAME])
     def test_a_pickle_in_one_is_not_run(self, name, out, run_file, tmp_path):
         """
