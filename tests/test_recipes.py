@@ -263,7 +263,9 @@ def test_the_published_form_runs(stage, train_recipe, tiny):
     assert is_finite_and_moved(train_recipe(f"paper_{stage}", "--learning_rate", "1e-3"), tiny)
 
 
-@pytest.mark.parametrize("recipe", ["dpo_lora", "sft_qlora"])
+@pytest.mark.parametrize(
+    "recipe", ["dpo_lora", "sft_qlora", pytest.param("sft_lora", marks=pytest.mark.slow)]
+)
 def test_an_adapter_is_trained_on_all_matrices(recipe, train_recipe):
     if "qlora" in recipe:
         pytest.importorskip("bitsandbytes")
