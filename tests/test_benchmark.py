@@ -15,7 +15,6 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import benchmark_tradeoff
-from ogpsa_trl.evaluation import completion_scores, mean_probability
 from ogpsa_trl.toy import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model
 from runs import literal_nll
@@ -241,6 +240,10 @@ class TestTables:
         assert rows["LoRA"]["capability at 0.9"] == rows["LoRA"]["- naive"] == "-"
 
 
+def length_of(folder):
+    return weights(folder).double().norm().item()
+
+
 class InThisProcess:
     """In the place of a pool of processes."""
 
@@ -274,15 +277,19 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     """Its runs on other processes are tested with the command `ogpsa benchmark`."""
     monkeypatch.setattr(benchmark_tradeoff, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(ToyTestbed, "base_model", lambda self: start)
+    names = ("p_refuse", "capability", *ToyTestbed.details)
+    monkeypatch.setattr(  # in the place of seconds of measuring
+        ToyTestbed,
+        "measure",
+        lambda self, folder: dict.fromkeys(names, length_of(folder)),
+    )
     folder = tmp_path / "the-toy-world"
     found = run_benchmark(monkeypatch, tmp_path, "--stages", "sft-dpo", "sft")
     # Two stages of two steps with 16 sequences, pairs in the second.
     costs = [(run["cost"]["forward"], run["cost"]["backward"]) for run in found["runs"]]
     assert costs == [(2 * 16 + 2 * 64, 2 * 16 + 2 * 32), (2 * 16, 2 * 16)]
-    base = AutoModelForCausalLM.from_pretrained(start)
-    harmful = WORLD.evaluation_sets()["refusal"]
-    scores = completion_scores(base, TOKENIZER, harmful["prompt"], harmful["completion"])
-    assert found["base"]["0"]["p_refuse"] == mean_probability(scores)
+    assert found["base"]["0"]["p_refuse"] == length_of(start)
+    assert len({run["measures"]["p_refuse"] for run in found["runs"]}) == 2
     assert (folder / "sft-dpo-2.png").read_bytes().startswith(b"\x89PNG")
     assert "naive" in (folder / "results.md").read_text()
 
