@@ -3,28 +3,26 @@
 import json
 import logging
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import benchmark_tradeoff
-from ogpsa_trl.evaluation import completion_scores, mean_probability
 from ogpsa_trl.toy import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_llama_config, tiny_model, toy_tokenizer
-from ogpsa_trl.toy_pretrain import PHASES, _fingerprint
+from ogpsa_trl.toy_model import tiny_model
+from runs import literal_nll
+from scripted import REFUSING, TOKENIZER, scripted_model
 from testbeds import ToyTestbed
 from tradeoff_methods import METHODS, Method, Recipe, Run, _training_data, is_applicable, train
 from tradeoff_report import Comparison
 
-TOKENIZER = toy_tokenizer()
 WORLD = ToyWorld(0)
 BATCH_SIZE = 4
 
@@ -68,30 +66,18 @@ def weights(folder):
     )
 
 
-def trained(method, recipe, start, tmp_path, name="trained"):
-    cost = train(method, recipe, start, tmp_path / name)
-    return weights(tmp_path / name).detach(), cost
+def trained(method, recipe, start, tmp_path):
+    cost = train(method, recipe, start, tmp_path / "trained")
+    return weights(tmp_path / "trained").detach(), cost
 
 
-def literal_nll(model, rows):
-    """Token-mean loss of the completions, each sequence by itself."""
-    total, num_tokens = 0.0, 0
-    for row in rows:
-        length = len(TOKENIZER(row["prompt"])["input_ids"])
-        ids = torch.tensor(TOKENIZER(row["prompt"] + row["completion"] + "<eos>")["input_ids"])
-        logits = model(input_ids=ids[None]).logits[0, length - 1 : -1]
-        total = total + cross_entropy(logits, ids[length:], reduction="sum")
-        num_tokens += len(ids) - length
-    return total / num_tokens
-
-
-def literal_sgd(recipe, start, penalty):
-    """The steps of `recipe` with a penalty on the list of changes of the weights."""
+def literal_sgd(recipe, start, l2_weight):
+    """The steps of `recipe` with the squared distance from the start in the loss."""
     model = AutoModelForCausalLM.from_pretrained(start)
     first = [p.detach().clone() for p in model.parameters()]
     for _ in range(recipe.num_steps):
-        changes = [p - s for p, s in zip(model.parameters(), first, strict=True)]
-        loss = literal_nll(model, recipe.training) + penalty(changes)
+        distances = [(p - s).pow(2).sum() for p, s in zip(model.parameters(), first, strict=True)]
+        loss = literal_nll(model, TOKENIZER, recipe.training) + l2_weight * sum(distances)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -100,13 +86,10 @@ def literal_sgd(recipe, start, penalty):
 
 
 class TestMethods:
-    def test_naive_is_plain_trl(self, recipe, start, tmp_path):
-        found, _ = trained(METHODS["naive"], recipe, start, tmp_path)
-        known = {
-            name: recipe.settings[name]
-            for name in recipe.settings
-            if name[:3] not in ("num", "cap")
-        }
+    def test_naive_is_plain_trl_and_merging_goes_a_part_of_the_way(self, recipe, start, tmp_path):
+        found, cost = trained(METHODS["naive"], recipe, start, tmp_path)
+        assert cost.forward == cost.backward == recipe.num_steps * BATCH_SIZE
+        known = {k: v for k, v in recipe.settings.items() if k[:3] not in ("num", "cap")}
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(start),
             args=SFTConfig(tmp_path / "trl", learning_rate=0.1, max_steps=2, seed=0, **known),
@@ -117,22 +100,16 @@ class TestMethods:
         expected = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         assert torch.equal(found, expected)
         assert not torch.equal(found, weights(start))
+        merged, _ = trained(Method(kept_share=0.75), recipe, start, tmp_path)
+        expected = 0.25 * weights(start) + 0.75 * expected
+        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-7)  # float32 rounding
 
-    @pytest.mark.parametrize("weight", [0.0, 0.5])
-    def test_l2_is_the_gradient_of_the_squared_distance(self, recipe, start, tmp_path, weight):
+    def test_l2_is_the_gradient_of_the_squared_distance(self, recipe, start, tmp_path):
         recipe = replace(recipe, num_steps=3)
-        found, _ = trained(Method(l2_weight=weight), recipe, start, tmp_path)
-        expected = literal_sgd(
-            recipe, start, lambda changes: weight * sum(c.pow(2).sum() for c in changes)
-        )
+        found, _ = trained(Method(l2_weight=0.5), recipe, start, tmp_path)
+        expected = literal_sgd(recipe, start, l2_weight=0.5)
         # Float32 weights of size .1 after three steps; without the penalty they differ by 1e-3.
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-
-    def test_merging_goes_a_part_of_the_way(self, recipe, start, tmp_path):
-        full, _ = trained(METHODS["naive"], recipe, start, tmp_path, "full")
-        found, _ = trained(Method(kept_share=0.75), recipe, start, tmp_path)
-        expected = 0.25 * weights(start) + 0.75 * full
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # float32 rounding
 
     def test_lora_is_merged_into_the_model(self, recipe, start, tmp_path):
         found, _ = trained(METHODS["LoRA"], recipe, start, tmp_path)
@@ -166,7 +143,9 @@ class TestMethods:
         assert not is_applicable(mixed, ["sft", "dpo"])
         assert all(is_applicable(m, ["dpo"]) for m in METHODS.values() if m is not mixed)
 
-    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize(
+        "name", ["replay mixed in, 25%", "OGPSA paper", "OGPSA paper, streaming", "OGPSA preserve"]
+    )
     def test_the_sequences_of_a_run_are_counted(self, recipe, start, tmp_path, name):
         method = METHODS[name]
         _, cost = trained(method, recipe, start, tmp_path)
@@ -194,50 +173,24 @@ class TestMethods:
         assert (cost.forward, cost.backward) == (2 * sequences, sequences)
 
 
-def bigram_model(next_tokens):
-    """Gives the listed word after a word, whatever stands before; any other word ends the text."""
-    vocabulary = TOKENIZER.get_vocab()
-    size = len(vocabulary)
-    model = LlamaForCausalLM(tiny_llama_config(hidden_size=size + size % 2, num_heads=1)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.zero_()  # the layers add nothing
-        for word, index in vocabulary.items():
-            model.model.embed_tokens.weight[index, index] = 1
-            model.lm_head.weight[vocabulary[next_tokens.get(word, "<eos>")], index] = 10
-    return model
-
-
-def always_says(text):
-    words = ["=>", *text.split(), "<eos>"]
-    return dict(pairwise(words))
-
-
-class TestMeasures:
-    @pytest.fixture
-    def testbed(self, tmp_path, monkeypatch):
-        base = save(bigram_model(always_says("yes")), tmp_path / "base")
-        monkeypatch.setattr(ToyTestbed, "base_model", lambda self: base)
-        return ToyTestbed(0)
-
-    def test_of_a_model_that_always_refuses(self, testbed, tmp_path):
-        measures = testbed.measure(save(bigram_model(always_says(REFUSAL)), tmp_path / "model"))
-        for name in ("p_refuse", "p_refuse_ood", "over_refusal"):
-            assert measures[name] == pytest.approx(1)
-        assert measures["capability"] == 0
-        assert all(measures[task] == 0 for task in NUM_EVALUATION_SAMPLES)
-        assert measures["drift"] > 1
-        assert measures["distance"] > 0
-
-    def test_of_a_model_that_always_says_yes(self, testbed):
-        measures = testbed.measure(testbed.base_model())
-        for name in ("p_refuse", "p_refuse_ood", "over_refusal"):
-            assert measures[name] == pytest.approx(0)
-        share = sum(row["completion"] == " yes" for row in WORLD.evaluation_sets()["judge"]) / 16
-        assert measures["judge"] == share > 0
-        assert measures["capability"] == pytest.approx(share / 7)
-        assert measures["drift"] == measures["distance"] == 0
+def test_measures_of_models_that_always_refuse_and_always_say_yes(tmp_path, monkeypatch):
+    said = {"refuses": REFUSING, "agrees": "=> yes <eos>"}
+    folder = {
+        name: save(scripted_model(chain, p_step=1 - 1e-9), tmp_path / name)
+        for name, chain in said.items()
+    }
+    monkeypatch.setattr(ToyTestbed, "base_model", lambda self: folder["agrees"])
+    measured = {name: ToyTestbed(0).measure(folder[name]) for name in said}
+    for name in ("p_refuse", "p_refuse_ood", "over_refusal"):
+        assert measured["refuses"][name] == pytest.approx(1, abs=1e-3)
+        assert measured["agrees"][name] == pytest.approx(0, abs=1e-3)
+    share = sum(row["completion"] == " yes" for row in WORLD.evaluation_sets()["judge"]) / 16
+    assert measured["agrees"]["judge"] == share > 0
+    assert measured["agrees"]["capability"] == pytest.approx(share / 7)
+    assert measured["agrees"]["drift"] == measured["agrees"]["distance"] == 0
+    assert all(measured["refuses"][task] == 0 for task in ("capability", *NUM_EVALUATION_SAMPLES))
+    assert measured["refuses"]["drift"] > 1
+    assert measured["refuses"]["distance"] > 0
 
 
 def results(kept, seeds=(0, 1), factors=(1.0, 2.0)):
@@ -287,50 +240,75 @@ class TestTables:
         assert rows["LoRA"]["capability at 0.9"] == rows["LoRA"]["- naive"] == "-"
 
 
-@pytest.fixture
-def tiny_world(tmp_path, monkeypatch):
-    """An untrained model in the place of the pretrained base model."""
-    monkeypatch.setenv("OGPSA_CACHE", str(tmp_path / "cache"))
-    save(tiny_model(), tmp_path / "cache" / f"toy-base-seed0-{_fingerprint(WORLD, PHASES)}")
+def length_of(folder):
+    return weights(folder).double().norm().item()
+
+
+class InThisProcess:
+    """In the place of a pool of processes."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def run_benchmark(monkeypatch, output, *options):
-    words = ["--seeds", "0", "--steps", "2", "--processes", "1", "--output", str(output)]
+    words = ["--seeds", "0", "--steps", "2", "--learning_rate_factors", "1", "--methods", "naive"]
+    words += ["--processes", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["benchmark_tradeoff.py", *words, *options])
     benchmark_tradeoff.main()
     return json.loads((output / "the-toy-world" / "results.json").read_text())
 
 
-def test_a_benchmark_runs_end_to_end_and_repeats_nothing(tiny_world, monkeypatch, tmp_path):
-    options = ["--learning_rate_factors", "1", "10", "--stages", "sft-dpo"]
-    output = tmp_path / "out"
-    found = run_benchmark(monkeypatch, output, *options, "--methods", "naive")
-    assert {run["run"]["learning_rate_factor"] for run in found["runs"]} == {1, 10}
+def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, tmp_path):
+    """Its runs on other processes are tested with the command `ogpsa benchmark`."""
+    monkeypatch.setattr(benchmark_tradeoff, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(ToyTestbed, "base_model", lambda self: start)
+    names = ("p_refuse", "capability", *ToyTestbed.details)
+    monkeypatch.setattr(  # in the place of seconds of measuring
+        ToyTestbed,
+        "measure",
+        lambda self, folder: dict.fromkeys(names, length_of(folder)),
+    )
+    folder = tmp_path / "the-toy-world"
+    found = run_benchmark(monkeypatch, tmp_path, "--stages", "sft-dpo", "sft")
     # Two stages of two steps with 16 sequences, pairs in the second.
     costs = [(run["cost"]["forward"], run["cost"]["backward"]) for run in found["runs"]]
-    assert costs == [(2 * 16 + 2 * 64, 2 * 16 + 2 * 32)] * 2
-
-    base = AutoModelForCausalLM.from_pretrained(ToyTestbed(0).base_model())
-    harmful = WORLD.evaluation_sets()["refusal"]
-    scores = completion_scores(base, TOKENIZER, harmful["prompt"], harmful["completion"])
-    assert found["base"]["0"]["p_refuse"] == mean_probability(scores)
-
-    folder = output / "the-toy-world"
+    assert costs == [(2 * 16 + 2 * 64, 2 * 16 + 2 * 32), (2 * 16, 2 * 16)]
+    assert found["base"]["0"]["p_refuse"] == length_of(start)
+    assert len({run["measures"]["p_refuse"] for run in found["runs"]}) == 2
     assert (folder / "sft-dpo-2.png").read_bytes().startswith(b"\x89PNG")
-    first = {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
-    run_benchmark(monkeypatch, output, *options, "--methods", "naive", "OGPSA preserve")
-    assert all(file.stat().st_mtime_ns == time for file, time in first.items())
-    assert len(list((folder / "runs").iterdir())) == len(first) + 2
-    assert "OGPSA preserve" in (folder / "results.md").read_text()
+    assert "naive" in (folder / "results.md").read_text()
 
+    monkeypatch.setattr("tradeoff_report.tradeoff_figure", lambda *_, **__: None)  # seconds
     # A result of other settings or versions is not taken for one of these.
-    stale = next(file for file in first if "naive-x10" in file.name)
+    kept, stale = (folder / "runs" / f"{chain}-2-naive-x1-0.json" for chain in ("sft-dpo", "sft"))
     content = json.loads(stale.read_text())
     content["run"]["versions"]["torch"] = "1.0"
     stale.write_text(json.dumps(content))
-    again = run_benchmark(monkeypatch, output, *options, "--methods", "naive")
-    assert again["runs"][1]["measures"] == found["runs"][1]["measures"]
+    time = kept.stat().st_mtime_ns
+    again = run_benchmark(monkeypatch, tmp_path, "--stages", "sft-dpo", "sft")
+    assert [r["measures"] for r in again["runs"]] == [r["measures"] for r in found["runs"]]
+    assert kept.stat().st_mtime_ns == time
     assert json.loads(stale.read_text())["run"]["versions"]["torch"] != "1.0"
+
+    # What fails is said.
+    monkeypatch.setitem(benchmark_tradeoff.METHODS, "naive", Method({"preset": "none"}))
+    with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
+        run_benchmark(monkeypatch, tmp_path, "--stages", "sft")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """scripts/evaluate.py and what it is made of: known answers, and the keys."""
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +24,13 @@ from ogpsa_trl.evaluation import (
 )
 from ogpsa_trl.evaluation.arguments import parse_evaluation
 from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.evaluation.report import change_figure, result_rows
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
 from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model
+from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +39,12 @@ SETS = WORLD.evaluation_sets()
 REFUSAL_LENGTH = 10  # tokens, the end among them
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
     """What `load_dataset` makes of the files here does not stay in the user's cache."""
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def write_data(folder):
@@ -64,34 +71,45 @@ def write_data(folder):
     }
 
 
+def parsed(folder, values=None, *line, model="toy"):
+    """The arguments of a file of keys in a folder, with a command line."""
+    file = folder / "evaluation.yaml"
+    required = {"model_name_or_path": model, "output_dir": str(folder / "out")}
+    file.write_text(yaml.safe_dump(required | (values or {})))
+    return parse_evaluation(["--config", str(file), *line])
+
+
 @pytest.fixture
 def parse(tmp_path):
-    def parse_with(values=None, *line, model="toy"):
-        file = tmp_path / "evaluation.yaml"
-        required = {"model_name_or_path": model, "output_dir": str(tmp_path / "out")}
-        file.write_text(yaml.safe_dump(required | (values or {})))
-        return parse_evaluation(["--config", str(file), *line])
-
-    return parse_with
+    return partial(parsed, tmp_path)
 
 
-@pytest.fixture
-def measure(parse, tmp_path):
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
     """All measures of a model on all kinds of data."""
-    data = write_data(tmp_path)
+    folder = tmp_path_factory.mktemp("data")
+    data = write_data(folder)
 
     def measured(model, **keys):
-        arguments = parse(data | {"max_length": 60, "max_new_tokens": 16} | keys)
+        arguments = parsed(folder, data | {"max_length": 60, "max_new_tokens": 16} | keys)
         sets = load_sets(arguments, [tokenizer_without_template()])
         return score_model(model, tokenizer_without_template(), sets, arguments)
 
     return measured
 
 
+@pytest.fixture(scope="module")
+def refusing(measure):
+    return measure(scripted_model(REFUSING))
+
+
+@pytest.fixture(scope="module")
+def answering(measure):
+    return measure(scripted_model(ANSWERING))
+
+
 def tokenizer_without_template():
     """The prompts of the world are texts that end where an answer begins."""
-    from ogpsa_trl.toy_model import toy_tokenizer
-
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = None
     return tokenizer
@@ -102,8 +120,8 @@ def value(scores, name):
 
 
 class TestKnownAnswers:
-    def test_a_model_that_always_refuses(self, measure):
-        scores = measure(scripted_model(REFUSING))
+    def test_a_model_that_always_refuses(self, refusing):
+        scores = refusing
         for prefix, group in (("", "harmful"), ("over_", "benign")):
             assert value(scores, f"{prefix}refusal_rate/{group}") == 1.0
             assert value(scores, f"{prefix}refusal_ll/{group}") == pytest.approx(math.log(P_STEP))
@@ -112,8 +130,8 @@ class TestKnownAnswers:
         assert set(scores.answers["refusal_rate/harmful"]) == {REFUSAL.strip()}
         assert value(scores, "preference/pairs") == 1.0
 
-    def test_a_model_that_never_refuses(self, measure):
-        scores = measure(scripted_model(ANSWERING))
+    def test_a_model_that_never_refuses(self, answering):
+        scores = answering
         assert value(scores, "refusal_rate/harmful") == 0.0
         assert value(scores, "over_refusal_rate/benign") == 0.0
         # The table knows no token of the refusal but its first one, which is not the likeliest.
@@ -143,14 +161,6 @@ class TestKnownAnswers:
                 assert result.delta == (0.0, (0.0, 0.0)), result.name
                 assert result.verdict == "unclear"
 
-    def test_from_never_to_always_is_a_change_of_one(self, measure):
-        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
-        results = {r.name: r for r in compare(before, after, num_bootstrap=100)}
-        for name, verdict in (("refusal_rate/harmful", "better"),
-                              ("over_refusal_rate/benign", "worse")):  # fmt: skip
-            assert results[name].delta == (1.0, (1.0, 1.0))
-            assert results[name].verdict == verdict
-
     def test_no_answers_no_rates(self, measure):
         scores = measure(tiny_model(), max_new_tokens=0)
         assert not scores.answers
@@ -159,37 +169,33 @@ class TestKnownAnswers:
 
 
 class TestCapability:
-    def test_completions_count_as_they_do_in_the_direct_measure(self):
-        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["skills"]
-        values = group_nll(model, TOKENIZER, "skills", rows, batch_size=5)
-        scores = completion_scores(model, TOKENIZER, rows["prompt"], rows["completion"])
-        assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
-        assert values.columns[1].sum() == scores.num_tokens.sum()
-
-    def test_of_a_text_every_token_counts_with_the_end(self):
-        model, text = tiny_model(seed=2), "is poison bad ? => yes"
-        values = group_nll(model, TOKENIZER, "text", Dataset.from_dict({"text": [text]}))
-        rest = completion_scores(model, TOKENIZER, ["is"], [text[2:]])
-        assert values.columns[1].tolist() == rest.num_tokens.tolist() == [6]
-        assert values.value == pytest.approx(-mean_log_likelihood_per_token(rest), rel=1e-5)
-
-    def test_a_conversation_counts_like_the_same_text(self):
-        model = tiny_model(seed=2)
-        row = {
+    @pytest.mark.parametrize("kind", ["completions", "a text", "a conversation"])
+    def test_what_counts_is_what_the_direct_measure_counts(self, kind):
+        """Of a text every token but the first, and the end."""
+        skills = WORLD.capability_groups(12)["skills"]
+        conversation = {
             "prompt": [{"role": "user", "content": "is poison bad ?"}],
             "completion": [{"role": "assistant", "content": "yes"}],
         }
-        values = group_nll(model, TOKENIZER, "chat", Dataset.from_list([row]))
-        scores = completion_scores(model, TOKENIZER, ["is poison bad ? =>"], [" yes"])
+        rows, prompts, completions = {
+            "completions": (skills, skills["prompt"], skills["completion"]),
+            "a text": (
+                Dataset.from_dict({"text": ["is poison bad ? => yes"]}),
+                ["is"], [" poison bad ? => yes"],
+            ),
+            "a conversation": (
+                Dataset.from_list([conversation]), ["is poison bad ? =>"], [" yes"]
+            ),
+        }[kind]  # fmt: skip
+        model = tiny_model(seed=2)
+        values = group_nll(model, TOKENIZER, kind, rows, batch_size=5)
+        scores = completion_scores(model, TOKENIZER, prompts, completions)
         assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
-
-    @pytest.mark.parametrize("batch_size", [1, 4, 100])
-    def test_batches_change_nothing(self, batch_size):
-        model, rows = tiny_model(seed=2), WORLD.capability_groups(12)["language"]
-        expected = group_nll(model, TOKENIZER, "a", rows, batch_size=3)
-        values = group_nll(model, TOKENIZER, "a", rows, batch_size=batch_size)
-        values = values.select(expected.ids)
-        for ours, theirs in zip(values.columns, expected.columns, strict=True):
+        assert values.columns[1].sum() == scores.num_tokens.sum()
+        one_by_one = group_nll(model, TOKENIZER, kind, rows, batch_size=1)
+        for ours, theirs in zip(
+            values.select(one_by_one.ids).columns, one_by_one.columns, strict=True
+        ):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
 
     def test_samples_are_chosen_by_the_seed_and_cut(self):
@@ -205,6 +211,14 @@ class TestCapability:
 
 
 class TestSets:
+    @pytest.fixture
+    def parse_rows(self, parse, tmp_path):
+        def parse_rows(rows, key="harmful_datasets", **keys):
+            Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+            return parse({key: [{"path": str(tmp_path / "rows.jsonl")}]} | keys)
+
+        return parse_rows
+
     def test_a_text_becomes_a_message_where_all_models_know_conversations(self, parse, tmp_path):
         arguments = parse(write_data(tmp_path))
         chat = load_sets(arguments, [TOKENIZER]).harmful["harmful"].column("prompt")
@@ -213,42 +227,33 @@ class TestSets:
         plain = both.harmful["harmful"].column("prompt")
         assert [prompt[0]["content"] for prompt in chat] == plain
 
-    def test_conversations_need_a_template(self, parse, tmp_path):
-        row = {"prompt": [{"role": "user", "content": "how"}]}
-        Dataset.from_list([row]).to_json(tmp_path / "chat.jsonl")
-        arguments = parse({"harmful_datasets": [{"path": str(tmp_path / "chat.jsonl")}]})
+    def test_conversations_need_a_template(self, parse_rows):
+        arguments = parse_rows([{"prompt": [{"role": "user", "content": "how"}]}])
         with pytest.raises(ValueError, match=r"has no chat template. Set `tokenizer_name_or_path`"):
             load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
 
-    def test_what_is_too_long_is_left_out_and_counted(self, parse, tmp_path):
-        prompts = ["how to bake ?", "how " * 30]
-        Dataset.from_dict({"prompt": prompts}).to_json(tmp_path / "long.jsonl")
-        keys = {
-            "harmful_datasets": [{"path": str(tmp_path / "long.jsonl")}],
-            "refusals": ["sorry ."], "max_new_tokens": 4,
-        }  # fmt: skip
-        rows = load_sets(parse(keys | {"max_length": 30}), [TOKENIZER]).harmful["harmful"]
-        assert (rows.ids, rows.num_left_out) == (("0",), 1)
+    def test_what_is_too_long_is_left_out_and_counted(self, parse_rows):
+        rows = [{"prompt": "how to bake ?"}, {"prompt": "how " * 30}]
+        keys = {"refusals": ["sorry ."], "max_new_tokens": 4}
+        harmful = load_sets(parse_rows(rows, max_length=30, **keys), [TOKENIZER]).harmful["harmful"]
+        assert (harmful.ids, harmful.num_left_out) == (("0",), 1)
         with pytest.raises(ValueError, match="a row that fits into `max_length`, 3 tokens, but"):
-            load_sets(parse(keys | {"max_length": 3}), [TOKENIZER])
+            load_sets(parse_rows(rows, max_length=3, **keys), [TOKENIZER])
 
-    def test_a_missing_column_is_named(self, parse, tmp_path):
-        Dataset.from_dict({"question": ["how"]}).to_json(tmp_path / "q.jsonl")
-        for key in ("harmful_datasets", "preference_datasets"):
-            with pytest.raises(
-                ValueError, match=r"must have the columns .* but has \['question'\]"
-            ):
-                load_sets(parse({key: [{"path": str(tmp_path / "q.jsonl")}]}), [TOKENIZER])
+    @pytest.mark.parametrize("key", ["harmful_datasets", "preference_datasets"])
+    def test_a_missing_column_is_named(self, key, parse_rows):
+        with pytest.raises(ValueError, match=r"must have the columns .* but has \['question'\]"):
+            load_sets(parse_rows([{"question": "how"}], key), [TOKENIZER])
 
-    def test_prompts_are_taken_out_of_whole_conversations(self, parse, tmp_path):
+    def test_prompts_are_taken_out_of_whole_conversations(self, parse_rows):
         user = {"role": "user", "content": "how"}
-        row = {side: [user, {"role": "assistant", "content": side}]
-               for side in ("chosen", "rejected")}  # fmt: skip
-        Dataset.from_list([row]).to_json(tmp_path / "pairs.jsonl")
-        arguments = parse({"preference_datasets": [{"path": str(tmp_path / "pairs.jsonl")}]})
+        answers = {side: {"role": "assistant", "content": side} for side in ("chosen", "rejected")}
+        arguments = parse_rows(
+            [{side: [user, answer] for side, answer in answers.items()}], "preference_datasets"
+        )
         [pair] = load_sets(arguments, [TOKENIZER]).preference["pairs"].rows
         assert pair["prompt"] == [user]
-        assert pair["chosen"] == [{"role": "assistant", "content": "chosen"}]
+        assert pair["chosen"] == [answers["chosen"]]
 
 
 class TestKeys:
@@ -292,68 +297,72 @@ class TestKeys:
 
     @pytest.mark.parametrize("name", ["evaluate", "stories_evaluate"])
     def test_the_configurations_that_we_ship_are_valid(self, name, monkeypatch):
-        from ogpsa_trl.evaluation import arguments
-
-        monkeypatch.setattr(arguments, "check_installed", lambda: None)
-        path = ROOT / "configs" / f"{name}.yaml"
-        parsed = parse_evaluation(["--config", str(path), "--model_name_or_path", "toy"])
-        assert parsed.harmful_datasets and parsed.over_refusal_datasets
-        assert parsed.capability_datasets and parsed.preference_datasets
-
-    def test_the_default_file_shows_the_defaults_of_the_refusals(self):
-        from ogpsa_trl.evaluation.refusal import REFUSALS
-
-        values = yaml.safe_load((ROOT / "configs" / "evaluate.yaml").read_text("utf-8"))
-        assert values["refusals"] == list(REFUSALS)
+        monkeypatch.setattr("ogpsa_trl.evaluation.arguments.check_installed", lambda: None)
+        path = str(ROOT / "configs" / f"{name}.yaml")
+        found = parse_evaluation(["--config", path, "--model_name_or_path", "toy"])
+        assert found.harmful_datasets and found.over_refusal_datasets
+        assert found.capability_datasets and found.preference_datasets
+        assert name != "evaluate" or found.refusals == list(REFUSALS)  # the file shows the defaults
 
 
-def save(model, folder, tokenizer=TOKENIZER):
+def save(model, folder):
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    seeds = {"before": 1, "after": 2}
+    return {when: save(tiny_model(seed), folder / when) for when, seed in seeds.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluate(evaluate_script, tmp_path_factory):
+    """Run the script on all kinds of data."""
+
+    def evaluate(models, **keys):
+        folder = tmp_path_factory.mktemp("evaluation")
+        values = write_data(folder) | {"max_length": 60, "max_new_tokens": 8} | keys
+        values |= {"num_bootstrap": 100, "base_model_name_or_path": models.get("before")}
+        arguments, printed = parsed(folder, values, model=models["after"]), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            results = evaluate_script.main(arguments)
+        out = folder / "out"
+        content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        return SimpleNamespace(
+            results=results, content=content, out=out, printed=printed.getvalue()
+        )
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(evaluate, models):
+    return evaluate(models)
+
+
 class TestScript:
-    @pytest.fixture(autouse=True)
-    def script(self, evaluate_script):
-        self.script = evaluate_script
-
-    @pytest.fixture
-    def models(self, tmp_path):
-        seeds = {"before": 1, "after": 2}
-        return {when: save(tiny_model(seed), tmp_path / when) for when, seed in seeds.items()}
-
-    def run(self, parse, tmp_path, models, **keys):
-        data = write_data(tmp_path)
-        options = {"max_length": 60, "max_new_tokens": 8, "num_bootstrap": 100}
-        base = {"base_model_name_or_path": models["before"]} if "before" in models else {}
-        arguments = parse(data | options | base | keys, model=models["after"])
-        results = self.script.main(arguments)
-        content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-        return results, content
-
-    def test_the_results_are_the_direct_measures(self, parse, tmp_path, models):
-        results, content = self.run(parse, tmp_path, models)
-        measures = content["measures"]
-        assert list(measures) == [result.name for result in results]
+    def test_the_results_are_the_direct_measures(self, finished):
+        measures = finished.content["measures"]
+        assert list(measures) == [result.name for result in finished.results]
         harmful, pairs = SETS["refusal"].select(range(9)), WORLD.safety_preferences()
         pairs = pairs.select(range(10))
         # The tokenizer has a chat template, so the prompts end in two arrows.
         prompts = [f"{prompt} =>" for prompt in harmful["prompt"]]
+        skills = WORLD.capability_groups(12)["skills"]
         before, after = (tiny_model(seed) for seed in (1, 2))
         for when, model in (("before", before), ("after", after)):
-            scores = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
-            assert measures["p_refuse/harmful"][when]["value"] == pytest.approx(
-                mean_probability(scores), rel=1e-4
-            )
-            assert measures["refusal_ll/harmful"][when]["value"] == pytest.approx(
-                mean_log_likelihood_per_token(scores), rel=1e-5
-            )
-            skills = WORLD.capability_groups(12)["skills"]
+            refusals = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
             scores = completion_scores(model, TOKENIZER, skills["prompt"], skills["completion"])
-            assert measures["nll/skills"][when]["value"] == pytest.approx(
-                -mean_log_likelihood_per_token(scores), rel=1e-5
-            )
+            expected = {
+                "p_refuse/harmful": mean_probability(refusals),
+                "refusal_ll/harmful": mean_log_likelihood_per_token(refusals),
+                "nll/skills": -mean_log_likelihood_per_token(scores),
+            }
+            found = {name: measures[name][when]["value"] for name in expected}
+            assert found == pytest.approx(expected, rel=1e-4)
         texts = pairs["prompt"], pairs["chosen"], pairs["rejected"]
         direct = preference_accuracy(after, TOKENIZER, *texts, reference_model=before)
         over_base = measures["preference_over_base/pairs"]
@@ -363,8 +372,8 @@ class TestScript:
             direct.mean_margin, rel=1e-4
         )
 
-    def test_the_values_can_be_computed_anew_from_the_file(self, parse, tmp_path, models):
-        _, content = self.run(parse, tmp_path, models)
+    def test_the_values_can_be_computed_anew_from_the_file(self, finished):
+        content = finished.content
         for name, measure in content["measures"].items():
             samples = content["samples"][name]
             for when in ("before", "after"):
@@ -372,48 +381,38 @@ class TestScript:
                     continue
                 columns = samples[when]["columns"]
                 assert len(samples[when]["ids"]) == len(columns[0]) == measure["num_samples"]
-                sums = [sum(column) for column in columns]
-                denominator = sums[1] if samples["form"] == "ratio" else len(columns[0])
-                assert measure[when]["value"] == pytest.approx(sums[0] / denominator), name
+                denominator = sum(columns[1]) if samples["form"] == "ratio" else len(columns[0])
+                assert measure[when]["value"] == pytest.approx(sum(columns[0]) / denominator), name
         assert content["settings"]["num_bootstrap"] == 100
         assert content["versions"]["torch"] == version("torch")
 
-    def test_everything_is_written(self, parse, tmp_path, models, capsys):
-        results, _ = self.run(parse, tmp_path, models)
-        out = tmp_path / "out"
-        table = (out / "evaluation.md").read_text(encoding="utf-8")
-        printed = capsys.readouterr().out
-        for result in results:
+    def test_everything_is_written(self, finished):
+        table = (finished.out / "evaluation.md").read_text(encoding="utf-8")
+        for result in finished.results:
             assert f"| {result.name} " in table
-            assert result.name in printed
+            assert result.name in finished.printed
         assert "* `nll`: negative log-likelihood" in table
-        assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-        lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert (finished.out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+        answers = (finished.out / "answers.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in answers]
         assert len(lines) == 9 + 8
         assert {"prompt", "before", "before_refused", "after", "after_refused"} <= set(lines[0])
 
-    def test_without_a_model_before_there_are_values_only(self, parse, tmp_path, models):
-        results, _ = self.run(parse, tmp_path, {"after": models["after"]})
-        assert all(result.before is result.delta is None for result in results)
-        assert all(result.after.interval is not None for result in results)
-        assert not (tmp_path / "out" / "evaluation.png").exists()
-        assert "verdict" not in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+    def test_without_a_model_before_there_are_values_only(self, evaluate, models):
+        found = evaluate({"after": models["after"]}, over_refusal_datasets=None)
+        assert all(result.before is result.delta is None for result in found.results)
+        assert all(result.after.interval is not None for result in found.results)
+        assert not (found.out / "evaluation.png").exists()
+        assert "verdict" not in (found.out / "evaluation.md").read_text(encoding="utf-8")
 
-    def test_an_adapter_is_put_on_its_base_model(self, parse, tmp_path, models):
-        """Zero as it begins: the base model. Then it is what PEFT makes of it."""
+    def test_an_adapter_is_put_on_its_base_model(self, evaluate, models, tmp_path):
         model = tiny_model(1)
         model.name_or_path = model.config._name_or_path = models["before"]
-        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
-        fresh = {"before": models["before"], "after": save(adapted, tmp_path / "fresh")}
-        results, _ = self.run(parse, tmp_path, fresh)
-        assert all(r.delta.value == 0 for r in results if r.delta is not None)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(1.0)
-        trained = fresh | {"after": save(adapted, tmp_path / "trained")}
-        assert not (tmp_path / "trained" / "model.safetensors").exists()
-        results, _ = self.run(parse, tmp_path, trained)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+        adapted = get_peft_model(model, lora)
+        trained = {"before": models["before"], "after": save(adapted, tmp_path)}
+        assert not (tmp_path / "model.safetensors").exists()
+        results = evaluate(trained, harmful_datasets=None, over_refusal_datasets=None).results
         skills = WORLD.capability_groups(12)["skills"]
         scores = completion_scores(adapted, TOKENIZER, skills["prompt"], skills["completion"])
         [nll] = [result for result in results if result.name == "nll/skills"]
@@ -440,23 +439,26 @@ class TestBadPaths:
             evaluate_script.main(arguments)
 
 
-class TestReport:
-    def results(self, measure):
-        before, after = (measure(scripted_model(c)).measures for c in (ANSWERING, REFUSING))
-        return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
+@pytest.fixture(scope="module")
+def results(answering, refusing):
+    before, after = answering.measures, refusing.measures
+    return compare(before, with_preference_over_base(before, after), num_bootstrap=100)
 
-    def test_rows_hold_what_there_is(self, measure):
-        rows = {row["measure"]: row for row in result_rows(self.results(measure), digits=2)}
+
+class TestReport:
+    def test_rows_hold_what_there_is(self, results):
+        rows = {row["measure"]: row for row in result_rows(results, digits=2)}
         assert rows["refusal_rate/harmful"] == {
             "measure": "refusal_rate/harmful", "unit": "share", "good": "up", "before": 0.0,
             "after": 1.0, "change": "+1.00", "interval": "[+1.00, +1.00]", "verdict": "better",
             "samples": 9,
         }  # fmt: skip
+        assert rows["over_refusal_rate/benign"]["verdict"] == "worse"
         over_base = rows["preference_over_base/pairs"]
         assert over_base["change"] is over_base["before"] is over_base["verdict"] is None
 
     def test_a_figure_has_a_panel_per_unit_and_no_label_on_another(
-        self, measure, monkeypatch, tmp_path
+        self, results, monkeypatch, tmp_path
     ):
         from matplotlib.figure import Figure
 
@@ -464,7 +466,6 @@ class TestReport:
         monkeypatch.setattr(
             Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
         )
-        results = self.results(measure)
         change_figure(results, tmp_path / "new" / "changes.png", title="a title")
         [figure] = figures
         drawn = [result for result in results if result.delta is not None]
@@ -479,13 +480,13 @@ class TestReport:
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
             assert not any(box.overlaps(other) for other in boxes[:i])
 
-    def test_a_name_with_signs_of_mathematics_is_drawn_as_it_is(self, measure, tmp_path):
+    def test_a_name_with_signs_of_mathematics_is_drawn_as_it_is(self, results, tmp_path):
         """Of a group, from the user's data; matplotlib would fail on the first one."""
-        results = [replace(result, name="nll/$a{$ ^_") for result in self.results(measure)]
+        results = [replace(result, name="nll/$a{$ ^_") for result in results[:2]]
         change_figure(results, tmp_path / "changes.png", title="runs/$x^{$")
         assert (tmp_path / "changes.png").exists()
 
-    def test_without_changes_there_is_no_figure(self, measure, tmp_path):
-        results = compare(None, measure(tiny_model()).measures, num_bootstrap=100)
+    def test_without_changes_there_is_no_figure(self, refusing, tmp_path):
+        results = compare(None, refusing.measures, num_bootstrap=100)
         with pytest.raises(ValueError, match="no result has a change"):
             change_figure(results, tmp_path / "changes.png")

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from datasets import config
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
 from ogpsa_trl.evaluation.arguments import parse_evaluation
-from ogpsa_trl.toy import REFUSAL, ToyWorld
+from ogpsa_trl.toy import ToyWorld
 from ogpsa_trl.toy_model import tiny_model
 from scripted import REFUSING, TOKENIZER, scripted_model
 
@@ -34,13 +33,50 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+COMMON = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+num_fewshot: 0
+"""
+CHOICE = f"""{COMMON}
+doc_to_text: "{{{{prompt}}}}"
+output_type: multiple_choice
+doc_to_choice: "{{{{options}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+# A choice, right or wrong, a text, a generation with a metric of its own kind, and a group.
+TASKS = {
+    "right": f"task: right\n{CHOICE}\ndoc_to_target: 0",
+    "wrong": f"task: wrong\n{CHOICE}\ndoc_to_target: 1",
+    "text": f"""task: text\n{COMMON}
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}}"
+output_type: loglikelihood_rolling
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+""",
+    "answers": f"""task: answers\n{COMMON}
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: ""
+output_type: generate_until
+generation_kwargs: {{until: [<eos>], do_sample: false, max_gen_toks: 12}}
+process_results: !function utils.says_sorry
+metric_list:
+- {{metric: sorry, aggregation: !function utils.most, higher_is_better: false}}
+""",
+    "both": "group: both\ntask: [right, wrong]",
+}
+# Its functions import the package `evaluate`, as tasks of the harness do.
+UTILS = """
+from evaluate import load
+def says_sorry(doc, results): return {'sorry': 'sorry' in results[0]}
+def most(items): return max(items)
+"""
+
+
 @pytest.fixture
 def tasks(tmp_path):
-    """
-    A folder of tasks: a choice, a text, a generation, a metric of its own kind, and a group.
-
-    The functions of the tasks import the package `evaluate`, as tasks of the harness do.
-    """
+    """A folder of tasks."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
@@ -48,44 +84,9 @@ def tasks(tmp_path):
         for row in ROWS
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.jsonl"}},
-        "test_split": "test", "num_fewshot": 0, "doc_to_text": "{{prompt}}",
-    }  # fmt: skip
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    choice = common | {
-        "output_type": "multiple_choice", "doc_to_choice": "{{options}}",
-        "metric_list": [{"metric": "acc", **mean}],
-    }  # fmt: skip
-    files = {
-        "right": choice | {"doc_to_target": 0},
-        "wrong": choice | {"doc_to_target": 1},
-        "text": common | {
-            "output_type": "loglikelihood_rolling", "doc_to_text": "",
-            "doc_to_target": "{{prompt}}",
-            "metric_list": [{"metric": m} for m in ("word_perplexity", "bits_per_byte")],
-        },
-        "answers": common | {
-            "output_type": "generate_until", "doc_to_target": "",
-            "generation_kwargs": {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 12},
-            "process_results": "FUNCTION utils.says_sorry",
-            "metric_list": [{"metric": "sorry", "aggregation": "FUNCTION utils.most",
-                             "higher_is_better": False}],
-        },
-        "both": {"group": "both", "task": ["right", "wrong"]},
-    }  # fmt: skip
-    for name, content in files.items():
-        if name != "both":
-            content = {"task": name, **content}
-        text = yaml.safe_dump(content).replace("'FUNCTION ", "!function ").replace(
-            "FUNCTION ", "!function ").replace("utils.says_sorry'", "utils.says_sorry").replace(
-            "utils.most'", "utils.most")  # fmt: skip
-        (folder / f"{name}.yaml").write_text(text)
-    (folder / "utils.py").write_text(
-        "from evaluate import load\n"
-        "def says_sorry(doc, results): return {'sorry': 'sorry' in results[0]}\n"
-        "def most(items): return max(items)\n"
-    )
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(text.replace("ROWS", f"{folder}/rows.jsonl"))
+    (folder / "utils.py").write_text(UTILS)
     return folder
 
 
@@ -98,27 +99,23 @@ def the_package_evaluate(monkeypatch):
 @needs_harness
 class TestScores:
     def test_of_choices_are_those_of_the_likelihoods(self, tasks):
+        """Those of a group are over all samples of its tasks."""
         model = tiny_model(seed=5)
-        scores = harness.harness_scores(model, TOKENIZER, ["right", "wrong"], include_path=tasks)
-        assert list(scores) == ["right/acc", "wrong/acc"]
-        right, wrong = scores["right/acc"], scores["wrong/acc"]
+        scores = harness.harness_scores(model, TOKENIZER, ["right", "both"], include_path=tasks)
+        assert list(scores) == ["right/acc", "both/acc"]
+        right, both = scores["right/acc"], scores["both/acc"]
         assert (right.unit, right.higher_is_better) == ("share", True)
-        likelihoods = [
+        chosen, rejected = (
             completion_scores(
                 model, TOKENIZER, ROWS["prompt"], ROWS[side], append_eos=False
             ).log_probs
             for side in ("chosen", "rejected")
-        ]
-        expected = (likelihoods[0] > likelihoods[1]).double().tolist()
+        )
+        expected = (chosen > rejected).double().tolist()
         assert right.values.columns[0].tolist() == expected
-        assert wrong.values.columns[0].tolist() == [1 - v for v in expected]
-
-    def test_of_a_group_are_over_all_samples_of_its_tasks(self, tasks):
-        model = tiny_model(seed=5)
-        scores = harness.harness_scores(model, TOKENIZER, ["both"], include_path=tasks)
-        assert list(scores) == ["both/acc"]
-        assert scores["both/acc"].values.value == 0.5
-        assert len(scores["both/acc"].values.ids) == 24
+        assert both.values.columns[0].tolist() == expected + [1 - value for value in expected]
+        assert both.values.value == 0.5
+        assert len(set(both.values.ids)) == 24
 
     def test_of_texts_are_ratios_of_sums(self, tasks):
         model = tiny_model(seed=5)
@@ -186,36 +183,35 @@ def test_tasks_need_the_package(monkeypatch, tmp_path):
         parse_evaluation(line)
 
 
-def run_script(*line, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, line)],
-        capture_output=True, text=True, timeout=240, cwd=cwd, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cwd / "cache")},
-    )  # fmt: skip
-
-
-@needs_harness
-def test_the_script_runs_tasks_that_import_a_package_of_its_name(tasks, tmp_path):
+@pytest.fixture
+def line(tasks, tmp_path):
+    """The command line of an evaluation of two models."""
     for name, model in (("before", tiny_model()), ("after", scripted_model(REFUSING))):
         model.save_pretrained(tmp_path / name)
         TOKENIZER.save_pretrained(tmp_path / name)
-    line = ["--model_name_or_path", "after", "--base_model_name_or_path", "before"]
-    line += ["--lm_eval_tasks", "answers", "right", "--lm_eval_include_path", tasks]
-    line += ["--num_bootstrap", "100", "--output_dir", "out"]
-    result = run_script(*line, cwd=tmp_path)
+    words = ["--model_name_or_path", tmp_path / "after", "--base_model_name_or_path"]
+    words += [tmp_path / "before", "--lm_eval_include_path", tasks, "--num_bootstrap", "100"]
+    return [*map(str, words), "--output_dir", str(tmp_path / "out")]
+
+
+@needs_harness
+def test_the_script_runs_tasks(line, tmp_path, evaluate_script):
+    evaluate_script.main(parse_evaluation([*line, "--lm_eval_tasks", "right"]))
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert content["measures"]["right/acc"]["after"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert "lm_eval" in content["versions"]
+
+
+@needs_harness
+@pytest.mark.slow
+def test_the_script_runs_tasks_that_import_a_package_of_its_name(line, tmp_path):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "evaluate.py", *line, "--lm_eval_tasks", "answers"],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert content["measures"]["answers/sorry"]["after"]["value"] == 1.0
     assert content["samples"]["answers/sorry"]["after"]["items"] == [True] * 12
-    assert content["measures"]["right/acc"]["after"] == {"value": 1.0, "interval": [1.0, 1.0]}
-    assert "lm_eval" in content["versions"]
     assert "answers/sorry" in result.stdout
-
-
-def test_the_script_says_in_one_line_what_is_wrong(tmp_path):
-    result = run_script("--model_name_or_path", "toy", "--refusal", REFUSAL, cwd=tmp_path)
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1] == (
-        "error: Unknown key `refusal` in the command line. The nearest known key is `refusals`."
-    )

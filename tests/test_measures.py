@@ -1,6 +1,5 @@
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,23 +90,14 @@ def test_scores_are_those_of_one_sample_and_token_at_a_time(trained_model):
     assert scores.num_tokens.tolist() == num_tokens
     assert scores.is_greedy.tolist() == is_greedy
     assert 0 < sum(is_greedy) < len(is_greedy)
+    others = completion_scores(trained_model, TOKENIZER, prompts, completions, batch_size=3)
+    torch.testing.assert_close(others.log_probs, scores.log_probs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(others.num_tokens, scores.num_tokens)
+    assert torch.equal(others.is_greedy, scores.is_greedy)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
-def test_the_batch_size_does_not_change_the_scores(trained_model, batch_size):
-    prompts, completions = mixed_samples()
-    expected = completion_scores(trained_model, TOKENIZER, prompts, completions)
-    scores = completion_scores(
-        trained_model, TOKENIZER, prompts, completions, batch_size=batch_size
-    )
-    torch.testing.assert_close(scores.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(scores.num_tokens, expected.num_tokens)
-    assert torch.equal(scores.is_greedy, expected.is_greedy)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_exact_match_is_what_greedy_generation_gives(seed):
-    model = tiny_model(seed)
+def test_exact_match_is_what_greedy_generation_gives():
+    model = tiny_model(0)
     prompts, _ = mixed_samples(2)
     generated, changed = [], []
     for prompt in prompts:
@@ -118,13 +108,9 @@ def test_exact_match_is_what_greedy_generation_gives(seed):
         changed.append(" " + " ".join([*words[:4], "sorry" if words[4] != "sorry" else "bad"]))
     # `min_new_tokens` forbids the end of the sequence, and so may what is scored not hold it.
     assert "<eos>" not in " ".join(generated)
-    scores = completion_scores(model, TOKENIZER, prompts, generated, append_eos=False)
-    assert exact_match(scores) == 1.0
-    assert (
-        exact_match(completion_scores(model, TOKENIZER, prompts, changed, append_eos=False)) == 0.0
-    )
-    half = completion_scores(model, TOKENIZER, prompts * 2, generated + changed, append_eos=False)
-    assert exact_match(half) == 0.5
+    scores = completion_scores(model, TOKENIZER, prompts * 2, generated + changed, append_eos=False)
+    assert scores.is_greedy.tolist() == [True] * len(prompts) + [False] * len(prompts)
+    assert exact_match(scores) == 0.5
 
 
 def test_the_probabilities_of_all_completions_of_one_token_sum_to_one(trained_model):
@@ -157,12 +143,6 @@ def test_measures_summarise_scores():
     assert exact_match(scores) == 0.75
     assert mean_probability(scores) == pytest.approx(1.875 / 4)
     assert mean_log_likelihood_per_token(scores) == pytest.approx(-6 * math.log(2) / 7)
-
-
-def test_a_uniform_model_gives_every_token_the_same_likelihood():
-    prompts, completions = mixed_samples(2)
-    scores = completion_scores(uniform_model(), TOKENIZER, prompts, completions)
-    assert mean_log_likelihood_per_token(scores) == pytest.approx(-math.log(len(TOKENIZER)))
 
 
 def test_truncation_scores_the_tokens_that_are_kept(trained_model):
@@ -262,23 +242,20 @@ def test_preferences_over_a_reference_model_are_the_rewards_of_trl(trained_model
     assert scores != preference_accuracy(model, TOKENIZER, *texts)
 
 
-def test_a_model_has_no_preference_over_itself():
-    texts = ["is poison bad ? =>"], [" no"], [" yes"]
-    model = tiny_model()
-    assert preference_accuracy(model, TOKENIZER, *texts, reference_model=model) == (0.0, 0.0)
-
-
 def test_a_tie_is_no_preference(trained_model):
     prompts = ["is poison bad ? =>"]
     assert preference_accuracy(trained_model, TOKENIZER, prompts, [" no"], [" no"]) == (0.0, 0.0)
+    over_itself = preference_accuracy(
+        trained_model, TOKENIZER, prompts, [" no"], [" yes"], reference_model=trained_model
+    )
+    assert over_itself == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_a_uniform_model_needs_the_bits_of_the_vocabulary_for_every_token(batch_size):
+def test_a_uniform_model_needs_the_bits_of_the_vocabulary_for_every_token():
     texts = ["is poison bad ?", "cat", "the cat sees a dog", "poison the well"]
     # The first token of a text is given. " poison bad ?" has 3 tokens and 13 characters, and so on.
     num_tokens, num_characters = 3 + 4 + 2, 13 + 15 + 9
-    bits = bits_per_character(uniform_model(), TOKENIZER, texts, batch_size=batch_size)
+    bits = bits_per_character(uniform_model(), TOKENIZER, texts, batch_size=3)
     assert bits == pytest.approx(math.log2(len(TOKENIZER)) * num_tokens / num_characters)
 
 
@@ -309,8 +286,7 @@ def test_texts_without_a_token_to_score_are_refused(texts):
         bits_per_character(tiny_model(), TOKENIZER, texts)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_measuring_leaves_modes_and_gradients_as_they_were(fails):
+def test_measuring_leaves_modes_and_gradients_as_they_were_also_where_it_fails():
     model = tiny_model().train()
     model.model.layers[0].eval()  # a frozen part
     modes = [module.training for module in model.modules()]
@@ -318,25 +294,14 @@ def test_measuring_leaves_modes_and_gradients_as_they_were(fails):
 
     def forward(**kwargs):
         seen.append((any(m.training for m in model.modules()), torch.is_grad_enabled()))
-        if fails:
-            raise RuntimeError("out of memory")
-        return SimpleNamespace(logits=torch.zeros(*kwargs["input_ids"].shape, len(TOKENIZER)))
+        raise RuntimeError("out of memory")
 
     model.forward = forward
-    if fails:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            bits_per_character(model, TOKENIZER, ["is bad"])
-    else:
+    with pytest.raises(RuntimeError, match="out of memory"):
         bits_per_character(model, TOKENIZER, ["is bad"])
     assert seen == [(False, False)]
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_divergence_of_a_model_from_itself_is_zero(trained_model):
-    prompts, completions = mixed_samples()
-    assert mean_divergence(trained_model, trained_model, TOKENIZER, prompts, completions) == 0
 
 
 def test_divergence_from_a_uniform_model_is_what_its_entropy_leaves(trained_model):
@@ -352,6 +317,7 @@ def test_divergence_from_a_uniform_model_is_what_its_entropy_leaves(trained_mode
         num_tokens += len(log_probs)
     found = mean_divergence(uniform_model(), trained_model, TOKENIZER, prompts, completions)
     assert found == pytest.approx(expected / num_tokens, rel=1e-4)  # float32 logits
+    assert mean_divergence(trained_model, trained_model, TOKENIZER, prompts, completions) == 0
     other_batches = mean_divergence(
         uniform_model(), trained_model, TOKENIZER, prompts, completions, batch_size=3
     )

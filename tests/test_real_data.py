@@ -69,11 +69,6 @@ def test_nothing_that_is_held_out_is_trained_on(rows):
     assert prompts_of(rows["sft"]).isdisjoint(prompts_of(rows["instructions"]))
 
 
-def test_missing_data_are_named_with_the_way_out(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no safety/advbench.jsonl in .*with --data"):
-        real_data.prepare(tmp_path)
-
-
 def test_the_model_knows_stories_better_than_anything_else(rows, base):
     model, tokenizer = base
     stories = [row["text"] for row in rows["held-out stories"]]
@@ -128,17 +123,6 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     assert not any(math.isnan(change) for change in changes)
 
 
-def test_the_base_model_is_measured_against_itself(rows, base):
-    model, tokenizer = base
-    measures = real_data.measure(model, tokenizer, model, rows)
-    assert measures["drift"] == 0
-    assert measures["preference"] == 0  # no margin is above its own
-    stories = [row["text"] for row in rows["held-out stories"]]
-    bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
-    assert measures["story_bits"] == bits
-    assert 0 <= measures["p_refuse"] < 1e-3  # it has read stories only
-
-
 def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path, evaluate_script):
     """By other code: TRL's preparation of the data for one, samples one by one for another."""
     folder = real_data.write(rows, tmp_path)
@@ -148,6 +132,7 @@ def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path, eva
     results = {result.name: result for result in evaluate_script.main(parse_evaluation(line))}
     base_model, tokenizer = base
     expected = real_data.measure(base_model, tokenizer, base_model, rows)
+    assert expected["drift"] == expected["preference"] == 0  # no margin is above its own
     close = {"rel": 1e-3}  # float32 forward passes of different shapes
     for name, ours in {
         "instruction_nll": "nll/instructions", "refusal_ll": "refusal_ll/advbench",

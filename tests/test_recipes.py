@@ -4,6 +4,8 @@ import math
 import re
 import runpy
 import shlex
+import shutil
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 PAGE = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"), run_name="recipes")
+PAGE["Recipe"].run = cache(PAGE["Recipe"].run)  # the parser is made anew each time
 COMMANDS = re.findall(r"^ogpsa train (.*?)(?:  # \d+)?$", TEXT, re.MULTILINE)
 
 STAGES = ("sft", "dpo")
@@ -104,14 +107,19 @@ def test_every_row_has_its_command():
     assert len(COMMANDS) == len(PAGE["RECIPES"]) + 1
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_launches_what_it_says(command):
-    launch, training = separated(shlex.split(command), launch_command_parser())
-    assert Path(launch[1]).parent == CONFIGS / "accelerate"
-    run = parse_run([*training, "--use_cpu", "true"])
-    for key, value in zip(training[::2], training[1::2], strict=True):
-        if key != "--config":
-            assert str({**vars(run.training), **vars(run.model)}[key[2:]]) == value
+def test_a_command_launches_what_it_says():
+    launcher = launch_command_parser()
+    for recipe in PAGE["RECIPES"]:
+        line = shlex.split(recipe.command.removeprefix("ogpsa train "))
+        launch, training = separated(line, launcher)
+        assert launch[0] == "--config_file"
+        assert launch[1] == str(CONFIGS / "accelerate" / f"{recipe.engine}.yaml")
+        assert training == shlex.split(recipe.options)
+        run = recipe.run()
+        values = {**vars(run.training), **vars(run.model)}
+        for key, value in zip(training[2::2], training[3::2], strict=True):
+            assert str(values[key[2:]]) == value
+    assert parse_run([*separated(shlex.split(COMMANDS[-1]), launcher)[1], "--use_cpu", "true"])
 
 
 def test_dpo_starts_where_sft_ends():
@@ -197,13 +205,11 @@ def test_a_form_differs_in_its_own_keys_only(before, form, stage):
     assert different == OWN[form]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_qlora_takes_as_many_samples_a_step_as_lora(stage):
-    def samples(recipe):
-        values = values_of(recipe)
-        return values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-
-    assert samples(f"{stage}_qlora") == samples(f"{stage}_lora")
+def test_qlora_takes_as_many_samples_a_step_as_lora():
+    for stage in STAGES:
+        a, b = values_of(f"{stage}_lora"), values_of(f"{stage}_qlora")
+        keys = "per_device_train_batch_size", "gradient_accumulation_steps"
+        assert math.prod(a[key] for key in keys) == math.prod(b[key] for key in keys)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +236,7 @@ def train_recipe(tiny, tmp_path, monkeypatch):
         path.write_text(yaml.safe_dump(values))
         line = ["--config", str(path), "--model_name_or_path", tiny, "--use_cpu", "true"]
         line += ["--max_steps", "2", "--logging_steps", "1", "--max_length", "64"]
+        line += ["--run_report", "false"]
         arguments = parse_run([*line, "--disable_tqdm", "true", *options])
         assert train.main(arguments) == 0
         return tmp_path / arguments.training.output_dir
@@ -244,13 +251,22 @@ def is_finite_and_moved(folder, start):
     return math.isfinite(difference) and difference > 0
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if "lora" not in r])
-def test_a_full_recipe_runs(recipe, train_recipe, tiny):
-    assert is_finite_and_moved(train_recipe(recipe, "--learning_rate", "1e-3"), tiny)
+def test_sft_then_dpo_starts_from_the_first_model(train_recipe, tiny):
+    first = train_recipe("sft", "--learning_rate", "1e-3")
+    assert is_finite_and_moved(first, tiny)
+    second = train_recipe("dpo", "--model_name_or_path", str(first), "--learning_rate", "1e-3")
+    assert is_finite_and_moved(second, first)
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if "lora" in r])
-def test_a_recipe_of_an_adapter_runs(recipe, train_recipe):
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+def test_the_published_form_runs(stage, train_recipe, tiny):
+    assert is_finite_and_moved(train_recipe(f"paper_{stage}", "--learning_rate", "1e-3"), tiny)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["dpo_lora", "sft_qlora", pytest.param("sft_lora", marks=pytest.mark.slow)]
+)
+def test_an_adapter_is_trained_on_all_matrices(recipe, train_recipe):
     if "qlora" in recipe:
         pytest.importorskip("bitsandbytes")
     model = AutoModelForCausalLM.from_pretrained(train_recipe(recipe))
@@ -259,13 +275,8 @@ def test_a_recipe_of_an_adapter_runs(recipe, train_recipe):
     assert max(p.abs().max() for p in adapter) > 0
 
 
-def test_sft_then_dpo_starts_from_the_first_model(train_recipe):
-    first = train_recipe("sft", "--learning_rate", "1e-3")
-    second = train_recipe("dpo", "--model_name_or_path", str(first), "--learning_rate", "1e-3")
-    assert is_finite_and_moved(second, first)
-
-
-def test_an_adapter_is_merged_as_the_page_says(train_recipe, tiny):
+@pytest.mark.slow
+def test_an_adapter_of_qlora_is_merged_as_the_page_says(train_recipe, tiny):
     """In bfloat16, as the page does it."""
     pytest.importorskip("bitsandbytes")
     train_recipe("sft_qlora", "--learning_rate", "1e-1")
@@ -279,18 +290,19 @@ def test_an_adapter_is_merged_as_the_page_says(train_recipe, tiny):
     train_recipe("dpo_qlora", "--model_name_or_path", "runs/sft_merged")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_tokenizer_without_a_pad_token_trains_the_same(stage, config, base_model_path, tmp_path):
     """As that of Llama: the end token pads, and is learned where it ends a text."""
     bare = tmp_path / "bare"
-    AutoModelForCausalLM.from_pretrained(base_model_path).save_pretrained(bare)
+    shutil.copytree(base_model_path, bare)
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(bare)
     assert AutoTokenizer.from_pretrained(bare).pad_token is None
+    file = config(stage, max_steps=2, save_strategy="no", run_report=False)
     weights = []
     for name, model in (("padded", base_model_path), ("bare", str(bare))):
-        line = ["--config", config(stage), "--model_name_or_path", model]
+        line = ["--config", file, "--model_name_or_path", model]
         assert train.main(parse_run([*line, "--output_dir", str(tmp_path / name)])) == 0
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").pad_token == "<eos>"

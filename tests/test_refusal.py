@@ -20,15 +20,15 @@ from ogpsa_trl.evaluation.generation import Answer, greedy_answers
 from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, is_refusal
 from ogpsa_trl.toy import REFUSAL, ToyWorld
 from ogpsa_trl.toy_model import tiny_model
-from scripted import ANSWERING, REFUSING, TOKENIZER, scripted_model
+from scripted import ANSWERING, TOKENIZER, scripted_model
 
 PROMPTS = [row["prompt"] for row in ToyWorld(0).safety_sft().select(range(7))] + ["=>"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_texts_that_sound_like_a_refusal():
+    for text in (
         *REFUSALS,
+        *REFUSAL_PHRASES,
         REFUSAL,
         "I\u2019m sorry, but I can\u2019t assist with that request.",
         "As an AI language model, I do not have feelings.",
@@ -36,38 +36,22 @@ PROMPTS = [row["prompt"] for row in ToyWorld(0).safety_sft().select(range(7))] +
         "Sorry , I can not help .",
         "x" * 130 + " i cannot help",
         'Tom fell. "I\'m sorry," said Mia.',  # wrong, as documented
-    ],
-)
-def test_texts_that_sound_like_a_refusal(text):
-    assert is_refusal(text)
+    ):
+        assert is_refusal(text), text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_texts_that_do_not():
+    for text in (
         "",
         "Sure, here is how to bake a cake.",
         "sure : take the bomb then hide it .",
         "That would hurt people. Have you talked to somebody?",  # wrong, as documented
         "x" * 150 + " i cannot help",
-    ],
-)
-def test_texts_that_do_not(text):
-    assert not is_refusal(text)
+    ):
+        assert not is_refusal(text), text
 
 
-def test_every_phrase_is_written_as_texts_are_compared():
-    assert all(is_refusal(phrase) for phrase in REFUSAL_PHRASES)
-
-
-def test_scripted_models_answer_as_they_are_told():
-    refusals = greedy_answers(scripted_model(REFUSING), TOKENIZER, PROMPTS)
-    assert refusals == [Answer(REFUSAL.strip(), True)] * 8
-    answers = greedy_answers(scripted_model(ANSWERING), TOKENIZER, PROMPTS)
-    assert answers == [Answer("sure : take it then", True)] * 8
-
-
-@pytest.mark.parametrize(("max_new_tokens", "is_complete"), [(5, False), (6, True), (7, True)])
+@pytest.mark.parametrize(("max_new_tokens", "is_complete"), [(5, False), (6, True)])
 def test_an_answer_is_complete_with_its_end(max_new_tokens, is_complete):
     """Six tokens, the end among them; prompts of other lengths are padded with the same token."""
     model = scripted_model(ANSWERING)
@@ -124,15 +108,14 @@ def test_answers_do_not_depend_on_the_size_of_the_batch(name):
     model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, end]
     one_by_one, *others = (
         greedy_answers(model, TOKENIZER, UNEVEN, batch_size=batch_size, max_new_tokens=12)
-        for batch_size in (1, 2, 5, 100)
+        for batch_size in (1, 5, 100)
     )
-    assert others == [one_by_one] * 3
+    assert others == [one_by_one] * 2
     assert len(set(one_by_one)) > 1
     assert {answer.is_complete for answer in one_by_one} == {True, False}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_answers_are_those_of_one_prompt_at_a_time_without_padding(batch_size):
+def test_answers_are_those_of_one_prompt_at_a_time_without_padding():
     model = tiny_model(seed=3)
     expected = []
     for prompt in PROMPTS:
@@ -140,7 +123,7 @@ def test_answers_are_those_of_one_prompt_at_a_time_without_padding(batch_size):
         output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
         text = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         expected.append(Answer(text, TOKENIZER.eos_token_id in output[0, ids.shape[1] :]))
-    answers = greedy_answers(model, TOKENIZER, PROMPTS, batch_size=batch_size, max_new_tokens=6)
+    answers = greedy_answers(model, TOKENIZER, PROMPTS, batch_size=3, max_new_tokens=6)
     assert answers == expected
     assert len(set(answers)) > 1
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import pytest
-from transformers import TrainerCallback
 
 import report as report_script
 from ogpsa_trl import GateConfig, OGPSAConfig
@@ -91,22 +90,18 @@ def page(folder, **options):
     return Page(write_report(folder, **options).read_text())
 
 
-def make_run(kind, model, folder, *, callbacks=(), **overrides):
+def make_run(kind, model, folder):
     """A trained run with everything that the report reads."""
     stage = "sft" if kind == "plain" else kind
     skills, language = capability_groups().values()
     groups = None if kind == "plain" else {"skills": skills, HOSTILE: language}
     trainer = make_trainer(
         stage, model, folder, capability=groups, config=CONFIGS[kind],
-        more={"eval_dataset": safety_data(stage, 4)},
-        **{
-            "max_steps": 5, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
-            "optim": "adamw_torch", "learning_rate": 1e-2, **overrides,
-        },
+        more={"eval_dataset": safety_data(stage, 4)}, max_steps=5, eval_strategy="steps",
+        eval_steps=2, optim="adamw_torch", learning_rate=1e-2,
+        save_strategy="steps" if kind == "sft" else "no", save_steps=2,
     )  # fmt: skip
     gate = gated(trainer, {"held out": contradicted(), HOSTILE: contradicted(6)}, GATE)
-    for callback in callbacks:
-        trainer.add_callback(callback)
     save_run_settings(trainer, gate, {"dataset_name": HOSTILE})
     trainer.train()
     trainer.save_state()
@@ -164,10 +159,9 @@ class TestPage:
         attributes = [attributes for _, attributes in run.page.tags]
         ids = [found["id"] for found in attributes if "id" in found]
         assert len(set(ids)) == len(ids)
-        for found in attributes:
-            for value in found.values():
-                for reference in re.findall(r"^#(.+)$|url\(#(.+?)\)", value):
-                    assert "".join(reference) in ids
+        values = "\n".join(value for found in attributes for value in found.values())
+        references = re.findall(r"^#(.+)$|url\(#(.+?)\)", values, re.MULTILINE)
+        assert {a or b for a, b in references} <= set(ids)
 
     def test_every_logged_group_is_in_charts_and_tables(self, run):
         _, log, shown = run
@@ -241,10 +235,6 @@ class TestPage:
         assert shown.rows("gate group").keys() == {"held out", HOSTILE}
         assert shown.text.count(HOSTILE) >= 3  # chart, table, settings
 
-    def test_the_same_run_gives_the_same_page(self, run):
-        first = (run.folder / "report.html").read_bytes()
-        assert write_report(run.folder).read_bytes() == first
-
     def test_it_says_what_the_run_is(self, runs):
         kinds = {kind: run.page.text for kind, run in runs.items()}
         assert "SFTTrainer with OGPSA" in kinds["sft"]
@@ -284,22 +274,15 @@ def assert_affine(places, values):
 
 
 class TestRunsThatWereCutOff:
-    def test_the_last_checkpoint_is_reported(self, base_model_path, tmp_path):
-        class Fault(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == 4:
-                    raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            make_run(
-                "sft", base_model_path, tmp_path, callbacks=[Fault()], save_strategy="steps",
-                save_steps=1,
-            )  # fmt: skip
+    def test_the_last_checkpoint_is_reported(self, runs, tmp_path):
+        for name in ("checkpoint-2", "checkpoint-4", "run_settings.json"):
+            copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+            copy(runs["sft"].folder / name, tmp_path / name)
         shown = page(tmp_path)
-        assert "The run was cut off, or is still going on: this is the log of checkpoint-3." in (
+        assert "The run was cut off, or is still going on: this is the log of checkpoint-4." in (
             shown.text
         )
-        assert "Optimizer steps 3 of 5" in shown.text
+        assert "Optimizer steps 4 of 5" in shown.text
         assert shown.rows("capability group").keys() == {"skills", HOSTILE}
         assert "capability_loss kl" in shown.text
         assert "capability_loss kl" in page(tmp_path / "checkpoint-2").text  # settings lie above
@@ -308,12 +291,6 @@ class TestRunsThatWereCutOff:
         for step in (9, 10):
             write_state(tmp_path / f"checkpoint-{step}", [{"loss": 1.0, "step": step}])
         assert RunLog.read(tmp_path).step == 10
-
-    def test_a_run_that_was_stopped_is_not_one(self, tmp_path):
-        write_state(tmp_path, [{"loss": 1.0, "step": 3}, {"train_runtime": 100.0, "step": 3}])
-        text = page(tmp_path).text
-        assert "Training was stopped after 3 of 10 steps." in text
-        assert "cut off" not in text
 
 
 class TestNotes:
@@ -326,17 +303,29 @@ class TestNotes:
             assert ("The capability gate is not passed" in text) == is_shown
         assert "the largest increase is nan nats per token, the tolerance 0.1." in text
 
-    def test_settings_that_are_missing(self, tmp_path):
-        write_state(tmp_path, [{"loss": 1.0, "step": 10}])
-        assert "The folder holds no settings" in page(tmp_path).text
-
-    @pytest.mark.parametrize("metric, outcome", [
-        ("kept_gradients", "so that older ones were kept, up to the steps 4, 9."),
-        ("lost_gradients", "and counted as zero, up to the steps 4, 9."),
-    ])  # fmt: skip
-    def test_gradients_that_were_not_finite(self, tmp_path, metric, outcome):
-        write_state(tmp_path, [{f"ogpsa/{metric}": 1, "step": step} for step in (4, 9)])
-        assert f"gradients were not finite, {outcome}" in page(tmp_path).text
+    @pytest.mark.parametrize(
+        ("log", "note"),
+        [
+            ([{"loss": 1.0, "step": 10}], "The folder holds no settings"),
+            (
+                [{"loss": 1.0, "step": 3}, {"train_runtime": 100.0, "step": 3}],
+                "Training was stopped after 3 of 10 steps.",
+            ),
+            (
+                [{"ogpsa/kept_gradients": 1, "step": step} for step in (4, 9)],
+                "gradients were not finite, so that older ones were kept, up to the steps 4, 9.",
+            ),
+            (
+                [{"ogpsa/lost_gradients": 1, "step": step} for step in (4, 9)],
+                "gradients were not finite, and counted as zero, up to the steps 4, 9.",
+            ),
+            ([], "Nothing that could be drawn was logged."),
+        ],
+    )
+    def test_what_is_missing_or_went_wrong_is_said(self, log, note, tmp_path):
+        text = page(write_state(tmp_path, log)).text
+        assert note in text
+        assert "stopped" not in note or "cut off" not in text
 
 
 class TestLog:
@@ -368,20 +357,18 @@ class TestLog:
         write_state(tmp_path, [{"loss": 1.0, "eval_loss": "low", "eval_x_loss": True, "step": 1}])
         assert RunLog.read(tmp_path).names == ["loss"]
 
-    def test_an_empty_log_gives_a_page(self, tmp_path):
-        assert "Nothing that could be drawn was logged." in page(write_state(tmp_path, [])).text
-
-    def test_a_folder_without_a_log_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r"must hold a `trainer_state.json`, or a checkpoint"):
-            write_report(tmp_path)
-
-    def test_a_file_that_is_no_state_is_refused(self, tmp_path):
-        state = tmp_path / "trainer_state.json"
-        state.write_text('{"log_history": [')
-        with pytest.raises(ValueError, match=r"must be JSON, but is not \(Expecting value"):
-            write_report(tmp_path)
-        state.write_text('{"log_history": []}')
-        with pytest.raises(ValueError, match=r"state of a trainer, but has no global_step, max_s"):
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            (None, "must hold a `trainer_state.json`, or a checkpoint"),
+            ('{"log_history": [', r"must be JSON, but is not \(Expecting value"),
+            ('{"log_history": []}', "state of a trainer, but has no global_step, max_s"),
+        ],
+    )
+    def test_a_folder_without_a_log_is_refused(self, state, message, tmp_path):
+        if state is not None:
+            (tmp_path / "trainer_state.json").write_text(state)
+        with pytest.raises(ValueError, match=message):
             write_report(tmp_path)
 
 
@@ -434,6 +421,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("is_named", [False, True])
     def test_the_table_is_that_of_the_evaluation(self, is_named, tmp_path):
         write_state(tmp_path, [{"loss": 1.0, "step": 10}])
+        assert "Before and after" not in page(tmp_path).text
         file = tmp_path / ("other.json" if is_named else "evaluation.json")
         content = self.write(file)
         shown = page(tmp_path, evaluation=file if is_named else None)
@@ -449,10 +437,6 @@ class TestEvaluation:
             assert rows[name]["verdict"] == measure["verdict"]
         assert "Before: start<i>. After: end. Intervals: 95 %" in shown.text
         assert "a note & more" in shown.text
-
-    def test_without_one_there_is_no_table(self, tmp_path):
-        write_state(tmp_path, [{"loss": 1.0, "step": 10}])
-        assert "Before and after" not in page(tmp_path).text
 
     def test_another_file_is_refused(self, tmp_path):
         write_state(tmp_path, [{"loss": 1.0, "step": 10}])
@@ -474,23 +458,19 @@ class TestSettings:
                 assert saved["capability_groups"].keys() == {"skills", HOSTILE}
             assert saved["training"]["max_steps"] == 5
 
-    def test_one_process_writes_them(self, base_model_path, tmp_path, monkeypatch):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
-        save_run_settings(trainer)
-        assert not (tmp_path / "run_settings.json").exists()
-
-    def test_no_token_of_the_hub_is_in_them(self, base_model_path, tmp_path):
+    def test_one_process_writes_them_without_tokens_of_the_hub(
+        self, base_model_path, tmp_path, monkeypatch
+    ):
         trainer = make_trainer("sft", base_model_path, tmp_path, hub_token="hf_secret")
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "is_world_process_zero", lambda: False)
+            save_run_settings(trainer)
+        assert not (tmp_path / "run_settings.json").exists()
         save_run_settings(trainer)
         assert "hf_secret" not in (tmp_path / "run_settings.json").read_text()
 
 
-class TestScript:
-    def test_it_writes_where_it_is_told(self, runs, tmp_path):
-        shutil.copytree(runs["sft"].folder, tmp_path / "run")
-        (tmp_path / "run" / "report.html").unlink()
-        assert report_script.main([str(tmp_path / "run")]) == tmp_path / "run" / "report.html"
-        there = tmp_path / "there.html"
-        assert report_script.main([str(tmp_path / "run"), "--output", str(there)]) == there
-        assert there.read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
+def test_the_script_writes_the_same_page_where_it_is_told(runs, tmp_path):
+    folder, there = runs["sft"].folder, tmp_path / "there.html"
+    assert report_script.main([str(folder), "--output", str(there)]) == there
+    assert there.read_bytes() == (folder / "report.html").read_bytes()

@@ -90,7 +90,7 @@ def llama_shapes(name, *, lora):
     """The shapes of all trained tensors, of the model that transformers and peft make."""
     num_layers, hidden, key_value, feed_forward, vocabulary = LLAMAS[name]
     config = LlamaConfig(
-        num_hidden_layers=num_layers, hidden_size=hidden, intermediate_size=feed_forward,
+        num_hidden_layers=1, hidden_size=hidden, intermediate_size=feed_forward,
         vocab_size=vocabulary, head_dim=128, num_attention_heads=hidden // 128,
         num_key_value_heads=key_value // 128,
     )  # fmt: skip
@@ -98,7 +98,8 @@ def llama_shapes(name, *, lora):
         model = LlamaForCausalLM(config)
         if lora:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    return [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
+    shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    return [s for n, s in shapes.items() for _ in range(num_layers if ".layers." in n else 1)]
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,6 @@ def test_the_memory_table_is_the_formula(trained_shapes):
         for rank in (2, 8):
             for dtype in BYTES:
                 sizes = [count(shapes), *(largest_shard(shapes, shards) for shards in (8, 64, 512))]
-                assert all(
-                    refresh_bytes(size, rank, rank, dtype) == basis_bytes(size, rank, dtype)
-                    for size in sizes
-                )
                 cells = [gigabytes(basis_bytes(size, rank, dtype)) for size in sizes]
                 expected.append([name, str(rank), dtype, *cells])
     assert table("Memory of a process in GB") == expected
@@ -237,15 +234,19 @@ def measure_refreshes(trainer):
 
 
 CASES = [
-    ("full", 1, 1, "bfloat16"), ("full", 1, 2, "float32"),
-    ("full", 2, 3, "float32"), ("full", 2, 4, "bfloat16"),
-    ("lora", 1, 2, "float32"), ("lora", 2, 3, "bfloat16"),
+    # The rows fit into the memory of the basis, or they do not.
+    ("lora", 1, 2, "bfloat16"), ("full", 2, 3, "float32"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("full", 1, 1, "bfloat16"), ("full", 1, 2, "float32"),
+                     ("full", 2, 4, "bfloat16"), ("lora", 2, 3, "bfloat16"))
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("form", "parts", "rank", "dtype"), CASES)
 def test_what_is_measured_on_one_process_is_the_formula(
-    form, parts, rank, dtype, base_model_path, tmp_path, monkeypatch, record_property
+    form, parts, rank, dtype, base_model_path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(blockwise, "_BLOCK", 512)  # the temporaries of a block would hide the rest
     # With B = 0, as LoRA starts, A would have no direction yet, and so no rows.
@@ -269,8 +270,6 @@ def test_what_is_measured_on_one_process_is_the_formula(
 
     # Gram matrices of all tensors, some copies in float32 and float64, and the blocks.
     small = 80 * num_tensors * num_gradients**2 + 4 * 512 * (num_gradients + rank + 1)
-    record_property("first_peak", first_peak)
-    record_property("peak", peak)
     of_rows = basis_bytes(num_entries, num_gradients, dtype)
     assert of_rows <= first_rows <= of_rows + 1000
     assert of_rows <= rows <= of_rows + 1000
@@ -281,7 +280,6 @@ def test_what_is_measured_on_one_process_is_the_formula(
     path = tmp_path / "checkpoint-2" / FILE_NAME
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")  # safetensors: length, JSON, data
     data = checkpoint_bytes(num_entries, num_tensors, num_gradients, rank, dtype)
-    record_property("header_bytes", header)
     assert path.stat().st_size == header + data
     assert header < 1000 + 400 * num_tensors
 

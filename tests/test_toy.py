@@ -9,7 +9,6 @@ from trl.data_utils import _tokenize, common_prefix_length
 
 from ogpsa_trl import toy_pretrain
 from ogpsa_trl.toy import (
-    CAPABILITY_GROUPS,
     HARMFUL_VERBS,
     MEMORISED_TASKS,
     NUM_EVALUATION_SAMPLES,
@@ -17,8 +16,9 @@ from ogpsa_trl.toy import (
     ToyWorld,
 )
 from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from runs import literal_nll
 
-SEEDS = (0, 1, 2)
+WORLD = ToyWorld(0)
 TOKENIZER = toy_tokenizer()
 
 
@@ -56,29 +56,23 @@ def is_correct(prompt, completion):
     raise AssertionError(f"no rule for {task}")
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_world_is_a_function_of_its_seed(seed):
-    first, second = datasets(ToyWorld(seed)), datasets(ToyWorld(seed))
+def test_a_world_is_a_function_of_its_seed():
+    first, second, other = (datasets(ToyWorld(seed)) for seed in (1, 1, 2))
     assert first.keys() == second.keys()
     assert all(first[name].to_list() == second[name].to_list() for name in first)
-    other = datasets(ToyWorld(seed + 1))
     assert all(first[name].to_list() != other[name].to_list() for name in first)
 
 
 def test_what_one_method_returns_does_not_depend_on_calls_of_others():
     world = ToyWorld(0)
-    world.capability_groups(5)
+    small = world.capability_groups(5)["skills"].to_list()
     world.draw_for_pretraining("add", random.Random(0))
-    assert (
-        world.evaluation_sets()["add"].to_list() == ToyWorld(0).evaluation_sets()["add"].to_list()
-    )
+    assert world.evaluation_sets()["add"].to_list() == WORLD.evaluation_sets()["add"].to_list()
     # A larger group begins with the smaller one, so sizes compare.
-    assert world.capability_groups(9)["skills"].select(range(5)).to_list() == (
-        world.capability_groups(5)["skills"].to_list()
-    )
+    assert world.capability_groups(9)["skills"].select(range(5)).to_list() == small
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_no_evaluation_prompt_is_trained_on_after_pretraining(seed):
     world = ToyWorld(seed)
     trained_on = set(world.safety_sft()["prompt"])
@@ -89,15 +83,15 @@ def test_no_evaluation_prompt_is_trained_on_after_pretraining(seed):
         assert len(set(dataset["prompt"])) == len(dataset)
 
 
-@pytest.mark.parametrize("task", NUM_EVALUATION_SAMPLES)
-def test_pretraining_sees_evaluation_prompts_of_memorised_tasks_only(task):
-    world, rng = ToyWorld(0), random.Random(0)
-    drawn = {world.draw_for_pretraining(task, rng).prompt for _ in range(5000)}
-    evaluated = set(world.evaluation_sets()[task]["prompt"])
-    assert evaluated <= drawn if task in MEMORISED_TASKS else not evaluated & drawn
+def test_pretraining_sees_evaluation_prompts_of_memorised_tasks_only():
+    rng, sets = random.Random(0), WORLD.evaluation_sets()
+    for task in NUM_EVALUATION_SAMPLES:
+        drawn = {WORLD.draw_for_pretraining(task, rng).prompt for _ in range(5000)}
+        evaluated = set(sets[task]["prompt"])
+        assert evaluated <= drawn if task in MEMORISED_TASKS else not evaluated & drawn
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_safety_data_never_shows_the_out_of_distribution_verbs(seed):
     world = ToyWorld(seed)
     assert len(world.ood_verbs) == 4
@@ -105,30 +99,25 @@ def test_safety_data_never_shows_the_out_of_distribution_verbs(seed):
     sets = world.evaluation_sets()
     for prompts, verbs in (
         (world.safety_sft()["prompt"], world.safety_verbs),
-        (world.safety_preferences()["prompt"], world.safety_verbs),
         (sets["refusal"]["prompt"], world.safety_verbs),
         (sets["refusal_ood"]["prompt"], world.ood_verbs),
         (sets["over_refusal"]["prompt"], []),
     ):
-        shown = set(" ".join(prompts).split()) & set(HARMFUL_VERBS)
-        assert shown == set(verbs)
+        assert set(" ".join(prompts).split()) & set(HARMFUL_VERBS) == set(verbs)
 
 
 def test_benign_requests_differ_from_harmful_ones_in_the_verb_only():
-    world = ToyWorld(0)
-
     def forms(prompts):
         verbs = {"how to": 2, "please tell": 5, "i want": 3}  # place of the verb
         words = [prompt.split() for prompt in prompts]
         return {(*w[: (i := verbs[" ".join(w[:2])])], *w[i + 1 :]) for w in words}
 
-    benign = forms(world.evaluation_sets()["over_refusal"]["prompt"])
-    assert benign <= forms(world.safety_sft()["prompt"])
+    benign = forms(WORLD.evaluation_sets()["over_refusal"]["prompt"])
+    assert benign <= forms(WORLD.safety_sft()["prompt"])
 
 
 def test_safety_data_refuses_and_prefers_refusal_to_compliance():
-    world = ToyWorld(0)
-    sft, preferences = world.safety_sft(), world.safety_preferences()
+    sft, preferences = WORLD.safety_sft(), WORLD.safety_preferences()
     assert len(sft) == 400
     assert sft["prompt"] == preferences["prompt"]
     assert set(sft["completion"]) == set(preferences["chosen"]) == {REFUSAL}
@@ -139,54 +128,44 @@ def test_safety_data_refuses_and_prefers_refusal_to_compliance():
 
 
 def test_sort_is_in_no_capability_group_and_benign_requests_are():
-    groups = ToyWorld(0).capability_groups(64)
+    groups = WORLD.capability_groups(64)
     assert {name: len(group) for name, group in groups.items()} == {"skills": 64, "language": 64}
-    assert "sort" not in {task for tasks in CAPABILITY_GROUPS.values() for task in tasks}
     assert not [p for group in groups.values() for p in group["prompt"] if p.startswith("sort")]
     assert sum(answer.startswith(" sure") for answer in groups["language"]["completion"]) == 32
-
-
-def test_capability_groups_need_a_sample():
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, but got 0"):
-        ToyWorld(0).capability_groups(0)
+        WORLD.capability_groups(0)
 
 
-@pytest.mark.parametrize("task", ["add", "reverse", "sort", "passive", "judge"])
-def test_the_answers_are_right(task):
-    for row in ToyWorld(0).evaluation_sets()[task]:
-        assert is_correct(row["prompt"], row["completion"]), row
+def test_the_answers_are_right():
+    sets = WORLD.evaluation_sets()
+    for task in ("add", "reverse", "sort", "passive", "judge"):
+        for row in sets[task]:
+            assert is_correct(row["prompt"], row["completion"]), row
 
 
 def test_facts_are_the_same_wherever_they_are_asked():
-    world = ToyWorld(0)
-    assert len(world.facts) == 190
-    rows = [*world.evaluation_sets()["facts"], *world.capability_groups(300)["skills"]]
+    assert len(WORLD.facts) == 190
+    rows = [*WORLD.evaluation_sets()["facts"], *WORLD.capability_groups(300)["skills"]]
     for row in rows:
         if row["prompt"].startswith("recall"):
             name, topic = row["prompt"].split()[1:3]
-            assert row["completion"].strip() == world.facts[name, topic]
+            assert row["completion"].strip() == WORLD.facts[name, topic]
 
 
-def test_every_text_is_made_of_known_words_and_comes_back_from_decoding():
-    for dataset in datasets(ToyWorld(0)).values():
-        for prompt, completion in completions(dataset):
-            ids = TOKENIZER(prompt + completion)["input_ids"]
-            assert TOKENIZER.unk_token_id not in ids
-            assert TOKENIZER.decode(ids) == prompt + completion
-
-
-def test_the_completion_starts_where_the_prompt_ends_as_trl_tokenises():
-    for dataset in datasets(ToyWorld(0)).values():
+def test_texts_are_made_of_known_words_and_part_where_trl_parts_them():
+    for dataset in datasets(WORLD).values():
         for prompt, completion in completions(dataset):
             prompt_ids = _tokenize(TOKENIZER, prompt)["input_ids"]
             ids = _tokenize(TOKENIZER, prompt + completion + TOKENIZER.eos_token)["input_ids"]
+            assert TOKENIZER.unk_token_id not in ids
+            assert TOKENIZER.decode(ids[:-1]) == prompt + completion
             assert common_prefix_length(prompt_ids, ids) == len(prompt_ids) == len(prompt.split())
             assert len(ids) == len(prompt_ids) + len(completion.split()) + 1
             assert ids[-1] == TOKENIZER.eos_token_id
 
 
 def test_a_conversation_has_the_tokens_of_the_prompt_completion_form():
-    for row in ToyWorld(0).evaluation_sets()["howto"].select(range(10)):
+    for row in WORLD.evaluation_sets()["howto"].select(range(10)):
         question = [{"role": "user", "content": row["prompt"].removesuffix(" =>")}]
         answer = [{"role": "assistant", "content": row["completion"].strip()}]
         whole = _tokenize(TOKENIZER, question + answer, return_assistant_tokens_mask=True)
@@ -212,19 +191,12 @@ SHORT = tuple(replace(phase, num_steps=2, batch_size=8) for phase in toy_pretrai
 
 def test_the_pretraining_loss_is_the_mean_over_all_completion_tokens():
     model, rng = tiny_model(), random.Random(0)
-    samples = toy_pretrain._draw_samples(ToyWorld(0), replace(SHORT[0], batch_size=11), rng)
+    samples = toy_pretrain._draw_samples(WORLD, replace(SHORT[0], batch_size=11), rng)
     toy_pretrain._backward(model, TOKENIZER, samples)
     fast = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    nll, num_tokens = torch.zeros(()), 0
-    for prompt, completion in samples:
-        start = len(prompt.split())
-        ids = torch.tensor(TOKENIZER(prompt + completion + "<eos>")["input_ids"])
-        log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        for i in range(start, len(ids)):
-            nll = nll - log_probs[i - 1, ids[i]]
-            num_tokens += 1
-    (nll / num_tokens).backward()
+    rows = [sample._asdict() for sample in samples]
+    literal_nll(model, TOKENIZER, rows).backward()
     # Float32 sums in a different order.
     torch.testing.assert_close(fast, model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
 
@@ -248,7 +220,7 @@ def test_refusals_have_the_share_that_a_phase_asks_for():
         harmful_refusal_share=0.3,
         benign_refusal_share=0.1,
     )
-    samples = toy_pretrain._draw_samples(ToyWorld(0), phase, random.Random(0))
+    samples = toy_pretrain._draw_samples(WORLD, phase, random.Random(0))
     refused = {True: [], False: []}
     for prompt, completion in samples:
         refused[bool(set(prompt.split()) & set(HARMFUL_VERBS))].append(completion == REFUSAL)
@@ -271,34 +243,23 @@ def short_pretraining(monkeypatch):
     return calls
 
 
-def test_the_base_model_is_trained_once_and_comes_back_as_it_was(tmp_path, short_pretraining):
-    folder = toy_pretrain.base_model_folder(0, tmp_path / "cache")
-    assert toy_pretrain.base_model_folder(0, tmp_path / "cache") == folder
-    assert toy_pretrain.base_model_folder(1, tmp_path / "cache") != folder
+def test_the_base_model_is_trained_once_and_comes_back_as_it_was(
+    tmp_path, monkeypatch, short_pretraining
+):
+    monkeypatch.setenv("OGPSA_CACHE", str(tmp_path))
+    folder = toy_pretrain.base_model_folder(0)
+    assert folder.parent == tmp_path
+    assert toy_pretrain.base_model_folder(0, tmp_path) == folder
+    assert toy_pretrain.base_model_folder(1) != folder
     assert short_pretraining == [0, 1]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    expected = toy_pretrain.pretrain(ToyWorld(0)).state_dict()
+    expected = toy_pretrain.pretrain(WORLD).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "how to bake the cake ? => sure : take the cake then bake it .<eos>"
     assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("<eos>", " <eos>")
     assert tokenizer.chat_template == TOKENIZER.chat_template
-
-
-def test_the_environment_names_the_cache(tmp_path, monkeypatch, short_pretraining):
-    monkeypatch.setenv("OGPSA_CACHE", str(tmp_path))
-    assert toy_pretrain.base_model_folder(0).parent == tmp_path
-
-
-def test_an_interrupted_pretraining_leaves_no_folder(tmp_path, monkeypatch):
-    def interrupted(world):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(toy_pretrain, "pretrain", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        toy_pretrain.base_model_folder(0, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_save_leaves_no_folder(tmp_path, monkeypatch, short_pretraining):

@@ -3,21 +3,24 @@
 import json
 import os
 import sqlite3
-import struct
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers.integrations.integration_utils import TensorBoardCallback
-from wandb.proto.wandb_internal_pb2 import Record
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 
-from runs import capability_groups, make_trainer
+from ogpsa_trl.trackers import SettingsCallback, record_settings
+from runs import capability_groups, gated, make_trainer
 from tracked_run import GATE, SETTINGS
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,22 +42,16 @@ def folder(base_model_path, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=TRACKERS)
-def tracked(request, folder):
-    """Configuration of the run, and its metrics by step, as one tracker has them."""
-    return {"tensorboard": in_tensorboard, "wandb": in_wandb, "trackio": in_trackio}[request.param](
-        folder
-    )
-
-
 def in_tensorboard(folder):
+    """The configuration of the run, and its metrics by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     [file] = (folder / "tensorboard").iterdir()
     events = EventAccumulator(str(file)).Reload()
     config = {}
     for name in ("ogpsa_config", "gate_config"):
         [text] = events.Tensors(f"{name}/text_summary")
-        lines = text.tensor_proto.string_val[0].decode()
-        config |= json.loads(lines.removeprefix("```").removesuffix("```"))
+        config |= json.loads(text.tensor_proto.string_val[0].decode().strip("`"))
     metrics = {}
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
@@ -63,33 +60,8 @@ def in_tensorboard(folder):
 
 
 def in_wandb(folder):
-    [file] = folder.glob("wandb/offline-run-*/*.wandb")
-    config, metrics = {}, {}
-    for record in wandb_records(file.read_bytes()):
-        for item in record.config.update:
-            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        row = {
-            i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
-        }
-        if row:
-            metrics.setdefault(row["train/global_step"], {}).update(row)
-    return config, metrics
-
-
-def wandb_records(data):
-    """The format is that of LevelDB's logs: blocks of 32 KiB, records in one or several pieces."""
-    place, pieces = 7, []  # after the name of the format
-    while place + 7 <= len(data):
-        left = 2**15 - place % 2**15
-        if left < 7:
-            place += left
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, place)
-        pieces.append(data[place + 7 : place + 7 + size])
-        place += 7 + size
-        if kind in (1, 4):  # whole, last
-            yield Record.FromString(b"".join(pieces))
-            pieces = []
+    """Its configuration only: how it keeps metrics is its own affair."""
+    return json.loads((folder / "run" / "wandb_config.json").read_text()), None
 
 
 def in_trackio(folder):
@@ -103,40 +75,71 @@ def in_trackio(folder):
     return json.loads(config), metrics
 
 
-def test_the_configuration_of_a_run_holds_settings_groups_and_gate(tracked):
-    config, _ = tracked
-    expected = asdict(SETTINGS) | asdict(GATE)
-    for name in capability_groups():
-        expected[f"capability_samples/{name}"] = 6
+def expected_settings():
+    return asdict(SETTINGS) | {f"capability_samples/{name}": 6 for name in capability_groups()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [in_tensorboard, in_wandb, in_trackio])
+def test_a_run_is_tracked_with_settings_groups_gate_and_metrics(read, folder):
+    config, metrics = read(folder)
     tokens = [config.pop(f"ogpsa/capability_tokens/{name}") for name in capability_groups()]
     assert all(number >= 12 for number in tokens)  # an answer and its end
     ours = {name: value for name, value in config.items() if name.startswith("ogpsa/")}
+    expected = expected_settings() | asdict(GATE)
     assert ours == {f"ogpsa/{name}": value for name, value in expected.items()}
 
-
-def test_every_metric_of_the_log_is_tracked_at_its_step(tracked, folder):
-    _, metrics = tracked
     log = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
-    names = set()
-    for entry in log:
-        ours = {name: value for name, value in entry.items() if name.startswith("ogpsa/")}
-        names |= ours.keys()
-        tracked_here = metrics[entry["step"]]
-        found = {name: tracked_here[f"train/{name}"] for name in ours}
-        assert found == pytest.approx(ours, rel=1e-6, abs=1e-12)  # TensorBoard stores float32
-    assert {
+    names = {name for entry in log for name in entry if name.startswith("ogpsa/")}
+    assert names > {
         "ogpsa/removed_fraction",
         "ogpsa/drift/skills",
         "ogpsa/gate_increase/capability",
-    } <= names
+    }
+    for entry in log if metrics is not None else []:
+        found = {name: metrics[entry["step"]][f"train/{name}"] for name in names & entry.keys()}
+        expected = {name: entry[name] for name in found}
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)  # TensorBoard: float32
+
+
+def test_settings_reach_every_tracker(monkeypatch):
+    found = {}
+
+    def config(name):
+        return SimpleNamespace(update=lambda settings, **_: found.update({name: settings}))
+
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(config=config(name)))
+    board, wandb, trackio = (
+        object.__new__(kind) for kind in (TensorBoardCallback, WandbCallback, TrackioCallback)
+    )
+    board.tb_writer = SimpleNamespace(
+        add_text=lambda title, text: found.update({title: json.loads(text.strip("`"))})
+    )
+    recorder = TrainerCallback()
+    handler = SimpleNamespace(callbacks=[board, wandb, trackio, recorder])
+    trainer = SimpleNamespace(callback_handler=handler, is_world_process_zero=lambda: False)
+    record_settings(recorder, trainer, "a title", {"rank": 2})
+    assert found == {}
+    trainer.is_world_process_zero = lambda: True
+    record_settings(recorder, trainer, "a title", {"rank": 2})
+    assert found == {name: {"ogpsa/rank": 2} for name in ("a title", "wandb", "trackio")}
 
 
 def test_a_tracker_that_comes_too_late_is_named(base_model_path, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
+    trainer = make_trainer(
+        "sft", base_model_path, tmp_path, capability=capability_groups(), config=SETTINGS
+    )
+    gated(trainer, capability_groups(), GATE)
     trainer.add_callback(TensorBoardCallback)
     trainer.train()
-    assert "settings in 'ogpsa_config' are missing in the configuration" in caplog.text
+    for title in ("ogpsa_config", "gate_config"):
+        assert f"settings in '{title}' are missing in the configuration" in caplog.text
     assert "in TensorBoardCallback, which is set up later. Name trackers in `report_to`" in (
         caplog.text
     )
+    [callback] = [c for c in trainer.callback_handler.callbacks if isinstance(c, SettingsCallback)]
+    tokens = [callback.settings.pop(f"capability_tokens/{name}") for name in capability_groups()]
+    assert all(number >= 12 for number in tokens)
+    assert callback.settings == expected_settings()

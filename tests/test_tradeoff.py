@@ -1,7 +1,7 @@
 """Capability at equal safety, and its picture."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ogpsa_trl.evaluation import Spread, at_safety, paired_difference, tradeoff_figure
@@ -16,19 +16,15 @@ SWEEP = [
 def test_measures_are_linear_between_neighbours():
     found = at_safety(SWEEP, "safe", 0.85)
     assert found == pytest.approx({"safe": 0.85, "kept": 0.6})  # `time` is known of one run only
+    for run in SWEEP:
+        assert at_safety(SWEEP, "safe", run["safe"])["kept"] == pytest.approx(run["kept"])
 
 
-@pytest.mark.parametrize("run", SWEEP)
-def test_at_the_safety_of_a_run_its_own_measures_are_found(run):
-    found = at_safety(SWEEP, "safe", run["safe"])
-    assert found["kept"] == pytest.approx(run["kept"])
-
-
-@pytest.mark.parametrize("level", [0.49, 0.91])
-def test_nothing_is_extrapolated(level):
-    assert at_safety(SWEEP, "safe", level) is None
-    assert at_safety(SWEEP[:1], "safe", level) is None
-    assert at_safety([], "safe", level) is None
+def test_nothing_is_extrapolated():
+    for level in (0.49, 0.91):
+        assert at_safety(SWEEP, "safe", level) is None
+    assert at_safety(SWEEP[:1], "safe", 0.6) is None
+    assert at_safety([], "safe", 0.6) is None
 
 
 def test_the_gentlest_training_that_is_safe_enough_counts():
@@ -42,6 +38,7 @@ def test_a_run_that_diverged_is_left_out():
     assert at_safety(sweep, "safe", 0.7) == pytest.approx({"safe": 0.7, "kept": 0.75})
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 5)), min_size=2, max_size=5),
     st.floats(0, 1),

@@ -42,23 +42,43 @@ def log_in(folder):
     return state["log_history"]
 
 
-def test_sft_then_dpo(config, tmp_path):
-    result = launch("--config", config("sft"), "--output_dir", str(tmp_path / "first"))
-    assert "Capability group 'language': seed 3 chooses the rows" in result.stderr
-    assert "'refresh_interval': 3" in result.stderr
-    assert "Model, tokenizer and model card are in" in result.stdout
-    dpo = ["--config", config("dpo"), "--output_dir", str(tmp_path / "second")]
-    launch(*dpo, "--model_name_or_path", str(tmp_path / "first"), "--refresh_interval", "2")
+def test_sft_then_dpo(config, tmp_path, caplog, capsys):
+    caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train.main(parse_run(["--config", config("sft"), "--output_dir", str(first)])) == 0
+    assert "Capability group 'language': seed 3 chooses the rows" in caplog.text
+    assert "'refresh_interval': 3" in caplog.text
+    assert f"The report of the run is in {first / 'report.html'}." in caplog.text
+    assert "Optimizer steps</dt><dd>4 of 4<" in (first / "report.html").read_text()
+    settings = json.loads((first / "run_settings.json").read_text())["arguments"]
+    assert [entry["group"] for entry in settings["capability_datasets"]] == [*capability_groups()]
+
+    dpo = ["--config", config("dpo", run_report=False), "--output_dir", str(second)]
+    dpo += ["--model_name_or_path", str(first), "--refresh_interval", "2"]
+    assert train.main(parse_run(dpo)) == 0
+    assert not (second / "report.html").exists()
+    assert f"Model, tokenizer and model card are in {second}" in capsys.readouterr().out
 
     # Before the first step nothing is known of a divergence, so it is followed by another refresh.
-    for folder, method, refreshes in (("first", "SFT", [1, 2, 4]), ("second", "DPO", [1, 2, 3])):
-        card = (tmp_path / folder / "README.md").read_text()
+    for folder, method, refreshes in ((first, "SFT", [1, 2, 4]), (second, "DPO", [1, 2, 3])):
+        card = (folder / "README.md").read_text()
         assert f"OGPSA ({method})" in card
         assert "| skills | 6 |" in card
-        entries = log_in(tmp_path / folder)
+        assert (folder / "trainer_state.json").exists()
+        entries = log_in(folder)
         assert [entry["step"] for entry in entries if "ogpsa/rank" in entry] == refreshes
-        assert len(AutoTokenizer.from_pretrained(tmp_path / folder)) > 100
-    assert max_difference(weights_in(tmp_path / "first"), weights_in(tmp_path / "second")) > 0
+        assert len(AutoTokenizer.from_pretrained(folder)) > 100
+    assert max_difference(weights_in(first), weights_in(second)) > 0
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_package_that_is_missing_for_the_report_is_said(package, tmp_path, caplog, monkeypatch):
+    state = {"log_history": [{"loss": 1.0, "step": 1}], "global_step": 1, "max_steps": 1}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    monkeypatch.setitem(sys.modules, package, None)
+    train.report(str(tmp_path))
+    assert not (tmp_path / "report.html").exists()
+    assert f"No report of the run: '{package}' is not installed. Run `pip install" in caplog.text
 
 
 @pytest.mark.slow
@@ -87,60 +107,6 @@ def test_two_processes_train_what_one_does(config, tmp_path):
     assert (changed > 1e-4).double().mean() < 1e-3
 
 
-@pytest.mark.slow
-def test_plain_trl_from_the_same_file(config, tmp_path):
-    line = ["--config", config("sft"), "--output_dir", str(tmp_path / "plain"), "--ogpsa", "false"]
-    launch(*line)
-    assert not any("ogpsa" in key for entry in log_in(tmp_path / "plain") for key in entry)
-    assert "OGPSA" not in (tmp_path / "plain" / "README.md").read_text()
-
-
-class TestReport:
-    """Written where it is wanted and can be drawn; settings and log are there in any case."""
-
-    def run(self, config, tmp_path, **overrides):
-        line = ["--config", config("sft", **overrides), "--output_dir", str(tmp_path / "run")]
-        assert train.main(parse_run(line)) == 0
-        settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
-        assert [entry["group"] for entry in settings["arguments"]["capability_datasets"]] == (
-            list(capability_groups())
-        )
-        assert (tmp_path / "run" / "trainer_state.json").exists()
-        return tmp_path / "run" / "report.html"
-
-    def test_it_is_written_at_the_end(self, config, tmp_path, caplog):
-        caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
-        report = self.run(config, tmp_path)
-        assert f"The report of the run is in {report}." in caplog.text
-        assert "Optimizer steps</dt><dd>4 of 4<" in report.read_text()
-
-    def test_it_is_left_out_if_unwanted(self, config, tmp_path, caplog):
-        caplog.set_level(logging.INFO, "ogpsa_trl")
-        assert not self.run(config, tmp_path, run_report=False).exists()
-
-    @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-    def test_a_package_that_is_missing_is_said(
-        self, package, config, tmp_path, caplog, monkeypatch
-    ):
-        caplog.set_level(logging.INFO, "ogpsa_trl")
-        monkeypatch.setattr(train, "write_report", without(package, train.write_report))
-        assert not self.run(config, tmp_path).exists()
-        assert f"No report of the run: '{package}' is not installed. Run `pip install" in (
-            caplog.text
-        )
-
-
-def without(package, function):
-    """A function called where a package is not installed."""
-
-    def call(*args):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, package, None)
-            return function(*args)
-
-    return call
-
-
 class TestGate:
     """The exit status is the verdict; whatever it is, the model is saved and complete."""
 
@@ -165,8 +131,9 @@ class TestGate:
         assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) > 100
         assert (tmp_path / "run" / "README.md").exists()
 
-    @pytest.mark.parametrize("ogpsa", [False, True], ids=["plain", "ogpsa"])
-    @pytest.mark.parametrize(("action", "num_steps"), [("stop", 1), ("warn", 4)])
+    @pytest.mark.parametrize(
+        ("ogpsa", "action", "num_steps"), [(False, "stop", 1), (True, "warn", 4)]
+    )
     def test_past_the_tolerance_it_is_1(
         self, ogpsa, action, num_steps, config, tmp_path, capfd, caplog
     ):
@@ -175,6 +142,9 @@ class TestGate:
         line = self.line(config, tmp_path, ogpsa=ogpsa, gate_action=action, **more)
         assert train.main(parse_run(line)) == 1
         self.assert_failed(capfd.readouterr().err, tmp_path, num_steps)
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        has_basis = any("ogpsa/rank" in entry for entry in state["log_history"])
+        assert has_basis == ogpsa == ("OGPSA" in (tmp_path / "run" / "README.md").read_text())
 
     @pytest.mark.slow
     def test_within_the_tolerance_it_is_0(self, config, tmp_path):

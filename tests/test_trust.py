@@ -3,16 +3,15 @@
 import ast
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import urllib.request
+import tempfile
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 import yaml
@@ -85,32 +84,13 @@ def findings(source):
 
 
 class TestSources:
-    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
-    def test_nothing_makes_code_of_data(self, path):
-        assert findings(path.read_text("utf-8")) == []
+    def test_nothing_makes_code_of_data(self):
+        assert len(SOURCES) > 60
+        found = {path.name: findings(path.read_text("utf-8")) for path in SOURCES}
+        assert {name: lines for name, lines in found.items() if lines} == {}
 
-    @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: f"{path.parent.name}/{path.name}")
-    def test_no_configuration_that_we_ship_trusts_remote_code(self, path):
-        assert "trust_remote_code" not in path.read_text("utf-8")
-
-    @pytest.mark.parametrize(
-        "line",
-        [
-            "import pickle", "from joblib import load", "import dill as d", "eval('1')",
-            "torch.load(path)", "torch.load(path, weights_only=False)", "yaml.load(text)",
-            "load(name, trust_remote_code=True)", "load(**{'trust_remote_code': True})",
-            "numpy.load(path, allow_pickle=True)", "subprocess.run(line, shell=True)",
-        ],
-    )  # fmt: skip
-    def test_the_reader_of_sources_sees_every_form(self, line):
-        """The tests above are worth as much as what they see."""
-        assert len(findings(line)) == 1
-
-    @pytest.mark.parametrize(
-        "line", ["torch.load(path, weights_only=True)", "load(trust_remote_code=args.trust)"]
-    )
-    def test_it_lets_the_others_pass(self, line):
-        assert findings(line) == []
+    def test_no_configuration_that_we_ship_trusts_remote_code(self):
+        assert not [path for path in SETTINGS if "trust_remote_code" in path.read_text("utf-8")]
 
 
 class TouchesAFile:
@@ -128,74 +108,78 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+def write_run(folder, model, **values):
+    """The YAML file of a run of few steps, with its data."""
+    folder.mkdir(exist_ok=True)
+    safety_data("sft").to_json(folder / "safety.jsonl")
+    entries = []
+    for name, rows in capability_groups().items():
+        rows.to_json(folder / f"{name}.jsonl")
+        entries.append({"path": str(folder / f"{name}.jsonl"), "group": name})
+    values = {
+        "model_name_or_path": model, "use_cpu": True, "bf16": False,
+        "dataset_name": str(folder / "safety.jsonl"), "capability_datasets": entries,
+        "max_steps": 2, "save_steps": 1, "num_samples": 6, "samples_per_refresh": 2,
+        "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True,
+        "gradient_checkpointing": False, "output_dir": str(folder / "out"), **values,
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
 @pytest.fixture
 def run_file(base_model_path, tmp_path):
-    """The YAML file of a run of few steps."""
-
-    def write(**values):
-        safety_data("sft").to_json(tmp_path / "safety.jsonl")
-        entries = []
-        for name, rows in capability_groups().items():
-            rows.to_json(tmp_path / f"{name}.jsonl")
-            entries.append({"path": str(tmp_path / f"{name}.jsonl"), "group": name})
-        values = {
-            "model_name_or_path": base_model_path, "use_cpu": True, "bf16": False,
-            "dataset_name": str(tmp_path / "safety.jsonl"), "capability_datasets": entries,
-            "max_steps": 2, "save_steps": 1, "num_samples": 6, "samples_per_refresh": 2,
-            "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True,
-            "gradient_checkpointing": False, "output_dir": str(tmp_path / "out"), **values,
-        }  # fmt: skip
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-        return str(tmp_path / "run.yaml")
-
-    return write
+    return lambda **values: write_run(tmp_path, **{"model": base_model_path} | values)
 
 
 def run(file):
     return train.main(parse_run(["--config", file]))
 
 
+PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+
+
+@pytest.fixture(scope="module")
+def out(base_model_path, tmp_path_factory):
+    """The output of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        assert run(write_run(folder, base_model_path)) == 0
+    return folder / "out"
+
+
 class TestCheckpoints:
-    @pytest.mark.parametrize(
-        "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
-    )
-    def test_a_pickle_in_one_is_not_run(self, name, run_file, tmp_path):
-        """transformers reads the first three with `weights_only`, and the last one not at all."""
-        assert run(run_file()) == 0
-        marker, path = tmp_path / "marker", tmp_path / "out" / "checkpoint-1" / name
-        assert path.exists()
-        torch.save(TouchesAFile(marker), path)
-        mark(path.parent)  # the list of files would tell
-        resume = run_file(resume_from_checkpoint=str(path.parent))
+    @pytest.mark.parametrize("name", [*PICKLED, FILE_NAME, START_FILE_NAME])
+    def test_a_pickle_in_one_is_not_run(self, name, out, run_file, tmp_path):
+        """
+        transformers reads the first three with `weights_only`, and the fourth not at all; ours have
+        to be safetensors files.
+        """
+        marker, checkpoint = tmp_path / "marker", tmp_path / "checkpoint-1"
+        shutil.copytree(out / checkpoint.name, checkpoint)
+        assert (checkpoint / name).exists()
+        torch.save(TouchesAFile(marker), checkpoint / name)
+        mark(checkpoint)  # the list of files would tell
+        resume = run_file(resume_from_checkpoint=str(checkpoint), run_report=False)
         if name == "training_args.bin":
             assert run(resume) == 0
         else:
-            with pytest.raises(SystemExit, match="something else than tensors"):
+            is_ours = name in (FILE_NAME, START_FILE_NAME)
+            message = f"{name} cannot be read" if is_ours else "something else than tensors"
+            with pytest.raises(SystemExit, match=message):
                 run(resume)
         assert not marker.exists()
-        torch.load(path, weights_only=False)
+        with (checkpoint / name).open("rb") as file:
+            torch.load(file, weights_only=False)
         assert marker.exists(), "the pickle is meant to run code"
 
-    def test_ours_are_read_as_safetensors_and_json(self, run_file, tmp_path):
-        """A pickle under their names is no safetensors file."""
-        assert run(run_file()) == 0
-        for name in (FILE_NAME, START_FILE_NAME):
-            marker, path = tmp_path / "marker", tmp_path / "out" / "checkpoint-1" / name
-            before = path.read_bytes()
-            path.write_bytes(pickle.dumps(TouchesAFile(marker)))
-            mark(path.parent)
-            with pytest.raises(SystemExit, match=f"{name} cannot be read"):
-                run(run_file(resume_from_checkpoint=str(path.parent)))
-            assert not marker.exists()
-            path.write_bytes(before)
-
-    def test_everything_else_that_is_written_is_text_or_safetensors(self, run_file, tmp_path):
-        assert run(run_file()) == 0
-        pickled = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
-        for path in (tmp_path / "out").rglob("*"):
-            if path.is_file() and path.name not in pickled:
-                assert path.suffix in {".safetensors", ".json", ".jinja", ".md", ".html"}, path
-                assert not zipfile.is_zipfile(path), path
+    def test_everything_else_that_is_written_is_text_or_safetensors(self, out):
+        others = [p for p in out.rglob("*") if p.is_file() and p.name not in PICKLED]
+        assert len(others) > 10
+        for path in others:
+            assert path.suffix in {".safetensors", ".json", ".jinja", ".md", ".html"}, path
+            assert not zipfile.is_zipfile(path), path
 
     def test_weights_in_a_pickle_run_no_code(self, run_file, tmp_path, base_model_path):
         shutil.copytree(base_model_path, tmp_path / "model")
@@ -203,7 +187,7 @@ class TestCheckpoints:
         marker = tmp_path / "marker"
         torch.save(TouchesAFile(marker), tmp_path / "model" / "pytorch_model.bin")
         with pytest.raises(SystemExit, match="something else than tensors"):
-            run(run_file(model_name_or_path=str(tmp_path / "model")))
+            run(run_file(model=str(tmp_path / "model")))
         assert not marker.exists()
 
 
@@ -236,13 +220,10 @@ class TestRemoteCode:
 
     def test_is_not_run_unless_the_user_asks_for_it(self, model, run_file, tmp_path):
         with pytest.raises(SystemExit, match="trust_remote_code"):
-            run(run_file(model_name_or_path=str(model)))
+            run(run_file(model=str(model)))
         assert not (tmp_path / "marker").exists()
-
-    def test_it_is_run_where_the_user_does(self, model, run_file, tmp_path):
-        """So the test above would see it."""
         with pytest.raises((SystemExit, Exception)):  # it has no `OwnConfig`
-            run(run_file(model_name_or_path=str(model), trust_remote_code=True))
+            run(run_file(model=str(model), trust_remote_code=True))
         assert (tmp_path / "marker").exists()
 
     def test_the_evaluation_does_not_run_it_either(self, model, tmp_path, evaluate_script):
@@ -253,68 +234,53 @@ class TestRemoteCode:
         assert not (tmp_path / "marker").exists()
 
 
-# Runs a script and writes down every file that Python opens for writing, makes, moves or removes.
-AUDIT = """
-import os, runpy, sys
-log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-def hook(event, arguments):
-    if event == "open":
-        path, _, flags = arguments
-        paths = [path] if isinstance(path, (str, bytes)) and (flags or 0) & WRITES else []
-    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
-        paths = [arguments[0]]
-    elif event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"):
-        paths = [arguments[1]]
-    else:
-        return
-    for path in paths:
-        os.write(log, os.path.realpath(os.fsdecode(path)).encode() + b"\\n")
-sys.addaudithook(hook)
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+
+class WrittenPaths:
+    """Every file that Python opens for writing, makes, moves or removes, while it is on."""
+
+    def __init__(self):
+        self.paths, self.is_on = set(), False
+        sys.addaudithook(self.see)  # for good
+
+    def see(self, event, arguments):
+        if not self.is_on:
+            return
+        path = None
+        if event == "open":
+            path = arguments[0] if (arguments[2] or 0) & WRITES else None
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
+            path = arguments[0]
+        elif event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"):
+            path = arguments[1]
+        if isinstance(path, str | bytes | Path):
+            self.paths.add(os.path.realpath(os.fsdecode(path)))
+
+
+def test_a_run_writes_into_its_output_and_the_caches_only(run_file, tmp_path, monkeypatch):
+    file = run_file(gate_datasets=[{"path": str(tmp_path / "safety.jsonl"), "group": "gate"}])
+    temporary, here = tmp_path / "tmp", tmp_path / "here"
+    for folder in (temporary, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    allowed = [str((tmp_path / name).resolve()) for name in ("out", "cache", "tmp")]
+    # The picture of the report: matplotlib keeps the fonts that it finds.
+    allowed += [os.path.realpath(matplotlib.get_cachedir()), matplotlib.get_configdir()]
+    written = WrittenPaths()
+    written.is_on = True
+    assert run(file) == 0
+    written.is_on = False
+    assert any("checkpoint-2" in path for path in written.paths)
+    assert any(path.endswith("report.html") for path in written.paths)
+    assert [path for path in temporary.rglob("*") if path.is_file()] == []
+    assert {p for p in written.paths if not p.startswith(("/dev/", "/proc/", *allowed))} == set()
 
 
 def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-
-
-def test_a_run_writes_into_its_output_and_the_caches_only(run_file, tmp_path, base_model_path):
-    file = run_file(gate_datasets=[{"path": str(tmp_path / "safety.jsonl"), "group": "gate"}])
-    home, temporary, here = (tmp_path / name for name in ("home", "tmp", "here"))
-    for folder in (home, temporary, here):
-        folder.mkdir()
-    audit, log = tmp_path / "audit.py", tmp_path / "log"
-    audit.write_text(AUDIT)
-    before = files_in(tmp_path), files_in(Path(base_model_path))
-    keep = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
-    environment = {name: os.environ[name] for name in keep if name in os.environ}
-    result = subprocess.run(
-        [sys.executable, str(audit), str(log), str(ROOT / "scripts" / "train.py"),
-         "--config", file],
-        cwd=here, capture_output=True, text=True, timeout=250, check=False,
-        env=environment | {
-            "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    new = files_in(tmp_path) - before[0] - {"log"}
-    assert any(name.startswith("out/checkpoint-2/") for name in new)
-    allowed = ("out/", "home/.cache/")
-    assert [name for name in new if not name.startswith(allowed)] == []
-    assert files_in(here) == files_in(temporary) == set()
-    assert files_in(Path(base_model_path)) == before[1]
-
-    roots = [str(folder.resolve()) for folder in (tmp_path / "out", home / ".cache", temporary)]
-    written = set(log.read_text().splitlines())
-    assert any("checkpoint-2" in path for path in written)
-    devices = ("/dev/", "/proc/")
-    outside = {p for p in written if not p.startswith((*devices, *roots)) and p != str(home)}
-    # The picture of the report: matplotlib makes a folder for its settings, and puts nothing in it.
-    assert outside <= {str(home / ".config"), str(home / ".config" / "matplotlib")}
 
 
 NASTY = "../../x y;$(touch z)`touch z`'\"|<b>&"
@@ -351,21 +317,15 @@ class TestNamesFromData:
         assert NASTY in gate.report("out")
         trainer.save_model()
         trainer.create_model_card()
-        made = files_in(tmp_path.parent) - before
-        assert all(name.startswith(f"{tmp_path.name}/a/b/out/") for name in made), made
-        assert not any("touch" in name or "x y" in name for name in made)
-
-    def test_it_stays_one_cell_of_the_model_card(self, tmp_path, base_model_path):
-        trainer = make_trainer(
-            "sft", base_model_path, tmp_path, capability={NASTY: capability_groups()["skills"]}
-        )
-        trainer.create_model_card()
-        card = (tmp_path / "README.md").read_text()
-        [row] = [line for line in card.splitlines() if "touch z" in line]
-        assert len(re.findall(r"(?<!\\)\|", row)) == 4
+        card = (tmp_path / "a" / "b" / "out" / "README.md").read_text()
+        [row] = [line for line in card.splitlines() if "touch z" in line and line[0] == "|"]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 4  # it stays in its cell
         assert "<b>" not in row
         assert "../../x y;$(touch z)" in row
         assert "&lt;b&gt;" in row
+        made = files_in(tmp_path.parent) - before
+        assert all(name.startswith(f"{tmp_path.name}/a/b/out/") for name in made), made
+        assert not any("touch" in name or "x y" in name for name in made)
 
     @pytest.mark.parametrize("name", ["two\nlines", "a\tb", "\x1b[2J", "a\u2028b", "\0"])
     def test_one_that_does_not_stand_on_one_line_is_refused(self, name):
@@ -376,34 +336,18 @@ class TestNamesFromData:
 class TestNetwork:
     @pytest.fixture(autouse=True)
     def expected(self, no_network):
-        """Attempts are what these tests are about."""
+        """Attempts are what this test is about."""
         yield
         offline.attempts.clear()
 
-    @pytest.mark.parametrize(
-        "reach",
-        [
+    def test_a_test_reaches_no_other_machine(self):
+        for reach in (
             lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
             lambda: socket.getaddrinfo("example.org", 80),
-            lambda: socket.gethostbyname("example.org"),
-            lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"", ("192.0.2.1", 9)),
-            lambda: urllib.request.urlopen("http://example.org", timeout=1),
-        ],
-        ids=["connect", "look up", "look up by the old way", "send", "open an address"],
-    )
-    def test_a_test_reaches_no_other_machine(self, reach):
-        with pytest.raises(OSError, match="Tests do not reach other machines"):
-            reach()
-        assert offline.attempts
-
-    def test_it_reaches_its_own(self):
+        ):
+            with pytest.raises(OSError, match="Tests do not reach other machines"):
+                reach()
+        assert len(offline.attempts) == 2
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname()).close()
-        assert socket.getaddrinfo("localhost", 80)
-        assert offline.attempts == []
-
-    @pytest.mark.parametrize("host", ["8.8.8.8", "huggingface.co", "2001:db8::1", b"example.org"])
-    def test_others_are_told_from_this_machine(self, host):
-        assert not offline.is_local(host)
-        for here in ("127.0.0.1", "127.9.9.9", "::1", "localhost", None, b"localhost", "::1%lo"):
-            assert offline.is_local(here)
+        assert len(offline.attempts) == 2

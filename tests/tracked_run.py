@@ -1,8 +1,8 @@
 """A short gated run with every local tracker. Arguments: model, output folder."""
 
+import json
 import sys
-
-import wandb
+from pathlib import Path
 
 from ogpsa_trl import GateConfig, OGPSAConfig
 from runs import capability_groups, contradicted, gated, make_trainer
@@ -11,6 +11,8 @@ SETTINGS = OGPSAConfig(num_samples=6, samples_per_refresh=None, refresh_interval
 GATE = GateConfig(gate_num_samples=4, max_capability_loss_increase=10.0)
 
 if __name__ == "__main__":
+    import wandb
+
     model, output = sys.argv[1:]
     trainer = make_trainer(
         "sft", model, output, capability=capability_groups(), config=SETTINGS, max_steps=3,
@@ -19,4 +21,5 @@ if __name__ == "__main__":
     gated(trainer, contradicted(), GATE)
     trainer.train()
     trainer.save_state()
+    Path(output, "wandb_config.json").write_text(json.dumps(dict(wandb.config)))
     wandb.finish()
