@@ -4,7 +4,6 @@ Trains an adapter on a base in 4 bits on the processes of this launch; saves wha
 torchrun --nproc_per_node 2 tests/qlora_worker.py ENGINE MODEL_FOLDER OUTPUT_FOLDER
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -59,7 +58,3 @@ def main(engine, model_path, folder):
     if trainer.is_world_process_zero():
         result = {"losses": losses_of(trainer), "basis_bytes": trainer.subspace.basis_bytes}
         torch.save(result, Path(folder) / "result.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
