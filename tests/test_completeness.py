@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ogpsa_trl import completeness
+from ogpsa_trl import completeness, mixin
 from ogpsa_trl.completeness import LIST_NAME, checkpoint_to_resume, mark, unmark, what_is_missing
 from runs import capability_groups, make_trainer, paper
 
@@ -95,14 +95,13 @@ def test_checkpoints_of_plain_trl_can_be_resumed(base_model_path, tmp_path, capl
 
 def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, monkeypatch):
     """Also with room for one only: the old one goes when the new one is marked, and not before."""
-    trainer = saving(base_model_path, tmp_path, save_total_limit=1)
-    save, seen = trainer._save_rng_state, []
+    trainer, seen = saving(base_model_path, tmp_path, save_total_limit=1), []
 
-    def save_and_look(output_dir):
-        save(output_dir)
-        seen.append(sorted(p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)))
+    def look_and_mark(folder):
+        seen.append([p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)])
+        mark(folder)
 
-    monkeypatch.setattr(trainer, "_save_rng_state", save_and_look)
+    monkeypatch.setattr(mixin, "mark", look_and_mark)
     trainer.train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     (folder,) = tmp_path.glob("checkpoint-*")

@@ -162,6 +162,9 @@ def test_capability_gradient_ignores_dropout_and_restores_the_modes(base_model_p
         trainer.refresh_subspace()
         assert torch.equal(torch.get_rng_state(), before)
         states.append(trainer.subspace.state_dict())
+        with trainer.subspace.backend.preserved():
+            torch.rand(1)  # as a module that is never without dropout
+        assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert [module.training for module in trainer.model.modules()] == modes
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -278,12 +281,13 @@ def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
 
 
 def assert_no_component_left(
-    stage, model, tmp_path, *, more=None, capability=None, largest_cosine=1e-5, **options
-):
+    stage, model, tmp_path, *, more=None, capability=None, largest_cosine=1e-5, settings=None,
+    **options,
+):  # fmt: skip
     probe = CosineCallback()
     trainer = make_trainer(
         stage, model, tmp_path, capability=capability or capability_groups(9),
-        config=paper(num_samples=6, refresh_interval=2),
+        config=paper(**{"num_samples": 6, "refresh_interval": 2, **(settings or {})}),
         more={"callbacks": [probe], **(more or {})},
         **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **options},
     )  # fmt: skip
@@ -411,12 +415,9 @@ def test_the_layout_of_a_parameter_in_memory_changes_nothing(base_model_path, tm
 
 
 def test_the_basis_has_the_rank_and_the_type_that_are_set(base_model_path, tmp_path):
-    trainer, _, _ = trained(
-        "sft", base_model_path, tmp_path, capability=capability_groups(12),
-        config=paper(
-            gradients_per_group=3, num_samples=12, rank=2, scope="model", basis_dtype="bfloat16"
-        ),
-    )  # fmt: skip
+    """Rounded rows are not orthonormal, and still nothing is left along them."""
+    settings = {"gradients_per_group": 3, "rank": 2, "basis_dtype": "bfloat16"}
+    trainer = assert_no_component_left("sft", base_model_path, tmp_path, settings=settings)
     entry = trainer.state.log_history[0]
     assert entry["ogpsa/rank"] == 2  # of six
     assert {(len(rows), rows.dtype) for rows in trainer.subspace.basis} == {(2, torch.bfloat16)}
