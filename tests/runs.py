@@ -23,26 +23,17 @@ def capability_groups(num_samples=6):
     return WORLD.capability_groups(num_samples)
 
 
+# Plain SGD with learning rate 1 and no clipping: the gradient is what the weights lost.
+ARGUMENTS = {
+    "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1.0,
+    "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True,
+    "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+    "report_to": "none", "disable_tqdm": True, "seed": 7,
+}  # fmt: skip
+
+
 def arguments(stage, output_dir, **overrides):
-    """Plain SGD with learning rate 1 and no clipping: the gradient is what the weights lost."""
-    defaults = {
-        "output_dir": str(output_dir),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": 7,
-    }
-    return CONFIGS[stage](**defaults | overrides)
+    return CONFIGS[stage](**{"output_dir": str(output_dir), **ARGUMENTS, **overrides})
 
 
 def paper(**settings):

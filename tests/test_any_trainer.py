@@ -31,6 +31,7 @@ from ogpsa_trl import (
 )
 from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
+    ARGUMENTS,
     CosineCallback,
     assert_resume_is_bitwise,
     capability_groups,
@@ -88,12 +89,7 @@ KINDS = {
 
 def make(kind, path, output, *, parent=False, config=None, capability=None, **overrides):
     arguments_class, parent_class, our_class, more, data, keywords = KINDS[kind]
-    arguments = {
-        "output_dir": str(output), "max_steps": 2, "per_device_train_batch_size": 4,
-        "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
+    arguments = {"output_dir": str(output), **ARGUMENTS, "max_steps": 2, "learning_rate": 0.1}
     keywords = dict(keywords)
     if not parent:
         keywords |= {"capability_dataset": capability, "ogpsa_config": config}
@@ -212,23 +208,21 @@ class TestRefused:
                 capability_dataset=capability_groups(),
             )
 
-    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
-        with pytest.raises(ValueError, match="`processing_class` is NoneType"):
+    def assert_refused(self, message, path, output, **keywords):
+        with pytest.raises(ValueError, match=message):
             OGPSATrainer(
-                model=AutoModelForCausalLM.from_pretrained(base_model_path),
-                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+                model=AutoModelForCausalLM.from_pretrained(path),
+                args=TrainingArguments(str(output), use_cpu=True, report_to="none"),
                 train_dataset=token_data(),
                 capability_dataset=capability_groups(),
+                **keywords,
             )
+
+    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
+        self.assert_refused("`processing_class` is NoneType", base_model_path, tmp_path)
 
     def test_copies_on_several_devices(self, base_model_path, tmp_path, monkeypatch):
         """TRL's trainers refuse them themselves."""
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-        with pytest.raises(ValueError, match=r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"):
-            OGPSATrainer(
-                model=AutoModelForCausalLM.from_pretrained(base_model_path),
-                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
-                train_dataset=token_data(),
-                processing_class=TOKENIZER,
-                capability_dataset=capability_groups(),
-            )
+        message = r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"
+        self.assert_refused(message, base_model_path, tmp_path, processing_class=TOKENIZER)

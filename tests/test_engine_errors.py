@@ -71,127 +71,88 @@ def test_what_is_supported_passes_without_a_word(accelerator, caplog):
     assert caplog.messages == []
 
 
-def offload(setting, stage, **settings):
-    """A way to offload, as the table below has it."""
-    pieces = (
-        "gradients on the device",
-        f"`zero_optimization.{setting}.device` is ",
-        "Set it to 'none'",
-        "the old `cpu_offload",
-        "LoRA",
-    )
-    return partial(zero, stage, **settings), pieces
-
-
-# What makes the accelerator, and pieces of the message: the rule, the value, the way out.
+OPTIONS = {
+    "zero_hpz_partition_size": 8, "zero_quantized_gradients": True, "zero_quantized_weights": True,
+    "zero_quantized_nontrainable_weights": True, "zenflow": {"topk_ratio": 0.1},
+}  # fmt: skip
+# What is not supported; the rule, the value and the way out, with dots between them.
 REFUSED = {
-    **{
-        f"engine {engine}": (
-            partial(fake_accelerator, engine),
-            (
-                "supports one process, DDP, FSDP2 and DeepSpeed ZeRO",
-                f"engine of this run is {engine}.", "Launch with one of `configs/accelerate/`",
-            ),
-        )
-        for engine in ("MEGATRON_LM", "XLA", "MULTI_NPU")
-    },
+    "engine": (
+        partial(fake_accelerator, "MEGATRON_LM"),
+        "supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this run is "
+        "MEGATRON_LM. Launch with one of `configs/accelerate/`",
+    ),
     "FSDP1": (
         partial(fsdp, fsdp_version=1),
-        (
-            "supports FSDP2", "`fsdp_version: 1`", "Set `fsdp_version: 2`",
-            "`configs/accelerate/fsdp2.yaml`",
-        ),
+        "supports FSDP2, .*`fsdp_version: 1`.* Set `fsdp_version: 2`.*accelerate/fsdp2.yaml",
     ),
     "FSDP2 with offload": (
         partial(fsdp, cpu_offload=True),
-        (
-            "gradients on the device", "`fsdp_offload_params` keeps them",
-            "Set `fsdp_offload_params: false`", "LoRA",
-        ),
+        "gradients on the device, but `fsdp_offload_params` .*Set `fsdp_offload_params: false`",
     ),
     "DeepSpeed without ZeRO": (
         partial(deepspeed, zero_optimization={}),
-        (
-            "ZeRO stage 1, 2 or 3", "`zero_optimization.stage` is 0.", "Set it to 1",
-            "`configs/accelerate/ddp.yaml`",
-        ),
+        "ZeRO stage 1, 2 or 3, but .*`zero_optimization.stage` is 0. Set it to 1.*/ddp.yaml",
     ),
-    "optimizer on the CPU": offload(
-        "offload_optimizer", 2, offload_optimizer={"device": "cpu"}
-    ),
-    "parameters on a disk": offload("offload_param", 3, offload_param={"device": "nvme"}),
-    "optimizer, old name": offload("offload_optimizer", 3, cpu_offload=True),
-    "parameters, old name": offload("offload_param", 3, cpu_offload_param=True),
+    **{
+        f"offload {stage} {settings}": (
+            partial(zero, stage, **settings),
+            f"gradients on the device, but .*`zero_optimization.{name}.device` is '{device}'. Set "
+            "it to 'none', and leave out the old `cpu_offload.*; with less memory train with LoRA",
+        )
+        for stage, name, device, settings in (
+            (2, "offload_optimizer", "cpu", {"offload_optimizer": {"device": "cpu"}}),
+            (3, "offload_param", "nvme", {"offload_param": {"device": "nvme"}}),
+            (3, "offload_optimizer", "cpu", {"cpu_offload": True}),
+            (3, "offload_param", "cpu", {"cpu_offload_param": True}),
+        )
+    },
     **{
         setting: (
             partial(zero, 3, **{setting: value}),
-            (
-                "is not tested with", f"`zero_optimization.{setting}`, but it is {value!r}",
-                "Leave it out of the DeepSpeed configuration",
-            ),
+            f"not tested with `zero_optimization.{setting}`, but it is .*Leave it out of the Deep",
         )
-        for setting, value in {
-            "zero_hpz_partition_size": 8, "zero_quantized_gradients": True,
-            "zero_quantized_weights": True, "zero_quantized_nontrainable_weights": True,
-            "zenflow": {"topk_ratio": 0.1},
-        }.items()
+        for setting, value in OPTIONS.items()
     },
     **{
         size: (
             partial(make, parallelism=ParallelismConfig(dp_shard_size=2, **{size: 4})),
-            (
-                "supports data parallelism only", f"`parallelism_config` sets `{size}: 4`",
-                "Leave it at 1", "`configs/accelerate/fsdp2.yaml`",
-            ),
+            f"data parallelism only, but `parallelism_config` sets `{size}: 4`.* Leave it at 1.*"
+            "`configs/accelerate/fsdp2.yaml`",
         )
         for size, make in (("tp_size", fsdp), ("cp_size", fsdp), ("sp_size", partial(zero, 2)))
     },
     "replicas without FSDP": (
-        partial(
-            fake_accelerator, "MULTI_GPU", parallelism=ParallelismConfig(dp_replicate_size=4)
-        ),
-        (
-            "`parallelism_config` under FSDP2 only", "engine of this run is MULTI_GPU.",
-            "Unset it, or launch with `configs/accelerate/hsdp.yaml`",
-        ),
+        partial(fake_accelerator, "MULTI_GPU", parallelism=ParallelismConfig(dp_replicate_size=4)),
+        "`parallelism_config` under FSDP2 only, .* engine of this run is MULTI_GPU. Unset it, or "
+        "launch with `configs/accelerate/hsdp.yaml`",
     ),
     # Without a GPU the training arguments refuse `fp16: true` before we can.
     "fp16": (
         partial(fake_accelerator, mixed_precision="fp16"),
-        (
-            "supports `bf16: true` and full precision", "mixed precision is 'fp16'",
-            "Set `fp16: false`",
-        ),
+        "supports `bf16: true` and full precision, but .* is 'fp16'. Set `fp16: false`",
     ),
     "compilation": (
         partial(fake_accelerator, dynamo_plugin=TorchDynamoPlugin(backend="inductor")),
-        ("does not support `torch_compile`", "backend INDUCTOR", "Set `torch_compile: false`"),
+        r"not support `torch_compile`, but .*backend .*INDUCTOR\). Set `torch_compile: false`",
     ),
-}  # fmt: skip
-
-
-def assert_refused(pieces, *args):
-    with pytest.raises(ValueError) as error:
-        check_supported(*args)
-    for piece in pieces:
-        assert piece in str(error.value)
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused(name):
-    make, pieces = REFUSED[name]
-    assert_refused(pieces, make(), "adamw_torch")
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        check_supported(make(), "adamw_torch")
 
 
 @pytest.mark.parametrize(
     "optimizer", [o.value for o in OptimizerNames if "lomo" in o or "layerwise" in o]
 )
 def test_optimizers_without_an_accumulated_gradient_are_refused(optimizer):
-    pieces = (
-        "projects the accumulated gradient", f"the optimizer {optimizer!r}", "never holds it",
-        "Set `optim: adamw_torch`",
-    )  # fmt: skip
-    assert_refused(pieces, fake_accelerator(), optimizer)
+    message = f"the optimizer {optimizer!r} updates .* never holds it. Set `optim: adamw_torch`"
+    with pytest.raises(ValueError, match=message):
+        check_supported(fake_accelerator(), optimizer)
 
 
 def test_a_trainer_refuses_before_it_trains(base_model_path, tmp_path):
@@ -233,13 +194,12 @@ class TestBFloat16Gradients:
 class TestMakeBackend:
     def test_models_on_several_devices(self):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
-        with pytest.raises(ValueError) as error:
+        message = (
+            "on one device per process, but .* spread over cpu, meta. Load it without "
+            "`device_map`, and launch one process per GPU"
+        )
+        with pytest.raises(ValueError, match=message):
             make_backend(fake_accelerator(), model, model, optimizer=None)
-        for piece in (
-            "on one device per process", "spread over cpu, meta.",
-            "Load it without `device_map`, and launch one process per GPU",
-        ):  # fmt: skip
-            assert piece in str(error.value)
 
     @pytest.fixture
     def mesh(self):
@@ -247,17 +207,15 @@ class TestMakeBackend:
         yield init_device_mesh("cpu", (1,))
         dist.destroy_process_group()
 
-    @pytest.mark.parametrize("engine", ["NO", "MULTI_GPU"])
-    def test_parameters_that_another_library_has_sharded(self, engine, mesh):
+    def test_parameters_that_another_library_has_sharded(self, mesh):
         model = torch.nn.Linear(2, 2)
         model.weight = torch.nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
-        with pytest.raises(ValueError) as error:
-            make_backend(fake_accelerator(engine), model, model, optimizer=None)
-        for piece in (
-            "that every process holds whole", "'weight' is sharded (a DTensor)",
-            "without `tp_plan` or `distributed_config`", "`configs/accelerate/fsdp2.yaml`",
-        ):  # fmt: skip
-            assert piece in str(error.value)
+        message = (
+            r"that every process holds whole, but 'weight' is sharded \(a DTensor\).* without "
+            "`tp_plan` or `distributed_config`, .*`configs/accelerate/fsdp2.yaml`"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_backend(fake_accelerator("MULTI_GPU"), model, model, optimizer=None)
 
     def test_under_fsdp_sharded_parameters_are_served(self, mesh):
         model = torch.nn.Linear(2, 2)

@@ -16,8 +16,8 @@ from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, diagnostics, mixin
-from ogpsa_trl.toy_model import tiny_llama_config
+from ogpsa_trl import OGPSAConfig, diagnostics, mixin
+from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
     CosineCallback,
     capability_groups,
@@ -33,6 +33,7 @@ from runs import (
 )
 
 STAGES = ("sft", "dpo")
+WITH_TOKENIZER = {"processing_class": toy_tokenizer()}
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
@@ -126,9 +127,8 @@ def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, m
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    more = {"processing_class": tokenizer, "peft_config": LORA.__class__(**LORA.to_dict())}
-    options |= {"more": more, "disable_dropout": False} if stage == "dpo" else {"more": more}
+    options["more"] = {**WITH_TOKENIZER, "peft_config": LORA.__class__(**LORA.to_dict())}
+    options |= {"disable_dropout": False} if stage == "dpo" else {}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random.seed(3), np.random.seed(3)
     plain, _, expected = trained(stage, model, tmp_path, plain=True, **options)
@@ -148,10 +148,9 @@ def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, m
 
 def test_capability_gradient_ignores_dropout_and_restores_the_modes(base_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.5)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     trainer = make_trainer(
         "sft", model, tmp_path, capability=capability_groups(), gradient_checkpointing=True,
-        more={"processing_class": tokenizer}, neftune_noise_alpha=5.0,
+        more=WITH_TOKENIZER, neftune_noise_alpha=5.0,
     )  # fmt: skip
     trainer.train()
     modes = [module.training for module in trainer.model.modules()]
@@ -374,12 +373,11 @@ class TestLora:
         assert all("lora_" in name for name in names)
 
 
-def test_tied_weights_count_once(base_model_path, tmp_path):
+def test_tied_weights_count_once(tmp_path):
     config = tiny_llama_config(hidden_size=32, num_layers=2, num_heads=2, ffn_size=64)
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more=WITH_TOKENIZER)
     names = [name for name, _ in trainer.subspace.backend.parameters]
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names
@@ -389,9 +387,8 @@ def test_frozen_parameters_are_left_alone(base_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_model_path)
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[0].requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more=WITH_TOKENIZER)
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
     assert len(frozen) > 1
     assert all(torch.equal(before[name], weights(trainer)[name]) for name in frozen)
@@ -405,10 +402,9 @@ def test_the_layout_of_a_parameter_in_memory_changes_nothing(base_model_path, tm
         if transpose:
             weight.data = weight.data.T.contiguous().T
         assert weight.is_contiguous() is not transpose
-        tokenizer = AutoTokenizer.from_pretrained(base_model_path)
         _, _, after = trained(
             "sft", model, tmp_path, capability=capability_groups(), learning_rate=0.1,
-            more={"processing_class": tokenizer},
+            more=WITH_TOKENIZER,
         )  # fmt: skip
         results.append(after)
     assert max_difference(*results) < 1e-6
@@ -426,26 +422,21 @@ def test_the_basis_has_the_rank_and_the_type_that_are_set(base_model_path, tmp_p
     assert entry["ogpsa/basis_megabytes"] == trainer.subspace.basis_bytes / 1e6
 
 
-def test_a_long_refresh_shows_its_progress(base_model_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
-    trained("sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False)
-    # Two groups of six samples, four at a time.
-    assert re.search(r"Refreshing the capability subspace.*/4 ", capsys.readouterr().err)
-
-
-def test_the_panel_of_rich_stands_without_a_bar_of_tqdm(
-    base_model_path, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("has_panel", [False, True])
+def test_a_long_refresh_shows_its_progress(
+    has_panel, base_model_path, tmp_path, monkeypatch, capsys
 ):
-    """In it the bar would put a line above the panel at each of its updates."""
+    """But not beside the panel of rich: a bar would put a line above it at each of its updates."""
     monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
-    more = {"callbacks": [RichProgressCallback()]}
     trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False,
-        more=more,
+        more={"callbacks": [RichProgressCallback()]} if has_panel else None,
     )  # fmt: skip
     shown = "".join(capsys.readouterr())
     assert "removed_fraction" in shown
-    assert "Refreshing the capability subspace" not in shown
+    # Two groups of six samples, four at a time.
+    has_bar = re.search(r"Refreshing the capability subspace.*/4 ", shown) is not None
+    assert has_bar is not has_panel
 
 
 def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_path, tmp_path):
@@ -498,22 +489,6 @@ def test_the_refresh_share_is_that_of_the_time_between_two_logs(
     # Of the start or the log before, reads lie 1 (refresh begins), 2 (ends) and 3 later (log).
     shares = [entry.get("ogpsa/refresh_share") for entry in trainer.state.log_history]
     assert shares == [1 / 3, 0, 1 / 3, 0, None]
-
-
-def test_a_callback_of_ones_own_takes_the_place_of_the_default(base_model_path, tmp_path):
-    class OnlyOnce(SubspaceCallback):
-        def is_due(self, step):
-            return step == 0
-
-    trainer = make_trainer(
-        "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=paper(refresh_interval=1), max_steps=3,
-    )  # fmt: skip
-    trainer.remove_callback(SubspaceCallback)
-    trainer.add_callback(OnlyOnce(trainer))
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert ["ogpsa/rank" in entry for entry in entries] == [True, False, False]
 
 
 def test_model_card_names_the_method_the_settings_and_the_data(base_model_path, tmp_path):
