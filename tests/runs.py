@@ -136,6 +136,16 @@ def trl_entries(trainer):
     return [e for e in logged(trainer) if "ogpsa/gate_largest_increase" not in e]
 
 
+class WeightsCallback(TrainerCallback):
+    """The weights after every step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+
 class CosineCallback(TrainerCallback):
     """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
 

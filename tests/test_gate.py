@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.gate import Measurement
 from runs import (
+    WeightsCallback,
     arguments,
     assert_resume_is_bitwise,
     capability_groups,
@@ -53,18 +54,13 @@ def known(base_model_path, tmp_path_factory):
             base_model_path, tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1),
             lora=lora,
         )  # fmt: skip
-        states = [weights(trainer)]
-
-        class Watch(TrainerCallback):
-            def on_step_end(self, *args, trainer=trainer, states=states, **kwargs):
-                states.append(weights(trainer))
-
-        trainer.add_callback(Watch())
+        before, watch = weights(trainer), WeightsCallback()
+        trainer.add_callback(watch)
         trainer.train()
         increases = [entry["ogpsa/gate_increase/answers"] for entry in gate_entries(trainer)]
         assert all(after - before > 0.005 for before, after in pairwise(increases[1:]))
         results[lora] = SimpleNamespace(
-            trainer=trainer, gate=gate, states=states, increases=increases
+            trainer=trainer, gate=gate, states=[before, *watch.states], increases=increases
         )
     return results
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -20,6 +20,7 @@ from ogpsa_trl import OGPSAConfig, diagnostics, mixin
 from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
     CosineCallback,
+    WeightsCallback,
     capability_groups,
     literal_nll,
     logged,
@@ -306,17 +307,11 @@ class TestLora:
     def test_a_does_not_move_before_its_direction_is_known(
         self, stage, scope, base_model_path, tmp_path
     ):
-        history = []
-
-        class Watch(TrainerCallback):
-            def on_step_end(self, args, state, control, model=None, **kwargs):
-                history.append({n: p.detach().clone() for n, p in model.named_parameters()})
-
-        refreshes = []
+        watch, refreshes = WeightsCallback(), []
         trainer = make_trainer(
             stage, base_model_path, tmp_path, capability=capability_groups(),
             config=paper(scope=scope, refresh_interval=10), max_steps=3,
-            more={"peft_config": LORA, "callbacks": [Watch()]},
+            more={"peft_config": LORA, "callbacks": [watch]},
         )  # fmt: skip
         start = weights(trainer)
         original = trainer.refresh_subspace
@@ -324,7 +319,7 @@ class TestLora:
         trainer.train()
 
         is_a = [name for name in start if "lora_A" in name]
-        first, second, third = history
+        first, second, third = watch.states
         # Step 0: B is zero, A has no gradient. Step 1: A's gradient is there, its direction is not.
         assert all(torch.equal(start[name], second[name]) for name in is_a)
         assert any(not torch.equal(start[n], first[n]) for n in start if "lora_B" in n)
@@ -343,8 +338,7 @@ class TestLora:
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3
         )
         original = trainer.capability_loss.sum
-        unused = trainer.model.model.norm.weight
-        steps = []
+        unused, watch = trainer.model.model.norm.weight, WeightsCallback()
 
         def loss_without_one_parameter(batch):
             unused.requires_grad_(False)
@@ -352,17 +346,14 @@ class TestLora:
             unused.requires_grad_(True)
             return loss
 
-        class Watch(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                steps.append(unused.detach().clone())
-
         trainer.capability_loss.sum = loss_without_one_parameter
-        trainer.add_callback(Watch())
+        trainer.add_callback(watch)
         start = unused.detach().clone()
         trainer.train()
-        assert torch.equal(start, steps[0])
-        assert not torch.equal(steps[0], steps[1])
-        assert not torch.equal(steps[1], steps[2])
+        first, second, third = (state["model.norm.weight"] for state in watch.states)
+        assert torch.equal(start, first)
+        assert not torch.equal(first, second)
+        assert not torch.equal(second, third)
 
     def test_only_the_adapter_has_a_basis(self, base_model_path, tmp_path):
         trainer = assert_no_component_left(
