@@ -62,20 +62,21 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step(base_model_path, tmp_pat
     """It was killed after the last save, say; transformers would take one step more."""
 
     def again():
-        return make("sft", base_model_path, tmp_path, paper(refresh_interval=2), max_steps=2)
+        # An epoch has two steps.
+        return make("sft", base_model_path, tmp_path, paper(refresh_interval=2), max_steps=3)
 
     straight = again()
-    straight.add_callback(SaveAfter(1, 2))
+    straight.add_callback(SaveAfter(2, 3))
     straight.train()
     resumed = again()
     resumed.train(resume_from_checkpoint=True)  # it finds the last checkpoint by itself
-    assert resumed.state.global_step == 2
+    assert resumed.state.global_step == 3
     assert_same_run(resumed, straight)
     before, after = straight.subspace.state_dict(), resumed.subspace.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-1", "checkpoint-2",
+        "checkpoint-2", "checkpoint-3",
     ]  # fmt: skip
 
 
