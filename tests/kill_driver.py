@@ -8,6 +8,7 @@ which itself trains nothing. Writes a line of JSON for every case.
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from ogpsa_trl import OGPSAConfig, completeness
 from runs import capability_groups, make_trainer, paper, weights
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 MOST_KILLS = 4
 TARGETS = {
     # With a refresh every second step, and with averaging, restoration and drawn samples.
@@ -56,13 +57,13 @@ def train(case, model, folder, place):
 
 
 def kill_inside(trainer, what, folder):
-    """Die once, in the middle of the third refresh, or in the third save, before a certain act."""
+    """Die once, in the middle of the second refresh, or in the third save, before a certain act."""
     told = folder / "killed"
     if what is None or told.exists():
         return
     calls = {"count": 0}
     owner, name, number = {
-        "refresh": (trainer.capability_loss, "sum", 2 * 2 + 1),
+        "refresh": (trainer.capability_loss, "sum", 2 + 1),
         "model file": (trainer, "_save_optimizer_and_scheduler", 3),
         "subspace file": (trainer, "_save_rng_state", 3),
         "mark": (sys.modules["ogpsa_trl.mixin"], "mark", 3),
@@ -181,6 +182,8 @@ def main():
     model, output, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
+    gc.collect()
+    gc.freeze()  # the forks share the memory of what the libraries hold
     for case in cases:
         result = run_case(case, model, output, rng)
         sys.stdout.write(json.dumps(case | result) + "\n")

@@ -31,7 +31,9 @@ from ogpsa_trl import (
 )
 from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
+    ARGUMENTS,
     CosineCallback,
+    assert_resume_is_bitwise,
     capability_groups,
     gated,
     literal_nll,
@@ -64,7 +66,9 @@ def token_data():
     return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
 
 
-SAMPLING = {"num_generations": 2, "max_completion_length": 6, "beta": 0.05}
+SAMPLING = {
+    "num_generations": 2, "max_completion_length": 6, "beta": 0.05, "temperature": 0.7,
+}  # fmt: skip
 # Arguments class, parent, trainer, more arguments, training data, more keywords.
 KINDS = {
     "kto": (KTOConfig, KTOTrainer, OGPSAKTOTrainer, {}, kto_data, {}),
@@ -85,12 +89,7 @@ KINDS = {
 
 def make(kind, path, output, *, parent=False, config=None, capability=None, **overrides):
     arguments_class, parent_class, our_class, more, data, keywords = KINDS[kind]
-    arguments = {
-        "output_dir": str(output), "max_steps": 2, "per_device_train_batch_size": 4,
-        "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
+    arguments = {"output_dir": str(output), **ARGUMENTS, "max_steps": 2, "learning_rate": 0.1}
     keywords = dict(keywords)
     if not parent:
         keywords |= {"capability_dataset": capability, "ogpsa_config": config}
@@ -121,47 +120,41 @@ class TestAnyTrainer:
     def test_without_capability_data_it_is_its_parent(
         self, kind, parents, base_model_path, tmp_path
     ):
-        trainer = trained(kind, base_model_path, tmp_path)
-        assert max_difference(weights(trainer), parents[kind]) == 0
-        start = weights(make(kind, base_model_path, tmp_path))
-        assert max_difference(start, parents[kind]) > 0
-
-    def test_a_gate_needs_no_capability_data(self, kind, parents, base_model_path, tmp_path):
+        """With a gate too."""
         trainer = make(kind, base_model_path, tmp_path)
         gate = gated(trainer, capability_groups(), GateConfig(gate_interval=1))
+        assert max_difference(weights(trainer), parents[kind]) > 0
         trainer.train()
         assert max_difference(weights(trainer), parents[kind]) == 0
-        tokenizer, last = trainer.processing_class, gate.last
         with torch.no_grad():
             for name, rows in capability_groups().items():
-                expected = literal_nll(trainer.model.eval(), tokenizer, rows).item()
-                assert last.losses[name] == pytest.approx(expected, abs=1e-5)
+                expected = literal_nll(trainer.model.eval(), TOKENIZER, rows).item()
+                assert gate.last.losses[name] == pytest.approx(expected, abs=1e-5)
 
     def test_refreshes_leave_no_trace(self, kind, parents, base_model_path, tmp_path):
         """Neither in the gradients nor in the random numbers that completions are drawn with."""
+        groups = capability_groups()
         trainer = trained(
-            kind, base_model_path, tmp_path, capability=capability_groups(),
+            kind, base_model_path, tmp_path, capability=groups,
             config=paper(target="none", refresh_interval=1),
         )  # fmt: skip
-        assert "ogpsa/refresh_seconds" in trainer.state.log_history[0]
         assert max_difference(weights(trainer), parents[kind]) == 0
+        base = AutoModelForCausalLM.from_pretrained(base_model_path)
+        for name, rows in groups.items():  # of the text, whatever the temperature of samples
+            logged = trainer.state.log_history[0][f"ogpsa/capability_loss/{name}"]
+            assert logged == pytest.approx(literal_nll(base, TOKENIZER, rows).item(), rel=1e-5)
 
-    @pytest.mark.parametrize("scope", ["parameter", "model"])
-    def test_nothing_of_the_gradient_is_left_in_the_subspace(
-        self, kind, scope, base_model_path, tmp_path
-    ):
+    def test_nothing_of_the_gradient_is_left_in_the_subspace(self, kind, base_model_path, tmp_path):
         trainer = make(
             kind, base_model_path, tmp_path, capability=capability_groups(),
-            config=paper(scope=scope, refresh_interval=1),
+            config=paper(refresh_interval=1),
         )  # fmt: skip
         probe = CosineCallback()
         probe.trainer = trainer
         trainer.add_callback(probe)
         trainer.train()
         assert probe.cosines
-        # In scope `model` a single tensor may well point along its part of a row.
-        if scope == "parameter":
-            assert max(probe.cosines) < 1e-5
+        assert max(probe.cosines) < 1e-5
         assert all(0 < e["ogpsa/removed_fraction"] <= 1 for e in trainer.state.log_history[:-1])
 
     def test_the_default_keeps_the_update_out_of_it(self, kind, base_model_path, tmp_path):
@@ -173,29 +166,6 @@ class TestAnyTrainer:
         assert last["ogpsa/proposal_in_subspace"] > 0
         assert last["ogpsa/capability_loss/skills"] > 0  # the divergence, after a step
 
-    def test_the_capability_loss_is_that_of_the_text(self, kind, base_model_path, tmp_path):
-        groups = capability_groups()
-        trainer = trained(
-            kind, base_model_path, tmp_path, capability=groups, config=paper(), max_steps=1,
-            **({"temperature": 0.7} if kind in ("grpo", "rloo") else {}),
-        )  # fmt: skip
-        base = AutoModelForCausalLM.from_pretrained(base_model_path)
-        for name, rows in groups.items():
-            logged = trainer.state.log_history[0][f"ogpsa/capability_loss/{name}"]
-            expected = literal_nll(base, TOKENIZER, rows).item()
-            assert logged == pytest.approx(expected, rel=1e-5)
-
-    def test_a_batch_without_text_has_a_loss_with_a_graph(self, kind, base_model_path, tmp_path):
-        """That of a process without samples."""
-        trainer = make(
-            kind, base_model_path, tmp_path, capability=capability_groups(), config=paper(),
-        )  # fmt: skip
-        part = trainer.capability_groups[0].whole()
-        batch = next(iter(part.batches_of(999, 1000)))
-        loss = trainer.capability_log_probs(batch).sum()
-        loss.backward()
-        assert loss == 0
-
     def test_capability_texts_are_cut(self, kind, base_model_path, tmp_path):
         trainer = make(
             kind, base_model_path, tmp_path, capability=capability_groups(),
@@ -203,21 +173,22 @@ class TestAnyTrainer:
         )  # fmt: skip
         samples = [s for group in trainer.capability_groups for s in group.samples]
         assert max(len(sample.features["input_ids"]) for sample in samples) == 7
+        # A batch without text, that of a process without samples, has a loss with a graph.
+        part = trainer.capability_groups[0].whole()
+        batch = next(iter(part.batches_of(999, 1000)))
+        loss = trainer.capability_log_probs(batch).sum()
+        loss.backward()
+        assert loss == 0
 
 
 def test_kto_resumes_bit_for_bit(base_model_path, tmp_path):
-    def make_kto():
+    def again():
         return make(
-            "kto", base_model_path, tmp_path, capability=capability_groups(), max_steps=3,
+            "kto", base_model_path, tmp_path, capability=capability_groups(),
             config=OGPSAConfig(samples_per_refresh=4), optim="adamw_torch", learning_rate=1e-3,
-            save_strategy="steps", save_steps=1,
         )  # fmt: skip
 
-    straight = make_kto()
-    straight.train()
-    resumed = make_kto()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert max_difference(weights(resumed), weights(straight)) == 0
+    assert_resume_is_bitwise(again, tmp_path, steps=(1,))
 
 
 class TestRefused:
@@ -237,23 +208,21 @@ class TestRefused:
                 capability_dataset=capability_groups(),
             )
 
-    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
-        with pytest.raises(ValueError, match="`processing_class` is NoneType"):
+    def assert_refused(self, message, path, output, **keywords):
+        with pytest.raises(ValueError, match=message):
             OGPSATrainer(
-                model=AutoModelForCausalLM.from_pretrained(base_model_path),
-                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+                model=AutoModelForCausalLM.from_pretrained(path),
+                args=TrainingArguments(str(output), use_cpu=True, report_to="none"),
                 train_dataset=token_data(),
                 capability_dataset=capability_groups(),
+                **keywords,
             )
+
+    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
+        self.assert_refused("`processing_class` is NoneType", base_model_path, tmp_path)
 
     def test_copies_on_several_devices(self, base_model_path, tmp_path, monkeypatch):
         """TRL's trainers refuse them themselves."""
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-        with pytest.raises(ValueError, match=r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"):
-            OGPSATrainer(
-                model=AutoModelForCausalLM.from_pretrained(base_model_path),
-                args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
-                train_dataset=token_data(),
-                processing_class=TOKENIZER,
-                capability_dataset=capability_groups(),
-            )
+        message = r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"
+        self.assert_refused(message, base_model_path, tmp_path, processing_class=TOKENIZER)

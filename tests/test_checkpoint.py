@@ -1,5 +1,6 @@
 """A checkpoint is the same subspace for any number of processes, however they shard it."""
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -7,10 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ogpsa_trl import linalg
 from ogpsa_trl.backends import Shard
-from ogpsa_trl.checkpoint import FILE_NAME, file_names, load_subspace, save_subspace
+from ogpsa_trl.checkpoint import (
+    FILE_NAME,
+    file_names,
+    load_start,
+    load_subspace,
+    save_start,
+    save_subspace,
+)
+from ogpsa_trl.data import Sample
+from ogpsa_trl.start import StartingPoint
 from ogpsa_trl.subspace import CapabilitySubspace
 from runs import paper
 
@@ -39,10 +50,10 @@ def triangles_of_all():
     return whole_gram()[:, row, column]
 
 
-def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
+def make_subspace(shards, process_index=0, num_processes=1, others_agree=True, **settings):
     """A subspace of one process of several, as if all of them did what this one does."""
     backend = SimpleNamespace(
-        parameters=[(name, None) for name in SIZES],
+        parameters=[(name, None) for name in shards],
         shards=[Shard(start, size, SIZES[name]) for name, (start, size) in shards.items()],
         is_sharded=num_processes > 1,
         process_index=process_index,
@@ -52,7 +63,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True):
         sum_over_shards=lambda values: triangles_of_all().view_as(values),
         same_on_all=lambda values: values,
     )
-    return CapabilitySubspace(backend, paper())
+    return CapabilitySubspace(backend, paper(**settings))
 
 
 def filled(shards, **process):
@@ -64,6 +75,8 @@ def filled(shards, **process):
     subspace.gram = whole_gram()
     subspace.inverse_gram = linalg.inverse_gram(subspace.gram).float()
     subspace.mean_coordinates = torch.ones(len(SIZES), RANK)
+    for name in ("mean_square", "rank", "num_steps", "interval", "is_waiting", "was_held"):
+        setattr(subspace, name, torch.ones_like(getattr(subspace, name)))
     subspace.is_due = False
     return subspace
 
@@ -125,7 +138,7 @@ def save_all(layout, folder):
         save_subspace(filled(shards, **process), str(folder))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(before=layouts, after=layouts)
 def test_any_sharding_is_read_by_any_other(before, after, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -135,7 +148,9 @@ def test_any_sharding_is_read_by_any_other(before, after, tmp_path_factory):
         load_subspace(subspace, str(folder))
         assert not subspace.is_due
         assert_holds_its_shards(subspace, shards)
-        assert torch.equal(subspace.mean_coordinates, torch.ones(len(SIZES), RANK))
+        saved = filled(shards, **process).state_dict()
+        for name, value in subspace.state_dict().items():
+            assert name.startswith("basis.") or torch.equal(value, saved[name]), name
 
 
 def test_a_new_sharding_is_logged(tmp_path, caplog):
@@ -157,21 +172,105 @@ def test_a_process_needs_its_own_file_only(tmp_path):
     assert_holds_its_shards(subspace, by_rows(4, 2))
 
 
-def test_a_missing_shard_is_a_warning_and_a_refresh(tmp_path, caplog):
-    save_all(("rows", 4), tmp_path)
-    (tmp_path / file_names(4)[1]).unlink()
-    subspace = make_subspace(WHOLE)
-    load_subspace(subspace, str(tmp_path))
-    assert subspace.is_due
-    assert "holds no whole capability subspace" in caplog.text
-    assert file_names(4)[0] in caplog.text
+class TestWithoutAUsableBasis:
+    """A warning and a refresh before the next step, on all processes; or an error."""
+
+    @pytest.fixture(autouse=True)
+    def saved(self, tmp_path):
+        save_all(("rows", 1), tmp_path)
+        return tmp_path / FILE_NAME
+
+    def test_a_missing_shard_is_a_warning(self, saved, tmp_path, caplog):
+        saved.unlink()
+        save_all(("rows", 4), tmp_path)
+        (tmp_path / file_names(4)[1]).unlink()
+        subspace = make_subspace(WHOLE)
+        load_subspace(subspace, str(tmp_path))
+        assert subspace.is_due
+        assert f"holds no whole capability subspace ({file_names(4)[0]}, " in caplog.text
+
+    def test_so_are_other_settings(self, tmp_path, caplog):
+        subspace = make_subspace(WHOLE, scope="model")
+        load_subspace(subspace, str(tmp_path))
+        assert subspace.is_due
+        assert "was made with the settings {'scope': 'parameter', " in caplog.text
+
+    def test_all_processes_refresh_if_one_has_no_basis(self, tmp_path):
+        subspace = make_subspace(WHOLE, others_agree=False, num_processes=2)
+        load_subspace(subspace, str(tmp_path))
+        assert subspace.is_due
+
+    def test_other_parameters_are_an_error(self, tmp_path):
+        subspace = make_subspace({"embed": (0, 12), "norm": (0, 3)})
+        with pytest.raises(ValueError, match=r"does not fit this model.*other parameters.*'head'"):
+            load_subspace(subspace, str(tmp_path))
+
+    def test_a_damaged_file_is_an_error(self, saved, tmp_path):
+        content = saved.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], b"x" * 100):
+            saved.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"cannot be read .* delete this file"):
+                load_subspace(make_subspace(WHOLE), str(tmp_path))
+
+    def test_another_format_is_an_error(self, saved, tmp_path):
+        save_file(load_file(saved), saved, {"format": "2"})
+        with pytest.raises(ValueError, match=r"has format '2', but this version reads '3'"):
+            load_subspace(make_subspace(WHOLE), str(tmp_path))
 
 
-def test_all_processes_refresh_if_one_has_no_basis(tmp_path):
-    save_all(("rows", 2), tmp_path)
-    subspace = make_subspace(by_rows(2, 0), num_processes=2, others_agree=False)
-    load_subspace(subspace, str(tmp_path))
-    assert subspace.is_due
+class TestStartingPoint:
+    CONFIG = paper(capability_loss="kl")
+
+    def save(self, folder, **more):
+        samples = [
+            Sample(name, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, 2)
+            for name in ("skills/0", "skills/1", "language/0")
+        ]
+        start = StartingPoint(samples, torch.arange(3.0).double())
+        return samples, save_start(start, self.CONFIG, str(folder), **more)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ("file", "there is none"),
+            ("samples", "of other capability groups, or of another number of samples"),
+            ("settings", "it was measured with the settings {'capability_loss': 'kl', 'kl_tokens'"),
+        ],
+    )
+    def test_that_is_lost_is_said(self, change, reason, tmp_path, caplog):
+        config = self.CONFIG
+        samples, path = self.save(tmp_path)
+        backend = make_subspace(WHOLE).backend
+
+        def loaded():
+            groups = [SimpleNamespace(samples=samples)]
+            return load_start(backend, groups, config, str(tmp_path))
+
+        assert torch.equal(loaded().losses, torch.arange(3.0).double())
+        if change == "file":
+            path.unlink()
+        elif change == "samples":
+            samples.pop()
+        else:
+            config = dataclasses.replace(config, kl_tokens=3)
+        assert loaded() is None
+        assert f"starting point of {tmp_path} cannot be used (" in caplog.text
+        assert reason.lower() in caplog.text.lower()
+        assert "drift, and so the divergence, counts from the weights of this" in caplog.text
+
+    def test_has_its_bytes_once_where_files_have_several_names(self, tmp_path, monkeypatch):
+        """It never changes: every checkpoint has the file."""
+        _, first = self.save(tmp_path / "1")
+        _, second = self.save(tmp_path / "2", same=first)
+        assert second.samefile(first)
+
+        def no_link(*_):
+            raise OSError("Operation not supported")
+
+        monkeypatch.setattr("pathlib.Path.hardlink_to", no_link)
+        _, third = self.save(tmp_path / "3", same=first)
+        assert not third.samefile(first)
+        assert torch.equal(load_file(third)["losses"], load_file(first)["losses"])
 
 
 @pytest.mark.parametrize("before", [("rows", 4), ("rows", 1)])

@@ -2,17 +2,16 @@
 
 import logging
 import os
-import shutil
 
 import pytest
 
-from ogpsa_trl import completeness
+from ogpsa_trl import completeness, mixin
 from ogpsa_trl.completeness import LIST_NAME, checkpoint_to_resume, mark, unmark, what_is_missing
 from runs import capability_groups, make_trainer, paper
 
-NAMES = (
+NAMES = {
     "model.safetensors", "optimizer.pt", "trainer_state.json", "ogpsa_subspace.safetensors",
-)  # fmt: skip
+}  # fmt: skip
 
 
 def saving(base_model_path, output, *, plain=False, **overrides):
@@ -23,44 +22,29 @@ def saving(base_model_path, output, *, plain=False, **overrides):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def saved_run(base_model_path, tmp_path_factory):
-    output = tmp_path_factory.mktemp("run")
-    saving(base_model_path, output).train()
-    return output
-
-
 @pytest.fixture
-def run_folder(saved_run, tmp_path):
+def run_folder(tmp_path):
     """A run with three checkpoints, to be damaged."""
-    return shutil.copytree(saved_run, tmp_path / "run")
-
-
-def test_every_file_of_a_checkpoint_is_listed(run_folder):
-    folder = run_folder / "checkpoint-3"
-    assert what_is_missing(folder) is None
-    listed = completeness._files(folder)
-    assert {path.name for path in folder.rglob("*")} - {path.name for path in listed} == {LIST_NAME}
-    assert set(NAMES) <= {path.name for path in listed}
+    for step in (1, 2, 3):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in NAMES:
+            (folder / name).write_text("12 characters")
+        mark(folder)
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["model.safetensors", "optimizer.pt", "trainer_state.json", "ogpsa_subspace.safetensors"],
+    ("name", "damage"), [("model.safetensors", "gone"), ("ogpsa_subspace.safetensors", "cut")]
 )
-@pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, run_folder, caplog):
     file = run_folder / "checkpoint-3" / name
-    size = file.stat().st_size
     if damage == "gone":
         file.unlink()
-        if name.startswith("ogpsa_"):  # taken away on purpose: it is made anew
-            assert what_is_missing(file.parent) is None
-            return
         reason = f"{name} is not there"
     else:
-        os.truncate(file, size // 2)
-        reason = f"{name} has {size // 2} bytes instead of {size}"
+        os.truncate(file, 6)
+        reason = f"{name} has 6 bytes instead of 13"
     found = checkpoint_to_resume(True, str(run_folder))
     assert found == str(run_folder / "checkpoint-2")
     assert caplog.messages == [
@@ -73,6 +57,11 @@ def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, run_folder, 
         f"{str(run_folder / 'checkpoint-3')!r} {reason}. The last whole one in "
         f"{str(run_folder)!r} is {found!r}."
     )
+
+
+def test_what_is_made_anew_may_be_taken_away(run_folder):
+    (run_folder / "checkpoint-3" / "ogpsa_subspace.safetensors").unlink()
+    assert what_is_missing(run_folder / "checkpoint-3") is None
 
 
 def test_without_a_list_it_is_not_whole(run_folder):
@@ -106,31 +95,19 @@ def test_checkpoints_of_plain_trl_can_be_resumed(base_model_path, tmp_path, capl
 
 def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, monkeypatch):
     """Also with room for one only: the old one goes when the new one is marked, and not before."""
-    trainer = saving(base_model_path, tmp_path, save_total_limit=1)
-    save, seen = trainer._save_rng_state, []
+    trainer, seen = saving(base_model_path, tmp_path, save_total_limit=1), []
 
-    def save_and_look(output_dir):
-        save(output_dir)
-        seen.append(sorted(p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)))
+    def look_and_mark(folder):
+        seen.append([p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)])
+        mark(folder)
 
-    monkeypatch.setattr(trainer, "_save_rng_state", save_and_look)
+    monkeypatch.setattr(mixin, "mark", look_and_mark)
     trainer.train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
-
-
-def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(
-    base_model_path, tmp_path, monkeypatch
-):
-    trainer = saving(base_model_path, tmp_path, save_total_limit=1)
-    save = trainer._save_rng_state
-
-    def save_on_a_full_disk(output_dir):
-        if trainer.state.global_step == 3:
-            raise OSError(28, "No space left on device")
-        save(output_dir)
-
-    monkeypatch.setattr(trainer, "_save_rng_state", save_on_a_full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    (folder,) = tmp_path.glob("checkpoint-*")
+    assert folder.name == "checkpoint-3"
+    # Every file of it is listed.
+    assert what_is_missing(folder) is None
+    listed = {path.name for path in completeness._files(folder)}
+    assert {path.name for path in folder.rglob("*")} - listed == {LIST_NAME}
+    assert listed >= NAMES

@@ -11,9 +11,7 @@ import pytest
 
 import train
 from failing_worker import REASON
-from ogpsa_trl import CapabilityGate
 from ogpsa_trl.command_line import parse_run
-from runs import capability_groups, make_trainer
 
 TESTS = Path(__file__).parent
 # A launch takes some ten seconds on an idle core, most of it imports. A process that waits for the
@@ -54,7 +52,6 @@ def slow(*values):
     ("engine", "place"),
     [
         ("ddp", "refresh"),
-        slow("ddp", "step"),
         slow("ddp", "start"),
         slow("fsdp2", "refresh"),
         slow("zero2", "refresh"),
@@ -88,8 +85,7 @@ ALONE = {
 @pytest.mark.parametrize(
     ("engine", "place"),
     [
-        ("fsdp2", "samples"),
-        slow("ddp", "samples"),
+        slow("fsdp2", "samples"),
         slow("ddp", "group"),
         slow("zero2", "setting"),
         slow("fsdp2", "basis"),
@@ -103,31 +99,6 @@ def test_what_one_process_has_alone_is_an_error_on_all(engine, place, base_model
     message = re.escape(ALONE[place])
     for process_index in range(2):
         assert re.search(rf"rank{process_index}\]: ValueError: .*{message}", traces)
-
-
-class TestTheFirstThatIsNotTheSame:
-    """Two processes played by one: the second has fewer samples than the first."""
-
-    @pytest.fixture
-    def another(self, monkeypatch):
-        def gather(values):
-            (mine,) = values
-            others = {name: "3 samples" if "group '" in name else v for name, v in mine.items()}
-            return [mine, others]
-
-        return lambda: monkeypatch.setattr("ogpsa_trl.engines.gather_object", gather)
-
-    def test_is_named_by_the_trainer(self, another, base_model_path, tmp_path):
-        another()
-        message = r"same capability group 'skills', but process 0 has 6 samples .* process 1 has 3 "
-        with pytest.raises(ValueError, match=message):
-            make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
-
-    def test_is_named_by_the_gate(self, another, base_model_path, tmp_path):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        another()
-        with pytest.raises(ValueError, match=r"same gate group 'skills', but process 0 has 7 "):
-            CapabilityGate(trainer, capability_groups(7))
 
 
 def test_the_script_tells_its_launcher_the_reason(config, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.gate import Measurement
 from runs import (
+    WeightsCallback,
+    arguments,
+    assert_resume_is_bitwise,
     capability_groups,
     contradicted,
     gate_entries,
@@ -27,7 +31,6 @@ from runs import (
     weights,
 )
 
-STAGES = ("sft", "dpo")
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 
 
@@ -43,29 +46,43 @@ def contradicted_run(path, output_dir, config, *, lora=False, **options):
 
 
 @pytest.fixture(scope="module")
-def increases(base_model_path, tmp_path_factory):
-    """The known case: what the gate finds after every step, full training and LoRA."""
+def known(base_model_path, tmp_path_factory):
+    """The known case: weights and increase of the loss after every step, full training and LoRA."""
     results = {}
     for lora in (False, True):
-        folder = tmp_path_factory.mktemp("increases")
-        config = GateConfig(gate_interval=1)
-        trainer, _ = contradicted_run(base_model_path, folder, config, lora=lora)
+        trainer, gate = contradicted_run(
+            base_model_path, tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1),
+            lora=lora,
+        )  # fmt: skip
+        before, watch = weights(trainer), WeightsCallback()
+        trainer.add_callback(watch)
         trainer.train()
-        entries = gate_entries(trainer)
-        assert [entry["step"] for entry in entries] == list(range(7))
-        results[lora] = [entry["ogpsa/gate_increase/answers"] for entry in entries]
-        assert all(after - before > 0.005 for before, after in pairwise(results[lora][1:]))
+        increases = [entry["ogpsa/gate_increase/answers"] for entry in gate_entries(trainer)]
+        assert all(after - before > 0.005 for before, after in pairwise(increases[1:]))
+        results[lora] = SimpleNamespace(
+            trainer=trainer, gate=gate, states=[before, *watch.states], increases=increases
+        )
     return results
 
 
-def between(increases, step):
+def between(known, step):
     """A tolerance that the weights after `step` steps meet and those after the next do not."""
-    return (increases[step] + increases[step + 1]) / 2
+    return (known.increases[step] + known.increases[step + 1]) / 2
+
+
+def test_the_log_of_a_gate_stands_apart_from_that_of_training(known):
+    """So a plot of one has no values of the other, and every value its own step."""
+    trainer = known[False].trainer
+    assert [entry["step"] for entry in gate_entries(trainer)] == list(range(7))
+    for entry in gate_entries(trainer):
+        assert all(key.startswith("ogpsa/gate_") or key in ("epoch", "step") for key in entry)
+    assert [entry["step"] for entry in logged(trainer) if "loss" in entry] == list(range(1, 7))
 
 
 class TestMeasurement:
-    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize(
+        ("stage", "capability"), [("sft", capability_groups()), ("dpo", None)], ids=["sft", "dpo"]
+    )
     def test_it_is_the_token_mean_over_all_samples(
         self, stage, capability, base_model_path, tmp_path
     ):
@@ -90,9 +107,11 @@ class TestMeasurement:
         assert entries[-1]["ogpsa/gate_largest_increase"] == max(gate.last.increases.values())
         assert entries[0]["ogpsa/gate_tokens/skills"] == gate.parts["skills"].num_tokens
 
-    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
-    @pytest.mark.parametrize("form", ["full", "lora"])
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize(
+        ("stage", "form", "capability"),
+        [("sft", "lora", capability_groups()), ("dpo", "full", None)],
+        ids=["sft-lora-ogpsa", "dpo-full-plain"],
+    )
     def test_it_leaves_no_trace_in_training(
         self, stage, form, capability, base_model_path, tmp_path
     ):
@@ -105,7 +124,7 @@ class TestMeasurement:
             if form == "lora":
                 more["peft_config"] = LoraConfig(**LORA, lora_dropout=0.3)
             trainer = make_trainer(
-                stage, model, tmp_path, capability=capability, more=more, max_steps=5,
+                stage, model, tmp_path, capability=capability, more=more, max_steps=3,
                 config=capability and paper(refresh_interval=2), optim="adamw_torch",
                 learning_rate=1e-2, gradient_accumulation_steps=2, max_grad_norm=1.0,
                 gradient_checkpointing=True, logging_steps=2, include_num_input_tokens_seen=True,
@@ -118,7 +137,7 @@ class TestMeasurement:
             return trainer
 
         without, gate = run(gate=False), run(gate=True)
-        assert len(gate_entries(gate)) == 6
+        assert len(gate_entries(gate)) == 4
         assert max_difference(weights(gate), weights(without)) == 0
         assert trl_entries(gate) == trl_entries(without)
 
@@ -138,27 +157,24 @@ class TestMeasurement:
         assert modes == {False}
         assert [module.training for module in trainer.model.modules()] == before
 
-    def test_a_checkpoint_is_measured_before_it_is_saved(self, base_model_path, tmp_path):
-        trainer, _ = contradicted_run(
-            base_model_path, tmp_path, GateConfig(gate_interval=100), save_strategy="steps",
-            save_steps=4,
-        )  # fmt: skip
-        trainer.train()
-        assert [entry["step"] for entry in gate_entries(trainer)] == [0, 4, 6]
-        state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-        steps = [e["step"] for e in state["log_history"] if "ogpsa/gate_largest_increase" in e]
-        assert steps == [0, 4]
+    def test_checkpoints_and_the_last_weights_are_measured(self, base_model_path, tmp_path):
+        """A checkpoint before it is saved, the last weights whoever ends training."""
 
-    def test_the_last_weights_are_measured_whoever_ends_training(self, base_model_path, tmp_path):
         class Stop(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 control.should_training_stop = state.global_step == 2
 
-        trainer, gate = contradicted_run(base_model_path, tmp_path, GateConfig(gate_interval=100))
+        trainer, gate = contradicted_run(
+            base_model_path, tmp_path, GateConfig(gate_interval=100), save_strategy="steps",
+            save_steps=2,
+        )  # fmt: skip
         trainer.add_callback(Stop())
         trainer.train()
         assert trainer.state.global_step == gate.last.step == 3
-        assert [entry["step"] for entry in gate_entries(trainer)] == [0, 3]
+        assert [entry["step"] for entry in gate_entries(trainer)] == [0, 2, 3]
+        state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+        steps = [e["step"] for e in state["log_history"] if "ogpsa/gate_largest_increase" in e]
+        assert steps == [0, 2]
 
     def test_samples_that_training_protects_are_a_warning(self, base_model_path, tmp_path, caplog):
         trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups(4))
@@ -168,16 +184,17 @@ class TestMeasurement:
 
 
 class TestResume:
-    @pytest.mark.parametrize("capability", [None, capability_groups()], ids=["plain", "ogpsa"])
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize(
+        ("stage", "capability"), [("sft", capability_groups()), ("dpo", None)], ids=["sft", "dpo"]
+    )
     def test_a_resumed_run_logs_and_marks_what_the_straight_one_does(
         self, stage, capability, base_model_path, tmp_path
     ):
         def make():
             trainer = make_trainer(
-                stage, base_model_path, tmp_path, capability=capability, max_steps=5,
+                stage, base_model_path, tmp_path, capability=capability, max_steps=4,
                 config=capability and paper(refresh_interval=2), learning_rate=0.3,
-                gradient_accumulation_steps=2, save_strategy="steps", save_steps=1,
+                gradient_accumulation_steps=2, save_strategy="steps", save_steps=3,
             )  # fmt: skip
             config = GateConfig(
                 gate_interval=2, max_capability_loss_increase=10.0, gate_action="best"
@@ -185,56 +202,42 @@ class TestResume:
             gated(trainer, capability_groups(7), config)
             return trainer
 
-        straight = make()
-        straight.train()
-        assert straight.state.best_global_step == 5
-        for step in range(1, 5):
-            resumed = make()
-            resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-            assert max_difference(weights(resumed), weights(straight)) == 0
-            assert gate_entries(resumed) == gate_entries(straight)
-            for name in ("best_global_step", "best_metric", "best_model_checkpoint"):
-                assert getattr(resumed.state, name) == getattr(straight.state, name)
+        straight, resumed = assert_resume_is_bitwise(make, tmp_path, steps=(3,))
+        assert [entry["step"] for entry in gate_entries(resumed)] == [0, 2, 3, 4]
+        assert straight.state.best_global_step == 4
+        for name in ("best_global_step", "best_metric", "best_model_checkpoint"):
+            assert getattr(resumed.state, name) == getattr(straight.state, name)
 
-    def test_a_checkpoint_without_the_losses_before_training_is_an_error(
-        self, base_model_path, tmp_path
-    ):
+    def test_a_checkpoint_without_the_losses_before_training_is_an_error(self, known):
         """An increase that is not known must not pass for a small one."""
-        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-        make_trainer("sft", base_model_path, tmp_path / "none", **options).train()
-        trainer, _ = contradicted_run(base_model_path, tmp_path / "other", None, **options)
-        trainer.train()
-        for folder in ("none", "other"):
-            trainer = make_trainer("sft", base_model_path, tmp_path, **options)
-            gated(trainer, {"answers": contradicted(5)})
+        gate, (first, *_) = known[False].gate, gate_entries(known[False].trainer)
+        assert gate._start_in([first]) == {"answers": first["ogpsa/gate_loss/answers"]}
+        of_other_data = first | {"ogpsa/gate_tokens/answers": 5}
+        for history in ([], [of_other_data], [first | {"step": 1}]):
             with pytest.raises(ValueError, match=r"does not hold them .*Resume with the gate data"):
-                trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-1"))
+                gate._start_in(history)
 
 
 class TestPastTolerance:
-    @pytest.mark.parametrize("interval", [1, 2])
     def test_stop_ends_training_at_the_first_measurement_past_it(
-        self, interval, increases, base_model_path, tmp_path, caplog
+        self, known, base_model_path, tmp_path, caplog
     ):
-        tolerance = between(increases[False], 2)
+        tolerance = between(known[False], 2)
         config = GateConfig(
-            gate_interval=interval, max_capability_loss_increase=tolerance, gate_action="stop"
+            gate_interval=2, max_capability_loss_increase=tolerance, gate_action="stop"
         )
         trainer, gate = contradicted_run(base_model_path, tmp_path, config, logging_steps=2)
         with caplog.at_level(logging.WARNING):
             trainer.train()
-        stopped = {1: 3, 2: 4}[interval]
-        assert trainer.state.global_step == stopped
+        assert trainer.state.global_step == 4
         assert gate.is_exceeded
-        assert f"Step {stopped}: the held-out loss of gate group 'answers'" in caplog.text
+        assert "Step 4: the held-out loss of gate group 'answers'" in caplog.text
         report = gate.report("runs/sft")
-        assert f"Training made {stopped} of 6 steps. The model is in runs/sft" in report
+        assert "Training made 4 of 6 steps. The model is in runs/sft" in report
         assert f"({tolerance})" in report
 
-    def test_warn_trains_on(self, increases, base_model_path, tmp_path, caplog):
-        config = GateConfig(
-            gate_interval=3, max_capability_loss_increase=between(increases[False], 3)
-        )
+    def test_warn_trains_on(self, known, base_model_path, tmp_path, caplog):
+        config = GateConfig(gate_interval=3, max_capability_loss_increase=between(known[False], 3))
         trainer, gate = contradicted_run(base_model_path, tmp_path, config)
         with caplog.at_level(logging.WARNING):
             trainer.train()
@@ -242,18 +245,16 @@ class TestPastTolerance:
         assert gate.is_exceeded
         assert [line[:7] for line in caplog.messages if "held-out" in line] == ["Step 6:"]
 
-    def test_without_a_tolerance_nothing_is_past_it(self, base_model_path, tmp_path):
-        trainer, gate = contradicted_run(base_model_path, tmp_path, None)
-        trainer.train()
-        assert gate.last.largest_increase > 0
-        assert not gate.is_exceeded
+    def test_without_a_tolerance_nothing_is_past_it(self, known):
+        assert known[False].gate.last.largest_increase > 0
+        assert not known[False].gate.is_exceeded
 
     def test_a_loss_that_is_no_number_is(self, base_model_path, tmp_path):
         config = GateConfig(max_capability_loss_increase=1e9)
         _, gate = contradicted_run(base_model_path, tmp_path, config)
         start = {"a": 1.0, "b": 1.0, "c": 1.0}
-        for losses in ({"a": 5.0, "b": math.nan, "c": 7.0}, {"a": 5.0, "b": math.inf, "c": 7.0}):
-            gate.last = Measurement(1, start, losses)
+        for value in (math.nan, math.inf):
+            gate.last = Measurement(1, start, {"a": 5.0, "b": value, "c": 7.0})
             assert gate.last.worst == "b"
             assert gate.is_exceeded
 
@@ -268,50 +269,40 @@ class TestBest:
         options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, **options}
         trainer, gate = contradicted_run(path, folder, config, **options)
         trainer.train()
-        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
-        return trainer, gate, checkpoints
-
-    def weights_after(self, path, folder, steps, **options):
-        trainer, _ = contradicted_run(path, folder, None, max_steps=steps, **options)
-        trainer.train()
-        return weights(trainer)
+        return trainer, gate, sorted(path.name for path in folder.glob("checkpoint-*"))
 
     @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-    def test_it_survives_the_limit_and_is_loaded(self, lora, increases, base_model_path, tmp_path):
-        tolerance = between(increases[lora], 2)
+    def test_it_survives_the_limit_and_is_loaded(self, lora, known, base_model_path, tmp_path):
         trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path / "run", tolerance, lora=lora
+            base_model_path, tmp_path, between(known[lora], 2), lora=lora
         )
         assert checkpoints == ["checkpoint-2", "checkpoint-6"]
-        best = tmp_path / "run" / "checkpoint-2"
-        state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] == str(best)
-        assert state["best_metric"] == increases[lora][2]
-        expected = self.weights_after(base_model_path, tmp_path / "short", 2, lora=lora)
-        assert max_difference(weights(trainer), expected) == 0
+        state = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+        assert state["best_metric"] == known[lora].increases[2]
+        assert max_difference(weights(trainer), known[lora].states[2]) == 0
         assert not gate.is_exceeded
-        assert gate.last.largest_increase == increases[lora][2]
+        assert gate.last.largest_increase == known[lora].increases[2]
 
-    def test_last_weights_within_the_tolerance_are_kept(self, base_model_path, tmp_path):
-        trainer, _, checkpoints = self.run(base_model_path, tmp_path / "run", 1e9)
-        assert checkpoints == ["checkpoint-5", "checkpoint-6"]
-        expected = self.weights_after(base_model_path, tmp_path / "straight", 6)
-        assert max_difference(weights(trainer), expected) == 0
-        assert len(gate_entries(trainer)) == 7
+    def test_last_weights_within_the_tolerance_are_kept(self, known, base_model_path, tmp_path):
+        trainer, _, checkpoints = self.run(base_model_path, tmp_path, 1e9, max_steps=3)
+        assert checkpoints == ["checkpoint-2", "checkpoint-3"]
+        assert max_difference(weights(trainer), known[False].states[3]) == 0
+        assert len(gate_entries(trainer)) == 4
 
     def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(
         self, base_model_path, tmp_path, caplog
     ):
         with caplog.at_level(logging.WARNING):
-            trainer, gate, _ = self.run(base_model_path, tmp_path / "run", 0.0)
+            trainer, gate, _ = self.run(base_model_path, tmp_path, 0.0, max_steps=2)
         assert "no checkpoint within the tolerance is there to be loaded" in caplog.text
         assert trainer.state.best_model_checkpoint is None
         assert gate.is_exceeded
 
-    def test_checkpoints_of_epochs_count(self, increases, base_model_path, tmp_path):
+    def test_checkpoints_of_epochs_count(self, known, base_model_path, tmp_path):
         trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path / "run", between(increases[False], 4),
-            save_strategy="epoch", max_steps=12, save_total_limit=1,
+            base_model_path, tmp_path, between(known[False], 4), save_strategy="epoch",
+            max_steps=8, save_total_limit=1,
         )  # fmt: skip
         assert checkpoints == ["checkpoint-4"]  # an epoch has four steps
         assert trainer.state.best_global_step == 4
@@ -320,7 +311,6 @@ class TestBest:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"save_strategy": "no"}, "`save_strategy` is 'no'. Set `save_strategy: steps`"),
             (
                 {"metric_for_best_model": "loss"},
                 "`metric_for_best_model` is 'loss' and would mark another. Leave it out",
@@ -331,15 +321,11 @@ class TestBest:
             ),
         ],
     )
-    def test_another_choice_of_the_best_is_an_error(
-        self, options, message, base_model_path, tmp_path
-    ):
+    def test_another_choice_of_the_best_is_an_error(self, options, message, tmp_path):
         config = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
         options = {"save_strategy": "steps", "save_steps": 1, **options}
-        more = {"eval_dataset": safety_data("sft")}
-        trainer = make_trainer("sft", base_model_path, tmp_path, more=more, **options)
         with pytest.raises(ValueError, match=message):
-            CapabilityGate(trainer, capability_groups(), config)
+            config.check_saving(arguments("sft", tmp_path, **options))
 
 
 class TestErrors:
@@ -367,16 +353,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"needs an `OGPSASFTTrainer` .* got a SFTTrainer"):
             CapabilityGate(trainer, capability_groups())
 
-    def test_data_of_another_kind(self, base_model_path, tmp_path):
+    def test_data_of_another_kind_and_a_trainer_that_saves_nothing(self, base_model_path, tmp_path):
         trainer = make_trainer("sft", base_model_path, tmp_path)
         with pytest.raises(ValueError, match=r"`gate_dataset` must be a `Dataset`, .* got list"):
             CapabilityGate(trainer, [{"text": "a"}])
-
-
-def test_the_log_of_a_gate_stands_apart_from_that_of_training(base_model_path, tmp_path):
-    """So a plot of one has no values of the other, and every value its own step."""
-    trainer, _ = contradicted_run(base_model_path, tmp_path, GateConfig(gate_interval=1))
-    trainer.train()
-    for entry in gate_entries(trainer):
-        assert all(key.startswith("ogpsa/gate_") or key in ("epoch", "step") for key in entry)
-    assert [entry["step"] for entry in logged(trainer) if "loss" in entry] == list(range(1, 7))
+        best = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
+        with pytest.raises(ValueError, match="`save_strategy` is 'no'"):
+            CapabilityGate(trainer, capability_groups(), best)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ogpsa_trl.completeness import SaveError, checkpoint_to_resume, saving
-from runs import capability_groups, make_trainer
+from runs import SaveAfter, capability_groups, make_trainer
 
 pytestmark = pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs a device that is always full"
@@ -21,53 +21,53 @@ IN_THE_WAY = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def train_without_room_for(tmp_path, base_model_path):
-    """Trains where a file of the second of two checkpoints cannot be written."""
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, base_model_path):
+    """It has saved its first checkpoint, and keeps one only."""
+    trainer = make_trainer(
+        "sft", base_model_path, tmp_path_factory.mktemp("run"), capability=capability_groups(),
+        save_total_limit=1, optim="adamw_torch",
+    )  # fmt: skip
+    trainer.add_callback(SaveAfter(1))
+    trainer.train()
+    return trainer
 
-    def train(name, in_the_way="full"):
-        trainer = make_trainer(
-            "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=4,
-            save_strategy="steps", save_steps=2, save_total_limit=1, optim="adamw_torch",
-        )  # fmt: skip
-        save_model = trainer.save_model
 
-        def save_into_a_full_folder(output_dir=None, **kwargs):
-            folder = Path(output_dir)
-            if folder.name == "checkpoint-4":
-                folder.mkdir()
-                if in_the_way == "full":
-                    (folder / name).symlink_to("/dev/full")
-                else:
-                    (folder / name).mkdir()
-            return save_model(output_dir, **kwargs)
+def save_without_room_for(trainer, name, in_the_way="full"):
+    """Save another checkpoint, where a file of it cannot be written; returns its folder."""
+    trainer.state.global_step += 1
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    folder.mkdir()
+    if in_the_way == "full":
+        (folder / name).symlink_to("/dev/full")
+    else:
+        (folder / name).mkdir()
+    trainer._save_checkpoint(trainer.model, None)
 
-        trainer.save_model = save_into_a_full_folder
-        trainer.train()
 
-    return train
+def checkpoint(trainer, step):
+    return str(Path(trainer.args.output_dir) / f"checkpoint-{step}")
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(name, tmp_path, train_without_room_for):
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(name, trainer):
     with pytest.raises(SaveError) as error:
-        train_without_room_for(name, IN_THE_WAY[name])
-    last = str(tmp_path / "checkpoint-2")
+        save_without_room_for(trainer, name, IN_THE_WAY[name])
+    last = checkpoint(trainer, 1)
     for words in (
-        f"{str(tmp_path / 'checkpoint-4')!r} could not be saved (", "MiB are free", "Make room",
-        "`resume_from_checkpoint: true`", f"The last whole one is {last!r}",
+        f"{checkpoint(trainer, trainer.state.global_step)!r} could not be saved (",
+        "MiB are free", "Make room", "`resume_from_checkpoint: true`",
+        f"The last whole one is {last!r}",
     ):  # fmt: skip
         assert words in str(error.value)
-    assert checkpoint_to_resume(True, str(tmp_path)) == last
+    assert checkpoint_to_resume(True, trainer.args.output_dir) == last
 
 
-def test_a_tokenizer_that_cannot_be_written_leaves_the_last_checkpoint_too(
-    tmp_path, train_without_room_for
-):
+def test_a_tokenizer_that_cannot_be_written_leaves_the_last_checkpoint_too(trainer):
     """Its library raises an `Exception` of no kind, which stays what it is."""
     with pytest.raises(Exception, match=r"No space left on device \(os error 28\)"):
-        train_without_room_for("tokenizer.json")
-    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")
+        save_without_room_for(trainer, "tokenizer.json")
+    assert checkpoint_to_resume(True, trainer.args.output_dir) == checkpoint(trainer, 1)
 
 
 def test_without_a_checkpoint_the_error_says_so(tmp_path):

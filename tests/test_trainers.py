@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import OGPSAConfig, SubspaceCallback, diagnostics, mixin
-from ogpsa_trl.toy_model import tiny_llama_config
+from ogpsa_trl import OGPSAConfig, diagnostics, mixin
+from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
-    WORLD,
     CosineCallback,
+    WeightsCallback,
     capability_groups,
     literal_nll,
     logged,
@@ -34,6 +34,7 @@ from runs import (
 )
 
 STAGES = ("sft", "dpo")
+WITH_TOKENIZER = {"processing_class": toy_tokenizer()}
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
@@ -41,16 +42,14 @@ def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def literal_capability_gradients(path, groups):
-    """One mean gradient per group, by autograd on the literal loss; {name: [R, N]}."""
+def literal_capability(path, groups):
+    """The loss of every group, and its gradient by autograd on the literal loss; {name: [R, N]}."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     named = dict(model.named_parameters())
-    rows = []
-    for group in groups.values():
-        loss = literal_nll(model, tokenizer, group)
-        rows.append(torch.autograd.grad(loss, list(named.values())))
-    return {
+    losses = {name: literal_nll(model, tokenizer, group) for name, group in groups.items()}
+    rows = [torch.autograd.grad(loss, list(named.values())) for loss in losses.values()]
+    return losses, {
         name: torch.stack([row[index].flatten() for row in rows])
         for index, name in enumerate(named)
     }
@@ -77,9 +76,10 @@ def test_no_capability_dataset_is_bitwise_plain_trl(stage, base_model_path, tmp_
             assert ours_bytes == (tmp_path / "run" / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("scope", ["parameter", "model"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "scope", "accumulation"),
+    [("sft", "parameter", 1), ("sft", "model", 2), ("dpo", "parameter", 2), ("dpo", "model", 1)],
+)
 def test_step_is_the_literal_method(stage, scope, accumulation, base_model_path, tmp_path):
     """SVD of the stacked capability gradients, subtract: what the weights of one real step lost."""
     groups = capability_groups()
@@ -89,7 +89,7 @@ def test_step_is_the_literal_method(stage, scope, accumulation, base_model_path,
     }
     _, before, after = trained(stage, base_model_path, tmp_path, plain=True, **options)
     gradient = {name: before[name] - after[name] for name in before}
-    rows = literal_capability_gradients(base_model_path, groups)
+    losses, rows = literal_capability(base_model_path, groups)
     if scope == "parameter":
         expected = {
             name: literal_projection(g.flatten(), literal_basis(rows[name]))
@@ -116,30 +116,20 @@ def test_step_is_the_literal_method(stage, scope, accumulation, base_model_path,
     mean = torch.cat([rows[name] for name in gradient], dim=1).double().mean(dim=0)
     cosine = torch.cosine_similarity(safety, mean, dim=0)
     assert entry["ogpsa/cosine"] == pytest.approx(cosine.item(), abs=1e-4)
-
-
-def test_capability_loss_is_the_token_mean_over_all_samples(base_model_path, tmp_path):
-    groups = capability_groups()
-    trainer, _, _ = trained("dpo", base_model_path, tmp_path, capability=groups)
-    model = AutoModelForCausalLM.from_pretrained(base_model_path)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    for name, group in groups.items():
-        expected = literal_nll(model, tokenizer, group).item()
-        entry = trainer.state.log_history[0]
-        assert entry[f"ogpsa/capability_loss/{name}"] == pytest.approx(expected, abs=1e-5)
+    for name, loss in losses.items():  # the mean over the tokens of all samples
+        assert entry[f"ogpsa/capability_loss/{name}"] == pytest.approx(loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, monkeypatch):
     """A run that refreshes but does not project is plain TRL: weights, data order, metrics."""
     options = {
-        "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2,
+        "max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2,
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    more = {"processing_class": tokenizer, "peft_config": LORA.__class__(**LORA.to_dict())}
-    options |= {"more": more, "disable_dropout": False} if stage == "dpo" else {"more": more}
+    options["more"] = {**WITH_TOKENIZER, "peft_config": LORA.__class__(**LORA.to_dict())}
+    options |= {"disable_dropout": False} if stage == "dpo" else {}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random.seed(3), np.random.seed(3)
     plain, _, expected = trained(stage, model, tmp_path, plain=True, **options)
@@ -159,10 +149,9 @@ def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, m
 
 def test_capability_gradient_ignores_dropout_and_restores_the_modes(base_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.5)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     trainer = make_trainer(
         "sft", model, tmp_path, capability=capability_groups(), gradient_checkpointing=True,
-        more={"processing_class": tokenizer}, neftune_noise_alpha=5.0,
+        more=WITH_TOKENIZER, neftune_noise_alpha=5.0,
     )  # fmt: skip
     trainer.train()
     modes = [module.training for module in trainer.model.modules()]
@@ -173,13 +162,15 @@ def test_capability_gradient_ignores_dropout_and_restores_the_modes(base_model_p
         trainer.refresh_subspace()
         assert torch.equal(torch.get_rng_state(), before)
         states.append(trainer.subspace.state_dict())
+        with trainer.subspace.backend.preserved():
+            torch.rand(1)  # as a module that is never without dropout
+        assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert [module.training for module in trainer.model.modules()] == modes
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("scope", ["parameter", "model"])
+@pytest.mark.parametrize(("stage", "scope"), [("sft", "parameter"), ("dpo", "model")])
 def test_accumulation_does_not_change_the_trajectory(stage, scope, base_model_path, tmp_path):
     """Eight samples at once are eight accumulated ones; the capability batch size is free too."""
     results = []
@@ -204,25 +195,30 @@ def test_clipping_acts_on_the_projected_gradient(base_model_path, tmp_path):
     assert (clipped_step - 0.1 * step / step.norm()).abs().max() < 1e-6
 
 
+# Each stands in one run, beside others that TRL takes together.
 SFT_FEATURES = {
-    "packing": {"packing": True, "max_length": 48},
-    "padding-free": {"padding_free": True, "max_length": None},
-    "gradient checkpointing": {"gradient_checkpointing": True},
-    "reentrant checkpointing": {
-        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    "packing, gradient checkpointing": {
+        "packing": True, "max_length": 48, "gradient_checkpointing": True,
     },
-    "full sequence loss": {"completion_only_loss": False},
-    "dft": {"loss_type": "dft"},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 1},
-    "epochs": {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3},
+    "padding-free, full sequence loss": {
+        "padding_free": True, "max_length": None, "completion_only_loss": False,
+    },
+    "reentrant checkpointing, evaluation": {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "eval_strategy": "steps", "eval_steps": 1,
+    },
+    "dft, epochs": {
+        "loss_type": "dft", "max_steps": -1, "num_train_epochs": 1,
+        "gradient_accumulation_steps": 3,
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("feature", SFT_FEATURES)
-def test_sft_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
+@pytest.mark.parametrize("features", SFT_FEATURES)
+def test_sft_feature_leaves_nothing_in_the_subspace(features, base_model_path, tmp_path):
     """Whatever TRL does before the gradient is there, no capability direction is left in it."""
-    more = {"eval_dataset": safety_data("sft")} if feature == "evaluation" else {}
-    assert_no_component_left("sft", base_model_path, tmp_path, more=more, **SFT_FEATURES[feature])
+    more = {"eval_dataset": safety_data("sft")} if "evaluation" in features else {}
+    assert_no_component_left("sft", base_model_path, tmp_path, more=more, **SFT_FEATURES[features])
 
 
 def test_assistant_only_loss_of_conversations(base_model_path, tmp_path):
@@ -242,48 +238,34 @@ DPO_LOSS_TYPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
-def test_dpo_loss_type_leaves_nothing_in_the_subspace(loss_type, base_model_path, tmp_path):
+def test_dpo_loss_type_leaves_nothing_in_the_subspace(base_model_path, tmp_path):
+    """TRL adds them up, and lists them in the help text of the option."""
+    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert set(re.findall(r"`'(\w+)'`", text)) == set(DPO_LOSS_TYPES)
     assert_no_component_left(
-        "dpo", base_model_path, tmp_path, loss_type=[loss_type], label_smoothing=0.1
+        "dpo", base_model_path, tmp_path, loss_type=DPO_LOSS_TYPES, label_smoothing=0.1
     )
 
 
-def test_every_dpo_loss_type_is_covered():
-    """TRL lists its loss types in the help text of the option."""
-    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-    assert set(re.findall(r"`'(\w+)'`", text)) == set(DPO_LOSS_TYPES)
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_dpo_feature_leaves_nothing_in_the_subspace(has_reference, base_model_path, tmp_path):
+    """Log-probabilities of the reference in advance; a reference of one's own, and all the rest."""
+    options, more = {"precompute_ref_log_probs": True}, {}
+    if has_reference:
+        options = {"gradient_checkpointing": True, "use_weighting": True, "ld_alpha": 0.5}
+        more = {"ref_model": AutoModelForCausalLM.from_pretrained(base_model_path)}
+    assert_no_component_left("dpo", base_model_path, tmp_path, more=more, **options)
 
 
-DPO_FEATURES = {
-    "precomputed reference": {"precompute_ref_log_probs": True},
-    "gradient checkpointing": {"gradient_checkpointing": True},
-    "weighting": {"use_weighting": True},
-    "length desensitised": {"ld_alpha": 0.5},
-}
-
-
-@pytest.mark.parametrize("feature", DPO_FEATURES)
-def test_dpo_feature_leaves_nothing_in_the_subspace(feature, base_model_path, tmp_path):
-    assert_no_component_left("dpo", base_model_path, tmp_path, **DPO_FEATURES[feature])
-
-
-def test_dpo_with_a_reference_model_leaves_nothing_in_the_subspace(base_model_path, tmp_path):
-    reference = AutoModelForCausalLM.from_pretrained(base_model_path)
-    assert_no_component_left("dpo", base_model_path, tmp_path, more={"ref_model": reference})
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_bf16_leaves_nothing_in_the_subspace(stage, base_model_path, tmp_path):
+def test_bf16_leaves_nothing_in_the_subspace(base_model_path, tmp_path):
     """Autocast computes in bf16, but the gradients and the basis are float32."""
-    assert_no_component_left(stage, base_model_path, tmp_path, bf16=True)
+    assert_no_component_left("sft", base_model_path, tmp_path, bf16=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_parameters_leave_their_rounding_only(stage, base_model_path, tmp_path):
+def test_bfloat16_parameters_leave_their_rounding_only(base_model_path, tmp_path):
     """The gradient of a bf16 parameter is bf16: 8 bits, so cosines of 2 ** -9 may be left."""
     probe = assert_no_component_left(
-        stage, base_model_path, tmp_path, largest_cosine=2**-9, bf16=False,
+        "dpo", base_model_path, tmp_path, largest_cosine=2**-9,
         model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
     assert next(iter(probe.model.parameters())).dtype == torch.bfloat16
@@ -299,12 +281,13 @@ def test_streams_are_taken_as_they_come(base_model_path, tmp_path):
 
 
 def assert_no_component_left(
-    stage, model, tmp_path, *, more=None, capability=None, largest_cosine=1e-5, **options
-):
+    stage, model, tmp_path, *, more=None, capability=None, largest_cosine=1e-5, settings=None,
+    **options,
+):  # fmt: skip
     probe = CosineCallback()
     trainer = make_trainer(
         stage, model, tmp_path, capability=capability or capability_groups(9),
-        config=paper(num_samples=6, refresh_interval=2),
+        config=paper(**{"num_samples": 6, "refresh_interval": 2, **(settings or {})}),
         more={"callbacks": [probe], **(more or {})},
         **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, **options},
     )  # fmt: skip
@@ -320,22 +303,15 @@ def assert_no_component_left(
 class TestLora:
     """At the start B is zero, so A has no gradient at all, and no known direction."""
 
-    @pytest.mark.parametrize("scope", ["parameter", "model"])
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize(("stage", "scope"), [("sft", "parameter"), ("dpo", "model")])
     def test_a_does_not_move_before_its_direction_is_known(
         self, stage, scope, base_model_path, tmp_path
     ):
-        history = []
-
-        class Watch(TrainerCallback):
-            def on_step_end(self, args, state, control, model=None, **kwargs):
-                history.append({n: p.detach().clone() for n, p in model.named_parameters()})
-
-        refreshes = []
+        watch, refreshes = WeightsCallback(), []
         trainer = make_trainer(
             stage, base_model_path, tmp_path, capability=capability_groups(),
             config=paper(scope=scope, refresh_interval=10), max_steps=3,
-            more={"peft_config": LORA, "callbacks": [Watch()]},
+            more={"peft_config": LORA, "callbacks": [watch]},
         )  # fmt: skip
         start = weights(trainer)
         original = trainer.refresh_subspace
@@ -343,7 +319,7 @@ class TestLora:
         trainer.train()
 
         is_a = [name for name in start if "lora_A" in name]
-        first, second, third = history
+        first, second, third = watch.states
         # Step 0: B is zero, A has no gradient. Step 1: A's gradient is there, its direction is not.
         assert all(torch.equal(start[name], second[name]) for name in is_a)
         assert any(not torch.equal(start[n], first[n]) for n in start if "lora_B" in n)
@@ -362,8 +338,7 @@ class TestLora:
             "sft", base_model_path, tmp_path, capability=capability_groups(), max_steps=3
         )
         original = trainer.capability_loss.sum
-        unused = trainer.model.model.norm.weight
-        steps = []
+        unused, watch = trainer.model.model.norm.weight, WeightsCallback()
 
         def loss_without_one_parameter(batch):
             unused.requires_grad_(False)
@@ -371,34 +346,29 @@ class TestLora:
             unused.requires_grad_(True)
             return loss
 
-        class Watch(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                steps.append(unused.detach().clone())
-
         trainer.capability_loss.sum = loss_without_one_parameter
-        trainer.add_callback(Watch())
+        trainer.add_callback(watch)
         start = unused.detach().clone()
         trainer.train()
-        assert torch.equal(start, steps[0])
-        assert not torch.equal(steps[0], steps[1])
-        assert not torch.equal(steps[1], steps[2])
+        first, second, third = (state["model.norm.weight"] for state in watch.states)
+        assert torch.equal(start, first)
+        assert not torch.equal(first, second)
+        assert not torch.equal(second, third)
 
-    @pytest.mark.parametrize("stage", STAGES)
-    def test_only_the_adapter_has_a_basis(self, stage, base_model_path, tmp_path):
+    def test_only_the_adapter_has_a_basis(self, base_model_path, tmp_path):
         trainer = assert_no_component_left(
-            stage, base_model_path, tmp_path, more={"peft_config": LORA}
+            "dpo", base_model_path, tmp_path, more={"peft_config": LORA}
         )
         names = [name for name, _ in trainer.subspace.backend.parameters]
         assert names
         assert all("lora_" in name for name in names)
 
 
-def test_tied_weights_count_once(base_model_path, tmp_path):
+def test_tied_weights_count_once(tmp_path):
     config = tiny_llama_config(hidden_size=32, num_layers=2, num_heads=2, ffn_size=64)
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more=WITH_TOKENIZER)
     names = [name for name, _ in trainer.subspace.backend.parameters]
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names
@@ -408,9 +378,8 @@ def test_frozen_parameters_are_left_alone(base_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_model_path)
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[0].requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer = assert_no_component_left("sft", model, tmp_path, more={"processing_class": tokenizer})
+    trainer = assert_no_component_left("sft", model, tmp_path, more=WITH_TOKENIZER)
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
     assert len(frozen) > 1
     assert all(torch.equal(before[name], weights(trainer)[name]) for name in frozen)
@@ -424,83 +393,41 @@ def test_the_layout_of_a_parameter_in_memory_changes_nothing(base_model_path, tm
         if transpose:
             weight.data = weight.data.T.contiguous().T
         assert weight.is_contiguous() is not transpose
-        tokenizer = AutoTokenizer.from_pretrained(base_model_path)
         _, _, after = trained(
-            "sft", model, tmp_path, capability=capability_groups(), max_steps=2,
-            learning_rate=0.1, more={"processing_class": tokenizer},
+            "sft", model, tmp_path, capability=capability_groups(), learning_rate=0.1,
+            more=WITH_TOKENIZER,
         )  # fmt: skip
         results.append(after)
     assert max_difference(*results) < 1e-6
 
 
-def test_parallel_groups_give_one_direction(base_model_path, tmp_path):
-    group = capability_groups()["language"]
-    one, _, expected = trained("sft", base_model_path, tmp_path, capability=group)
-    two, _, actual = trained(
-        "sft", base_model_path, tmp_path, capability={"first": group, "second": group}
-    )
-    assert one.state.log_history[0]["ogpsa/rank"] == 1
-    assert two.state.log_history[0]["ogpsa/rank"] == 1
-    assert max_difference(actual, expected) < 1e-6
+def test_the_basis_has_the_rank_and_the_type_that_are_set(base_model_path, tmp_path):
+    """Rounded rows are not orthonormal, and still nothing is left along them."""
+    settings = {"gradients_per_group": 3, "rank": 2, "basis_dtype": "bfloat16"}
+    trainer = assert_no_component_left("sft", base_model_path, tmp_path, settings=settings)
+    entry = trainer.state.log_history[0]
+    assert entry["ogpsa/rank"] == 2  # of six
+    assert {(len(rows), rows.dtype) for rows in trainer.subspace.basis} == {(2, torch.bfloat16)}
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert trainer.subspace.basis_bytes == 2 * 2 * num_parameters
+    assert entry["ogpsa/basis_megabytes"] == trainer.subspace.basis_bytes / 1e6
 
 
-def test_rank_keeps_the_strongest_directions(base_model_path, tmp_path):
-    groups = capability_groups(12)
-    config = paper(gradients_per_group=3, num_samples=12, rank=2, scope="model")
-    trainer, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=config)
-    assert trainer.state.log_history[0]["ogpsa/rank"] == 2
-    assert trainer.subspace.basis[0].shape[0] == 2
-    many = paper(gradients_per_group=3, num_samples=12, rank=100, scope="model")
-    all_kept, _, _ = trained("sft", base_model_path, tmp_path, capability=groups, config=many)
-    assert all_kept.state.log_history[0]["ogpsa/rank"] == 6
-    fractions = [t.state.log_history[0]["ogpsa/removed_fraction"] for t in (trainer, all_kept)]
-    assert fractions[0] < fractions[1]
-
-
-def test_bfloat16_basis_halves_the_memory(base_model_path, tmp_path):
-    full, _, _ = trained("sft", base_model_path, tmp_path, capability=capability_groups())
-    half, _, _ = trained(
-        "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=paper(basis_dtype="bfloat16"),
-    )  # fmt: skip
-    assert half.subspace.basis_bytes == full.subspace.basis_bytes / 2
-    entries = [t.state.log_history[0] for t in (full, half)]
-    assert entries[1]["ogpsa/basis_megabytes"] == entries[0]["ogpsa/basis_megabytes"] / 2
-    fractions = [entry["ogpsa/removed_fraction"] for entry in entries]
-    assert fractions[1] == pytest.approx(fractions[0], rel=5e-3)  # 8 bits of mantissa
-
-
-def test_refresh_comes_before_the_first_step_and_at_every_interval(base_model_path, tmp_path):
-    trainer, _, _ = trained(
-        "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=paper(refresh_interval=3), max_steps=7, gradient_accumulation_steps=2,
-    )  # fmt: skip
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    refreshed = [entry["step"] - 1 for entry in entries if "ogpsa/rank" in entry]
-    assert refreshed == [0, 3, 6]
-    assert all("ogpsa/cosine" in entry for entry in entries)
-
-
-def test_a_long_refresh_shows_its_progress(base_model_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
-    trained("sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False)
-    # Two groups of six samples, four at a time.
-    assert re.search(r"Refreshing the capability subspace.*/4 ", capsys.readouterr().err)
-
-
-def test_the_panel_of_rich_stands_without_a_bar_of_tqdm(
-    base_model_path, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("has_panel", [False, True])
+def test_a_long_refresh_shows_its_progress(
+    has_panel, base_model_path, tmp_path, monkeypatch, capsys
 ):
-    """In it the bar would put a line above the panel at each of its updates."""
+    """But not beside the panel of rich: a bar would put a line above it at each of its updates."""
     monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
-    more = {"callbacks": [RichProgressCallback()]}
     trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False,
-        more=more,
+        more={"callbacks": [RichProgressCallback()]} if has_panel else None,
     )  # fmt: skip
     shown = "".join(capsys.readouterr())
     assert "removed_fraction" in shown
-    assert "Refreshing the capability subspace" not in shown
+    # Two groups of six samples, four at a time.
+    has_bar = re.search(r"Refreshing the capability subspace.*/4 ", shown) is not None
+    assert has_bar is not has_panel
 
 
 def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_path, tmp_path):
@@ -514,13 +441,29 @@ def test_a_collator_of_ones_own_leaves_the_tokenizer_without_padding(base_model_
     assert tokenizer.pad_token is None
 
 
-def test_metrics_are_means_since_the_last_log(base_model_path, tmp_path):
-    options = {"capability": capability_groups(), "max_steps": 4, "learning_rate": 0.1}
-    every, _, _ = trained("sft", base_model_path, tmp_path, **options)
-    second, _, _ = trained("sft", base_model_path, tmp_path, logging_steps=2, **options)
-    values = [e["ogpsa/cosine"] for e in every.state.log_history if "loss" in e]
-    means = [e["ogpsa/cosine"] for e in second.state.log_history if "loss" in e]
-    assert means == pytest.approx([(values[0] + values[1]) / 2, (values[2] + values[3]) / 2])
+def test_refreshes_come_at_every_interval_and_metrics_are_means_since_the_last_log(
+    base_model_path, tmp_path, monkeypatch
+):
+    trainer = make_trainer(
+        "sft", base_model_path, tmp_path, capability=capability_groups(),
+        config=paper(refresh_interval=3), max_steps=8, learning_rate=0.1, logging_steps=2,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    refreshes, cosines = [], []
+    refresh, record = trainer.refresh_subspace, trainer.diagnostics.record
+
+    def recording(**metrics):
+        cosines.extend(metrics[name] for name in metrics if name == "cosine")
+        record(**metrics)
+
+    monkeypatch.setattr(trainer.diagnostics, "record", recording)
+    trainer.refresh_subspace = lambda: (refreshes.append(trainer.state.global_step), refresh())
+    trainer.train()
+    assert refreshes == [0, 3, 6]
+    means = [e["ogpsa/cosine"] for e in trainer.state.log_history if "loss" in e]
+    pairs = zip(cosines[::2], cosines[1::2], strict=True)
+    assert means == pytest.approx([(float(a) + float(b)) / 2 for a, b in pairs])
+    assert len(set(means)) == 4
 
 
 def test_the_refresh_share_is_that_of_the_time_between_two_logs(
@@ -539,24 +482,8 @@ def test_the_refresh_share_is_that_of_the_time_between_two_logs(
     assert shares == [1 / 3, 0, 1 / 3, 0, None]
 
 
-def test_a_callback_of_ones_own_takes_the_place_of_the_default(base_model_path, tmp_path):
-    class OnlyOnce(SubspaceCallback):
-        def is_due(self, step):
-            return step == 0
-
-    trainer = make_trainer(
-        "sft", base_model_path, tmp_path, capability=capability_groups(),
-        config=paper(refresh_interval=1), max_steps=3,
-    )  # fmt: skip
-    trainer.remove_callback(SubspaceCallback)
-    trainer.add_callback(OnlyOnce(trainer))
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert ["ogpsa/rank" in entry for entry in entries] == [True, False, False]
-
-
 def test_model_card_names_the_method_the_settings_and_the_data(base_model_path, tmp_path):
-    trainer, _, _ = trained("dpo", base_model_path, tmp_path, capability=capability_groups())
+    trainer = make_trainer("dpo", base_model_path, tmp_path, capability=capability_groups())
     trainer.create_model_card(model_name="toy")
     card = (tmp_path / "README.md").read_text()
     for expected in ("2602.07892", "sun2026safety", "| `refresh_interval` | 30 |", "| language |"):
@@ -564,24 +491,21 @@ def test_model_card_names_the_method_the_settings_and_the_data(base_model_path, 
     assert "ogpsa" in card.split("---")[1]
 
 
-class TestErrors:
-    """Each names the rule, the value and the way out."""
-
-    def assert_refused(self, message, base_model_path, tmp_path, stage="sft", **kwargs):
-        with pytest.raises(ValueError, match=message):
-            make_trainer(stage, base_model_path, tmp_path, **kwargs)
-
-    def test_settings_without_data(self, base_model_path, tmp_path):
-        self.assert_refused(
-            "`ogpsa_config` needs a `capability_dataset`", base_model_path, tmp_path,
-            config=paper(),
-        )  # fmt: skip
-
-    def test_settings_of_another_type(self, base_model_path, tmp_path):
-        self.assert_refused(
-            "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}", base_model_path,
-            tmp_path, capability=capability_groups(), config={"rank": 1},
-        )  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "config", "message"),
+    [
+        (None, paper(), "`ogpsa_config` needs a `capability_dataset`"),
+        (
+            capability_groups(), {"rank": 1},
+            "`ogpsa_config` must be an `OGPSAConfig`, but got {'rank': 1}",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_is_given_is_checked(
+    capability, config, message, base_model_path, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        make_trainer("sft", base_model_path, tmp_path, capability=capability, config=config)
 
 
 LOSING = {
@@ -594,7 +518,8 @@ LOSING = {
 class TestLostGradients:
     """A training gradient that is not finite is one of zero, whatever is projected."""
 
-    def run(self, base_model_path, tmp_path, config, broken_steps, value, max_steps=4):
+    def run(self, base_model_path, tmp_path, config, values, max_steps=5):
+        """Train with a gradient that holds these values in these steps, or is zero for `None`."""
         trainer = make_trainer(
             "sft", base_model_path, tmp_path, capability=capability_groups(), config=config,
             max_steps=max_steps, optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0,
@@ -604,13 +529,12 @@ class TestLostGradients:
 
         @contextlib.contextmanager
         def broken_step():
-            gradient = trainer.model.model.embed_tokens.weight.grad
-            if trainer.state.global_step in broken_steps:
-                if value is None:  # what it should be like
-                    for parameter in trainer.model.parameters():
-                        parameter.grad.zero_()
-                else:
-                    gradient[5, 3] = value
+            value = values.get(trainer.state.global_step, 1.0)
+            if value is None:
+                for parameter in trainer.model.parameters():
+                    parameter.grad.zero_()
+            elif value != 1.0:
+                trainer.model.model.embed_tokens.weight.grad[5, 3] = value
             with constrained_step():
                 yield
 
@@ -618,30 +542,24 @@ class TestLostGradients:
         trainer.train()
         return trainer
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
     @pytest.mark.parametrize("name", LOSING)
-    def test_the_step_is_that_of_a_zero_gradient(
-        self, name, value, base_model_path, tmp_path, caplog
-    ):
-        config = LOSING[name]
-        expected = weights(self.run(base_model_path, tmp_path, config, {1, 2}, None))
-        trainer = self.run(base_model_path, tmp_path, config, {1, 2}, value)
+    def test_the_step_is_that_of_a_zero_gradient(self, name, base_model_path, tmp_path, caplog):
+        """The last value is too long for its square."""
+        values = {1: float("nan"), 2: -float("inf"), 3: 1e30}
+        zeros = dict.fromkeys(values)
+        expected = weights(self.run(base_model_path, tmp_path, LOSING[name], zeros))
+        trainer = self.run(base_model_path, tmp_path, LOSING[name], values)
         assert max_difference(weights(trainer), expected) == 0
         assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
-        logs = trainer.state.log_history[:4]
-        assert [entry.get("ogpsa/lost_gradients") for entry in logs] == [None, 1, 1, None]
+        logs = trainer.state.log_history[:5]
+        assert [entry.get("ogpsa/lost_gradients") for entry in logs] == [None, 1, 1, 1, None]
         assert "Step 2: the training gradient is not finite and counts as zero" in caplog.text
 
-    def test_too_many_in_a_row_end_the_run_before_the_weights_change(
-        self, base_model_path, tmp_path
-    ):
+    def test_too_many_in_a_row_end_the_run(self, base_model_path, tmp_path):
+        """Those before the last finite one do not count."""
+        values = dict.fromkeys({*range(20)} - {1}, float("nan"))
         with pytest.raises(FloatingPointError, match=r"Step 12: .* not been finite in 11 steps"):
-            self.run(
-                base_model_path, tmp_path, paper(), set(range(2, 99)), float("nan"), max_steps=20
-            )
-        with pytest.raises(FloatingPointError, match="Step 11: "):  # those between do not add up
-            broken = set(range(20)) - {0}
-            self.run(base_model_path, tmp_path, paper(), broken, float("nan"), max_steps=20)
+            self.run(base_model_path, tmp_path, paper(), values, max_steps=20)
 
 
 class TestExplosion:
@@ -659,9 +577,9 @@ class TestExplosion:
 
         monkeypatch.setattr(trainer.capability_loss, "sum", broken)
 
-    @pytest.mark.parametrize("how", ["loss", "gradient"])
-    @pytest.mark.parametrize("ema", [0.0, 0.5])
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("how", "ema", "dtype"), [("loss", 0.0, "bfloat16"), ("gradient", 0.5, "float32")]
+    )
     def test_a_group_keeps_its_last_gradient(
         self, how, ema, dtype, base_model_path, tmp_path, monkeypatch, caplog
     ):
@@ -703,7 +621,3 @@ class TestExplosion:
         message = r"group 'language' \(loss inf\) is not finite, and there is no older one"
         with pytest.raises(FloatingPointError, match=message):
             trainer.train()
-
-
-def test_the_toy_groups_are_what_these_tests_assume():
-    assert list(WORLD.capability_groups(6)) == ["skills", "language"]
