@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-all lint docs format clean
+.PHONY: demo test test-slow test-all lint docs format clean
 
 # Tiny models: one thread a process is faster than threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -38,21 +38,18 @@ demo: export OMP_NUM_THREADS := 2
 demo: $(DEMO)
 	$(BIN)/python scripts/demo.py
 
-# What launches processes of its own, for minutes, runs alone; the rest on all cores, file by file.
-ALONE := tests/test_engines.py
-SIDE_BY_SIDE := -n auto --dist loadfile --ignore $(ALONE)
+# On all cores, file by file: those of a file share what is expensive.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: $(TEST)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest $(ALONE)
+	$(PYTEST)
 
-# The engines and cells that `make test` leaves out.
-test-engines: $(TEST)
-	$(BIN)/python -m pytest $(ALONE) -m slow
+# What `make test` leaves out: the other engines, launches, kills, whole scripts.
+test-slow: $(TEST)
+	$(PYTEST) -m slow
 
 test-all: $(TEST)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
-	$(BIN)/python -m pytest $(ALONE) -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(LINT)
 	$(BIN)/ruff check .

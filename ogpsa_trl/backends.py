@@ -437,7 +437,11 @@ class TorchBackend(GradientBackend):
             if self._takes_tf32:
                 # Not by `set_float32_matmul_precision`, which fails after `tf32: true`.
                 matmul = torch.backends.cuda.matmul
-                stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                own = matmul.fp32_precision
+                matmul.fp32_precision = "none"  # that of all products of torch
+                if matmul.fp32_precision == own:
+                    own = "none"  # what `tf32: true` of a later training sets has to reach it
+                stack.callback(setattr, matmul, "fp32_precision", own)
                 matmul.fp32_precision = "tf32"
             yield
 

@@ -708,6 +708,7 @@ class TestWarnings:
         assert "'same': 1 of its 1 samples" in self.messages(caplog)[0]
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_one_line_and_status_1(files, tmp_path):
     file = write(files, {"lerning_rate": 1})
     result = subprocess.run(

@@ -44,18 +44,15 @@ def launch(engine, place, model_path, output_dir):
     return errors
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "place"),
     [
         ("ddp", "refresh"),
-        slow("ddp", "start"),
-        slow("fsdp2", "refresh"),
-        slow("zero2", "refresh"),
-        slow("zero3", "step"),
+        ("ddp", "start"),
+        ("fsdp2", "refresh"),
+        ("zero2", "refresh"),
+        ("zero3", "step"),
     ],
 )
 def test_one_failing_process_ends_the_launch_and_says_why(engine, place, base_model_path, tmp_path):
@@ -82,14 +79,15 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "place"),
     [
-        slow("fsdp2", "samples"),
-        slow("ddp", "group"),
-        slow("zero2", "setting"),
-        slow("fsdp2", "basis"),
-        slow("zero2", "basis"),
+        ("fsdp2", "samples"),
+        ("ddp", "group"),
+        ("zero2", "setting"),
+        ("fsdp2", "basis"),
+        ("zero2", "basis"),
     ],
 )
 def test_what_one_process_has_alone_is_an_error_on_all(engine, place, base_model_path, tmp_path):

@@ -152,11 +152,11 @@ def assert_products_are_in_tf32(backend, monkeypatch, expected):
     monkeypatch.setattr(backend, "device", torch.device("cuda"))
     try:
         for own, is_tf32 in zip(("ieee", "tf32"), expected, strict=True):
-            torch.backends.fp32_precision, matmul.fp32_precision = own, "none"  # taken over
-            own_matmul = matmul.fp32_precision
+            torch.backends.fp32_precision = own  # products take it over
+            assert matmul.fp32_precision == own
             with backend.full_precision():
                 assert (matmul.fp32_precision == "tf32") == is_tf32
-            assert matmul.fp32_precision == own_matmul
+            assert matmul.fp32_precision == own
             assert backend.epsilon == (2**-10 if is_tf32 else 0)
     finally:
         torch.backends.fp32_precision, matmul.fp32_precision = before, "none"
