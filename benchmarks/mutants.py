@@ -39,7 +39,7 @@ class Mutant(NamedTuple):
         file: Where, in `ogpsa_trl/`.
         old: What stands there once.
         new: What stands there instead.
-        tests: Those that should find it.
+        tests: Those that should find it, as arguments of pytest.
     """
 
     name: str
@@ -95,18 +95,20 @@ MUTANTS = [
            "            vector_N.zero_()\n", "            pass\n", "tests/test_update.py"),
     # Several processes.
     Mutant("products not summed over the shards", "projection.py",
-           "table_PX = subspace.backend.sum_over_shards(table_PX)", "pass", ENGINES),
+           "table_PX = subspace.backend.sum_over_shards(table_PX)", "pass", f"{ENGINES} -k fsdp2"),
     Mutant("Gram matrices not summed over the shards", "subspace.py",
            "self.backend.same_on_all(self.backend.sum_over_shards(triangle_PX))",
-           "self.backend.same_on_all(triangle_PX)", ENGINES),
+           "self.backend.same_on_all(triangle_PX)", f"{ENGINES} -k fsdp2"),
     Mutant("replicas decide a step for themselves", "projection.py",
-           "weights_BK = backend.same_on_all(weights_BK)", "pass", ENGINES),
+           "weights_BK = backend.same_on_all(weights_BK)", "pass", f"{ENGINES} -k ddp"),
     Mutant("every process makes eigenvectors of its own", "backends.py",
-           "values = [make() if self.process_index == 0 else None]", "return make()", ENGINES),
+           "values = [make() if self.process_index == 0 else None]", "return make()",
+           f"{ENGINES} -k fsdp2"),
     Mutant("a capability gradient divided by the number of processes", "gradients.py",
-           "loss * (backend.num_processes / part.num_tokens)", "loss / part.num_tokens", ENGINES),
+           "loss * (backend.num_processes / part.num_tokens)", "loss / part.num_tokens",
+           f"{ENGINES} -k ddp"),
     Mutant("corrected weights not brought to the model", "projection.py",
-           "subspace.backend.publish_weights()", "pass", ENGINES),
+           "subspace.backend.publish_weights()", "pass", f"{ENGINES} -k zero3"),
     Mutant("processes may hold other data", "engines.py",
            "            if other != first:", "            if False:",
            "tests/test_engine_errors.py"),
@@ -191,15 +193,9 @@ def failing(command: list[str], folder: Path) -> str | None:
 def commands(mutant: Mutant, *, is_all: bool) -> list[list[str]]:
     """The tests of the mutant, then what the Makefile runs; each stops at the first failure."""
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
-    everything = ["-m", "not gpu"] if is_all else []
     near = [*pytest, "--timeout", "1200", *mutant.tests.split()]
-    if ENGINES not in mutant.tests:
-        near += ["-n", "auto", "--dist", "loadfile"]
-    return [
-        near,
-        [*pytest, *everything, "-n", "auto", "--dist", "loadfile", "--ignore", ENGINES],
-        [*pytest, *everything, ENGINES],
-    ]
+    side_by_side = ["-n", "auto", "--dist", "loadfile"]
+    return [near, [*pytest, *side_by_side, *(["-m", "not gpu"] if is_all else [])]]
 
 
 def main() -> None:
