@@ -1,6 +1,5 @@
 """No network, no telemetry, one thread: the models of the tests are too small to share."""
 
-import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import speed  # before the libraries  # isort: skip
 import pytest
 import torch
 import yaml
@@ -21,9 +21,7 @@ offline.install()
 
 
 def pytest_collection_finish():
-    """Every training collects garbage: not among what the libraries hold, half a second's work."""
-    gc.collect()
-    gc.freeze()
+    speed.leave_libraries_out_of_garbage_collection()
 
 
 @pytest.fixture(autouse=True)

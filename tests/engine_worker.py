@@ -7,7 +7,6 @@ tests/processes.py starts them: `launch(2, engine_worker.main, ENGINE, MODEL, OU
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.util
 import os
 import sys
@@ -22,6 +21,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
+import speed
 from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
 from ogpsa_trl.projection import project
 from runs import (
@@ -560,7 +560,7 @@ def main(engine, model_path, output_dir, part, checkpoints=None):
     torch.set_num_threads(1)
     if ON_CPU:
         use_cpu(engine)
-    gc.freeze()  # as in conftest.py
+    speed.leave_libraries_out_of_garbage_collection()
     num_processes, output_dir = int(os.environ["WORLD_SIZE"]), Path(output_dir)
 
     def save(name, result):

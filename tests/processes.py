@@ -13,7 +13,7 @@ import time
 from multiprocessing import connection
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["engine_worker"])
+_FORKS.set_forkserver_preload(["speed", "engine_worker"])
 _SECONDS = 1000
 
 
