@@ -27,15 +27,15 @@ CONFIGS = {
 GROUPS = ("skills", "language")
 REFRESH = {"rank", "refresh_seconds", "refresh_share", "basis_megabytes"} | {
     f"{name}/{group}"
-    for name in ("capability_loss", "drift", "predicted_change", "realised_change")
+    for name in ("capability_loss", "drift", "realised_change")
     for group in GROUPS
 }
 STEP = {"removed_fraction"} | {f"step_change/{group}" for group in GROUPS}
+UPDATE = {"proposal_in_subspace"} | {f"predicted_change/{group}" for group in GROUPS}
 METRICS = {
     "gradient": REFRESH | STEP | {"cosine", "gradient_in_subspace", "update_in_subspace"},
-    "update": REFRESH | STEP | {"proposal_in_subspace"},
-    "preserve": REFRESH | STEP
-    | {"proposal_in_subspace", "restoration_ratio", "restoration_capped"},
+    "update": REFRESH | STEP | UPDATE,
+    "preserve": REFRESH | STEP | UPDATE | {"restoration_ratio", "restoration_capped"},
 }  # fmt: skip
 
 
