@@ -1,13 +1,16 @@
 """Plain TRL against OGPSA, through scripts/train.py on the same data, seeds and steps."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 from typing import Any
 
 import datasets
@@ -45,7 +48,7 @@ class StageRun:
     options: Sequence[str] = ()
 
 
-def train(config: Path, options: Sequence[str], log: Path) -> None:
+def train(config: Path, options: Sequence[str], log: Path, num_threads: int) -> None:
     """
     Run `accelerate launch scripts/train.py` on one process; its output goes into a file.
 
@@ -59,7 +62,10 @@ def train(config: Path, options: Sequence[str], log: Path) -> None:
     ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+        result = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
     if result.returncode != 0:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
         raise RuntimeError(f"{config.name} failed, see {log}:\n{tail}")
@@ -75,13 +81,17 @@ def compare(
     """
     Train every stage by every method, each stage from the output of the one before, and measure.
 
-    A finished model (its folder holds measures.json) is kept and not trained again.
+    The methods train side by side: much of a short training is the start of its process. A finished
+    model (its folder holds measures.json) is kept and not trained again.
 
     Returns:
         The measures of the base model and of every stage and method, by a readable name.
     """
     results = {"base": _measured(base_model, None, output / "base", measure)}
-    for method, method_options in methods.items():
+    num_threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) // len(methods)
+    measuring = Lock()
+
+    def run(method: str) -> None:
         model = base_model
         for stage in stages:
             name = f"{stage.name}, {method}"
@@ -89,11 +99,16 @@ def compare(
             if not (folder / "measures.json").exists():
                 console.print(f"Training: {name}")
                 options = ["--model_name_or_path", str(model), "--output_dir", str(folder)]
-                options += [*stage.options, *method_options]
-                train(stage.config, options, folder / "log.txt")
-            results[name] = _measured(folder, model, folder, measure)
+                options += [*stage.options, *methods[method]]
+                train(stage.config, options, folder / "log.txt", max(1, num_threads))
+            with measuring:
+                results[name] = _measured(folder, model, folder, measure)
             model = folder
-    return dict(sorted(results.items(), key=lambda item: _order(item[0], stages)))
+
+    with ThreadPoolExecutor(len(methods)) as pool:
+        list(pool.map(run, methods))  # raises what one of them did
+    names = [f"{stage.name}, {method}" for stage in stages for method in methods]
+    return {name: results[name] for name in ("base", *names)}
 
 
 def _measured(model: Path, start: Path | None, folder: Path, measure: Measure) -> dict[str, float]:
@@ -104,12 +119,6 @@ def _measured(model: Path, start: Path | None, folder: Path, measure: Measure) -
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(measures, indent=1), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _order(name: str, stages: Sequence[StageRun]) -> int:
-    """The base first, then stage by stage."""
-    names = [stage.name for stage in stages]
-    return 0 if name == "base" else 1 + names.index(name.split(",")[0])
 
 
 def report(
