@@ -83,12 +83,13 @@ def launched(request, base_model_path, tmp_path_factory):
     The output folder of an engine's launch. There is one, for all that is looked at: processes
     spend their time importing.
     """
-    slow = {i.callspec.params.get("engine") for i in request.session.items if "slow" in i.keywords}
+    slow = [item.name for item in request.session.items if "slow" in item.keywords]
     folders = {}
 
     def results_of(engine):
         if engine not in folders:
-            folder, part = tmp_path_factory.mktemp(engine), "all" if engine in slow else "quick"
+            is_slow = any(f"[{engine}-" in name for name in slow)
+            folder, part = tmp_path_factory.mktemp(engine), "all" if is_slow else "quick"
             launch(
                 NUM_PROCESSES[engine], main, engine, base_model_path, folder, part, folder=folder
             )
