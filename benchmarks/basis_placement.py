@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ogpsa_trl import blockwise, linalg
+from ogpsa_trl.tensors import matrices, vectors
 
 BYTES = 4  # of a float32
 
@@ -74,14 +74,14 @@ class Placements:
         grams_PKK = torch.zeros(args.tensors, self.rank, self.rank, device=device)
         for index, gradient in enumerate(self.gradients):
             rows_KN = (random(self.rank, per_tensor) / per_tensor**0.5).to(dtype)
-            grams_PKK[index] = linalg.symmetric(blockwise.gram(rows_KN), self.rank)
+            grams_PKK[index] = matrices.symmetric(vectors.gram(rows_KN), self.rank)
             self.whole.append(rows_KN)
             offset = index * per_tensor
             start, end = max(first - offset, 0), min(last - offset, per_tensor)
             if start < end:
                 piece = rows_KN[:, start:end].clone(memory_format=torch.contiguous_format)
                 self.pieces.append((index, piece, gradient[start:end]))
-        self.inverse_gram = linalg.inverse_gram(grams_PKK).float().to(device)
+        self.inverse_gram = matrices.inverse_gram(grams_PKK).float().to(device)
         self.host = [r.cpu().pin_memory() for r in self.whole] if device.type == "cuda" else []
 
     def reset(self) -> None:
@@ -89,7 +89,7 @@ class Placements:
 
     def products(self, rows_KN: Tensor, gradient_N: Tensor) -> Tensor:
         """The square that the log needs, and with each row, shape [K + 1]."""
-        return blockwise.products(rows_KN, gradient_N)
+        return vectors.products(rows_KN, gradient_N)
 
     def weights(self, products_PX: Tensor) -> Tensor:
         return (self.inverse_gram @ products_PX[:, 1:, None]).squeeze(-1)
@@ -100,7 +100,7 @@ class Placements:
         )
         weights_PK = self.weights(products_PX)
         for rows, gradient, weights in zip(self.whole, self.gradients, weights_PK, strict=True):
-            blockwise.subtract_(gradient, rows, weights)
+            vectors.subtract_(gradient, rows, weights)
 
     def project_sharded(self) -> None:
         products_PX = torch.zeros(len(self.gradients), self.rank + 1, device=self.device)
@@ -109,7 +109,7 @@ class Placements:
         dist.all_reduce(products_PX)
         weights_PK = self.weights(products_PX)
         for index, rows, gradient in self.pieces:
-            blockwise.subtract_(gradient, rows, weights_PK[index])
+            vectors.subtract_(gradient, rows, weights_PK[index])
         self.gather()
 
     def gather(self) -> None:
@@ -121,7 +121,7 @@ class Placements:
             self.host, self.inverse_gram, self.gradients, strict=True
         ):
             rows = host.to(self.device, non_blocking=True)
-            blockwise.subtract_(gradient, rows, inverse @ self.products(rows, gradient)[1:])
+            vectors.subtract_(gradient, rows, inverse @ self.products(rows, gradient)[1:])
 
 
 def measured(call: Callable[[], None], device: torch.device) -> float:

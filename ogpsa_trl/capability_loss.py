@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data import Batch, CapabilityGroup, Part
-from ogpsa_trl.divergence import divergence, likely_tokens
 from ogpsa_trl.gradients import deterministic
 from ogpsa_trl.start import (
     Measured,
@@ -26,7 +25,8 @@ from ogpsa_trl.start import (
     moved_embeddings,
     passes_looked_at,
 )
-from ogpsa_trl.tiled_head import Score
+from ogpsa_trl.tensors.divergence import divergence, likely_tokens
+from ogpsa_trl.tensors.tiled_head import Score
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ogpsa_trl import blockwise
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.data import Batch, Part
+from ogpsa_trl.tensors import vectors
 
 
 @dataclass
@@ -97,7 +97,7 @@ def has_finite_gradients(backend: GradientBackend) -> bool:
     for square, (_, parameter) in zip(squares_P, backend.parameters, strict=True):
         gradient_N = backend.gradient(parameter)
         if gradient_N is not None:
-            square.copy_(blockwise.squared_length(gradient_N))
+            square.copy_(vectors.squared_length(gradient_N))
     return bool(backend.sum_over_shards(squares_P).sum().isfinite())
 
 

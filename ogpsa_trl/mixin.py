@@ -54,7 +54,7 @@ from ogpsa_trl.model_kind import check_no_encoder
 from ogpsa_trl.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.start import content
 from ogpsa_trl.subspace import CapabilitySubspace
-from ogpsa_trl.tiled_head import Score, TiledHead
+from ogpsa_trl.tensors.tiled_head import Score, TiledHead
 from ogpsa_trl.trackers import SettingsCallback
 
 logger = logging.getLogger(__name__)

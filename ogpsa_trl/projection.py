@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import blockwise, constraints, linalg
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.tensors import constraints, matrices, vectors
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -137,29 +137,29 @@ def measure_update(
         change each capability loss by, to first order, in nats, shape [R].
     """
     products = _products(subspace, _updates(subspace, weights_before))
-    inside = linalg.square(products.with_rows_BK, subspace.inverse_gram)
+    inside = matrices.square(products.with_rows_BK, subspace.inverse_gram)
     return inside / products.square, _changes(subspace, products.with_rows_BK)
 
 
 def _updates(
     subspace: CapabilitySubspace, weights_before: list[Tensor]
-) -> list[blockwise.Difference]:
+) -> list[vectors.Difference]:
     """What the optimizer did to the weights of each parameter."""
     backend = subspace.backend
     weights = [backend.weights(parameter) for _, parameter in backend.parameters]
-    return list(map(blockwise.Difference, weights, weights_before))
+    return list(map(vectors.Difference, weights, weights_before))
 
 
 def _project(
     subspace: CapabilitySubspace,
-    vectors: Sequence[blockwise.Vector | None],
+    vectors_P: Sequence[vectors.Vector | None],
     products: _Products,
-    metrics: Sequence[blockwise.AdamMetric | None] | None = None,
+    metrics: Sequence[vectors.AdamMetric | None] | None = None,
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from them."""
     config, backend = subspace.config, subspace.backend
     weights_BK = _weights(subspace, products)
-    removed = linalg.square(weights_BK, products.gram_BKK)
+    removed = matrices.square(weights_BK, products.gram_BKK)
     restoration = None
     if config.restoration:
         restoring_BK, restoration = _restoring(subspace, products, weights_BK)
@@ -167,24 +167,24 @@ def _project(
     weights_BK = backend.same_on_all(weights_BK)
     changes = None
     if products.rates_P is not None:  # an update
-        left_BK = products.with_rows_BK - linalg.times(products.gram_BKK, weights_BK)
+        left_BK = products.with_rows_BK - matrices.times(products.gram_BKK, weights_BK)
         changes = _changes(subspace, left_BK)
         subspace.count_step(changes)
-    weights_PK = weights_BK.expand(len(vectors), -1)
+    weights_PK = weights_BK.expand(len(vectors_P), -1)
     if products.rates_P is not None:
         weights_PK = products.rates_P[:, None] * weights_PK
     for index, (rows_KN, vector_N, weights_K) in enumerate(
-        zip(subspace.basis, vectors, weights_PK, strict=True)
+        zip(subspace.basis, vectors_P, weights_PK, strict=True)
     ):
         if rows_KN is None or vector_N is None:
             continue
         metric = None if metrics is None else metrics[index]
-        blockwise.subtract_(vector_N, rows_KN, weights_K, metric)
-    held = _hold(subspace, vectors, products.squares_P)
+        vectors.subtract_(vector_N, rows_KN, weights_K, metric)
+    held = _hold(subspace, vectors_P, products.squares_P)
 
     if held:
         removed = removed + products.metric_squares_P[held].sum()
-    inside_BK = linalg.times(subspace.inverse_gram, products.with_rows_BK)
+    inside_BK = matrices.times(subspace.inverse_gram, products.with_rows_BK)
     inside = (inside_BK * products.with_rows_BK).sum()
     in_mean = (inside_BK * subspace.mean_coordinates).sum()
     return Projection(
@@ -200,8 +200,8 @@ def _project(
 
 def _products(
     subspace: CapabilitySubspace,
-    vectors: Sequence[blockwise.Vector | None],
-    metrics: Sequence[blockwise.AdamMetric | None] | None = None,
+    vectors_P: Sequence[vectors.Vector | None],
+    metrics: Sequence[vectors.AdamMetric | None] | None = None,
     rates_P: Tensor | None = None,
 ) -> _Products:
     """
@@ -209,7 +209,7 @@ def _products(
 
     Args:
         subspace: The subspace.
-        vectors: The gradient, or the update, of each parameter.
+        vectors_P: The gradient, or the update, of each parameter.
         metrics: Adam's metric for each parameter. `None`: the identity.
         rates_P: The factors of an update's metric. `None`: the identity.
     """
@@ -217,14 +217,14 @@ def _products(
     numbers = [
         None
         if vector_N is None
-        else blockwise.products(rows_KN, vector_N, None if metrics is None else metrics[index])
-        for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors, strict=True))
+        else vectors.products(rows_KN, vector_N, None if metrics is None else metrics[index])
+        for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors_P, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.
-    width = blockwise.num_products(num_rows, has_metric=metrics is not None)
-    table_PX = linalg.table(numbers, width, subspace.backend.device)
+    width = vectors.num_products(num_rows, has_metric=metrics is not None)
+    table_PX = matrices.table(numbers, width, subspace.backend.device)
     table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a projection sends
-    of_each = blockwise.Products.from_table(table_PX, num_rows)
+    of_each = vectors.Products.from_table(table_PX, num_rows)
     with_rows_BK = subspace.merge(of_each.with_rows_PK)
     squares_P, square = of_each.square_P, of_each.square_P.sum().clamp_min(_TINY)
     if rates_P is None:
@@ -252,14 +252,14 @@ def _products(
 def _weights(subspace: CapabilitySubspace, products: _Products) -> Tensor:
     """The weights of the basis rows that a step has to lose, shape [B, K]."""
     if products.rates_P is None:  # nothing leaves the device
-        return linalg.times(subspace.inverse_gram, products.with_rows_BK)
+        return matrices.times(subspace.inverse_gram, products.with_rows_BK)
     weights_BK = constraints.equality_weights(products.with_rows_BK.cpu(), products.gram_BKK.cpu())
     return subspace.small(weights_BK)
 
 
 def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:
     """First-order changes A u of the losses, from the products B u, shape [R]."""
-    return linalg.times(subspace.coordinates, products_BK).sum(dim=0)
+    return matrices.times(subspace.coordinates, products_BK).sum(dim=0)
 
 
 def _restoring(
@@ -277,7 +277,7 @@ def _restoring(
         (
             products.metric_square
             - 2 * (removal_BK * products.with_rows_BK).sum()
-            + linalg.square(removal_BK, products.gram_BKK)
+            + matrices.square(removal_BK, products.gram_BKK)
         )
         .clamp_min(0)
         .sqrt()
@@ -293,7 +293,7 @@ def _relative_rates(backend: GradientBackend) -> Tensor:
     return rates_P / rates_P.max().clamp_min(_TINY)
 
 
-def _metrics(subspace: CapabilitySubspace) -> list[blockwise.AdamMetric | None] | None:
+def _metrics(subspace: CapabilitySubspace) -> list[vectors.AdamMetric | None] | None:
     """
     Adam's metric for each parameter, from one reading of its state: entries that are stored in 8
     bits are held in 32 until the step has ended. None where no gradient has left a second moment.
@@ -301,21 +301,21 @@ def _metrics(subspace: CapabilitySubspace) -> list[blockwise.AdamMetric | None] 
     backend = subspace.backend
     moments = [backend.second_moment(parameter) for _, parameter in backend.parameters]
     sums = [None if moment_N is None else moment_N.sum()[None] for moment_N in moments]
-    sums_PX = backend.sum_over_shards(linalg.table(sums, 1, backend.device))
+    sums_PX = backend.sum_over_shards(matrices.table(sums, 1, backend.device))
     totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
     means_P = backend.same_on_all((sums_PX / totals_PX.to(backend.device)).flatten())
     if not means_P.any():
         return None
-    floors_P = blockwise.adam_floors(means_P)
+    floors_P = vectors.adam_floors(means_P)
     nothing = floors_P.new_zeros(())  # where it is missing the floor is infinite
     return [
-        blockwise.AdamMetric(nothing.expand(shard.size) if moment_N is None else moment_N, floor)
+        vectors.AdamMetric(nothing.expand(shard.size) if moment_N is None else moment_N, floor)
         for moment_N, shard, floor in zip(moments, backend.shards, floors_P, strict=True)
     ]
 
 
 def _hold(
-    subspace: CapabilitySubspace, vectors: Sequence[blockwise.Vector | None], squares_P: Tensor
+    subspace: CapabilitySubspace, vectors_P: Sequence[vectors.Vector | None], squares_P: Tensor
 ) -> list[int]:
     """Let waiting parameters that would move stay where they are; ask for a refresh."""
     waiting = subspace.is_waiting.nonzero().flatten().tolist()
@@ -324,7 +324,7 @@ def _hold(
     is_moving = (squares_P[waiting] > 0).tolist()
     held = [index for index, moves in zip(waiting, is_moving, strict=True) if moves]
     for index in held:
-        vector_N = vectors[index]
+        vector_N = vectors_P[index]
         if vector_N is not None:
             vector_N.zero_()
     subspace.was_held[held] = True

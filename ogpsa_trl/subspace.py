@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl import blockwise, linalg, optimizers
+from ogpsa_trl import optimizers
 from ogpsa_trl.backends import GradientBackend
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.gradients import CapabilityGradients
+from ogpsa_trl.tensors import matrices, vectors
 
 
 @dataclass
@@ -159,7 +160,7 @@ class CapabilitySubspace:
         coordinates_PRK = self.coordinates.expand(len(rows), -1, -1)
         for index, rows_KN in enumerate(rows):
             if rows_KN is not None:
-                rows[index] = blockwise.combine_(coordinates_PRK[index], rows_KN)
+                rows[index] = vectors.combine_(coordinates_PRK[index], rows_KN)
         return rows, self.config.capability_ema
 
     @torch.no_grad()
@@ -180,16 +181,16 @@ class CapabilitySubspace:
         _check_finite(gradients, is_first=is_first)
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         num_entries_P = torch.tensor([shard.total for shard in self.backend.shards]).double()
-        gram_BRR = linalg.without_short_rows(self.merge(gram_PRR), self.merge(num_entries_P))
+        gram_BRR = matrices.without_short_rows(self.merge(gram_PRR), self.merge(num_entries_P))
         weights_BKR = self.backend.from_first_process(
-            lambda: linalg.orthonormal_weights(gram_BRR, self.config.rank, self.dtype)
+            lambda: matrices.orthonormal_weights(gram_BRR, self.config.rank, self.dtype)
         )
         self._store(gradients.rows, weights_BKR)
         self.gram_PKK = self._sum_grams(self.basis, weights_BKR.shape[1])
         stored_BKK = self.merge(self.gram_PKK)
         self.gram = self.small(stored_BKK)
         self.inverse_gram = self.small(
-            self.backend.from_first_process(lambda: linalg.inverse_gram(stored_BKK))
+            self.backend.from_first_process(lambda: matrices.inverse_gram(stored_BKK))
         )
         self.coordinates = self.small(gram_BRR @ weights_BKR.mT)
         mean_R = gradients.weights
@@ -263,7 +264,7 @@ class CapabilitySubspace:
         ):
             gradient_N = self.backend.gradient(parameter)
             if gradient_N is not None and rows_KN is not None:
-                blockwise.subtract_(gradient_N, rows_KN, -weight * weights_K)
+                vectors.subtract_(gradient_N, rows_KN, -weight * weights_K)
         return weight * self.mean_square.sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -323,7 +324,10 @@ class CapabilitySubspace:
             # Other shards add up in another order, and other processors invert with other digits.
             and torch.allclose(gram_BKK, self.gram, rtol=1e-4, atol=1e-4)
             and torch.allclose(
-                linalg.inverse_gram(gram_BKK).float(), self.inverse_gram.cpu(), rtol=1e-3, atol=1e-3
+                matrices.inverse_gram(gram_BKK).float(),
+                self.inverse_gram.cpu(),
+                rtol=1e-3,
+                atol=1e-3,
             )
         )
 
@@ -334,14 +338,14 @@ class CapabilitySubspace:
             rows_PRN[index] = None
             if rows_RN is not None and weights_PKR[index].any():
                 weights_KR = weights_PKR[index].to(rows_RN.device)
-                self.basis[index] = blockwise.combine_(weights_KR, rows_RN)
+                self.basis[index] = vectors.combine_(weights_KR, rows_RN)
 
     def _sum_grams(self, rows_PKN: Sequence[Tensor | None], size: int) -> Tensor:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
-        triangles = [None if rows is None else blockwise.gram(rows) for rows in rows_PKN]
-        triangle_PX = linalg.table(triangles, linalg.triangle_size(size), self.backend.device)
+        triangles = [None if rows is None else vectors.gram(rows) for rows in rows_PKN]
+        triangle_PX = matrices.table(triangles, matrices.triangle_size(size), self.backend.device)
         triangle_PX = self.backend.same_on_all(self.backend.sum_over_shards(triangle_PX))
-        return linalg.symmetric(triangle_PX, size)
+        return matrices.symmetric(triangle_PX, size)
 
     def merge(self, values: Tensor) -> Tensor:
         """[P, ...] -> [B, ...]: the parameters of one block add up."""

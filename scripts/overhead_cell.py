@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer, SubspaceCallback, linalg, mixin, projection
+from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer, SubspaceCallback, mixin, projection
+from ogpsa_trl.tensors import matrices
 from ogpsa_trl.toy_model import toy_tokenizer
 
 # Width, layers, heads, width of the feed-forward layers, words.
@@ -310,8 +311,8 @@ def peak_memory(cell: Cell, arm: str, folder: str) -> dict[str, Any]:
 def _load_lapack() -> None:
     """Some MB of code, whatever the model, that a basis needs and plain training may not."""
     gram_RR = torch.eye(2)
-    linalg.orthonormal_weights(gram_RR[None])
-    linalg.inverse_gram(gram_RR[None])
+    matrices.orthonormal_weights(gram_RR[None])
+    matrices.inverse_gram(gram_RR[None])
 
 
 @contextlib.contextmanager

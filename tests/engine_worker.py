@@ -22,8 +22,9 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 import speed
-from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback, linalg
+from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback
 from ogpsa_trl.projection import project
+from ogpsa_trl.tensors import matrices
 from runs import (
     capability_groups,
     contradicted,
@@ -385,15 +386,15 @@ def gate_config(**settings):
 
 def train_with_signs(engine, model_path, folder, num_processes):
     """As if the processes ran on processors that give eigenvectors other signs."""
-    make_weights = linalg.orthonormal_weights
+    make_weights = matrices.orthonormal_weights
 
     def with_sign(*args):
         return make_weights(*args) * (-1) ** int(os.environ["RANK"])
 
-    linalg.orthonormal_weights = with_sign
+    matrices.orthonormal_weights = with_sign
     trainer = make(engine, SIGNS_CELL, model_path, folder, num_processes, save_strategy="no")
     trainer.train()
-    linalg.orthonormal_weights = make_weights
+    matrices.orthonormal_weights = make_weights
     return full_weights(trainer)
 
 
@@ -483,8 +484,8 @@ def train_with_roundings(engine, model_path, folder, num_processes):
     As if the processes ran on processors that add in another order: the largest difference of what
     each holds of the weights from the same part in the first replica.
     """
-    make_table, scale = linalg.table, 1 + 1e-6 * int(os.environ["RANK"])
-    linalg.table = lambda *args: make_table(*args) * scale
+    make_table, scale = matrices.table, 1 + 1e-6 * int(os.environ["RANK"])
+    matrices.table = lambda *args: make_table(*args) * scale
     results = {}
     for cell in (DEFAULT_CELL, PLAIN_CELL):
         trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
@@ -493,7 +494,7 @@ def train_with_roundings(engine, model_path, folder, num_processes):
         held = torch.cat([backend.weights(parameter) for _, parameter in backend.parameters])
         replicas = gathered(trainer, held).unflatten(0, (2, num_processes // 2))
         results[name_of(cell)] = (replicas - replicas[:1]).abs().max().item()
-    linalg.table = make_table
+    matrices.table = make_table
     return results
 
 

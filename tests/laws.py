@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import torch
 
-from ogpsa_trl import OGPSAConfig, blockwise, linalg
+from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.backends import TorchBackend
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.projection import copy_weights, project, project_update
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.tensors import matrices, vectors
 
 NUM_ENTRIES = 300
 
@@ -22,28 +23,28 @@ def random_rows(num_rows, seed=0, dtype=torch.float32):
 def basis_of(rows_RN, rank=None, dtype=torch.float32):
     """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
     rows_RN = rows_RN.to(dtype, copy=True)
-    weights_KR = linalg.orthonormal_weights(gram_of(rows_RN)[None], rank, dtype)[0]
-    basis_KN = blockwise.combine_(weights_KR, rows_RN)
-    return basis_KN, linalg.inverse_gram(gram_of(basis_KN)[None])[0].float()
+    weights_KR = matrices.orthonormal_weights(gram_of(rows_RN)[None], rank, dtype)[0]
+    basis_KN = vectors.combine_(weights_KR, rows_RN)
+    return basis_KN, matrices.inverse_gram(gram_of(basis_KN)[None])[0].float()
 
 
 def projected(vector_N, basis_KN, inverse_KK):
     """The vector without its component in the span of the basis, as the package removes it."""
     result_N = vector_N.clone()
     with_rows_K = products_of(basis_KN, vector_N).with_rows_PK[0]
-    blockwise.subtract_(result_N, basis_KN, inverse_KK @ with_rows_K)
+    vectors.subtract_(result_N, basis_KN, inverse_KK @ with_rows_K)
     return result_N
 
 
 def products_of(basis_KN, vector_N, metric=None):
     """The products of one vector with a basis and with itself, as the package computes them."""
-    table_PX = blockwise.products(basis_KN, vector_N, metric)[None]
-    return blockwise.Products.from_table(table_PX, len(basis_KN))
+    table_PX = vectors.products(basis_KN, vector_N, metric)[None]
+    return vectors.Products.from_table(table_PX, len(basis_KN))
 
 
 def gram_of(rows_RN):
     """The Gram matrix of some rows, as the package computes it."""
-    return linalg.symmetric(blockwise.gram(rows_RN), len(rows_RN))
+    return matrices.symmetric(vectors.gram(rows_RN), len(rows_RN))
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ogpsa_trl import linalg
 from ogpsa_trl.backends import Shard
 from ogpsa_trl.checkpoint import (
     FILE_NAME,
@@ -23,6 +22,7 @@ from ogpsa_trl.checkpoint import (
 from ogpsa_trl.data import Sample
 from ogpsa_trl.start import StartingPoint
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.tensors import matrices
 from runs import paper
 
 SIZES = {"embed": 12, "norm": 3, "head": 7, "unused": 5}
@@ -73,7 +73,7 @@ def filled(shards, **process):
         if rows is not None and size:
             subspace.basis[index] = rows[:, start : start + size].contiguous()
     subspace.gram = whole_gram()
-    subspace.inverse_gram = linalg.inverse_gram(subspace.gram).float()
+    subspace.inverse_gram = matrices.inverse_gram(subspace.gram).float()
     subspace.mean_coordinates = torch.ones(len(SIZES), RANK)
     for name in ("mean_square", "rank", "num_steps", "interval", "is_waiting", "was_held"):
         setattr(subspace, name, torch.ones_like(getattr(subspace, name)))

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
-from ogpsa_trl import linalg
-from ogpsa_trl.constraints import equality_weights, restoration_weights
+from ogpsa_trl.tensors import matrices
+from ogpsa_trl.tensors.constraints import equality_weights, restoration_weights
 
 NUM_ENTRIES = 7
 DECREASE = torch.tensor([0.5, 0.0, 0.02]).double()
@@ -30,7 +30,7 @@ def problem(seed, dependent=False):
 
 def in_the_basis(gradients_RN, metric_N, step_N):
     """Basis B, products B u, Gram matrix B D B^T and coordinates C of the gradients, one block."""
-    weights_KR = linalg.orthonormal_weights((gradients_RN @ gradients_RN.T)[None])[0]
+    weights_KR = matrices.orthonormal_weights((gradients_RN @ gradients_RN.T)[None])[0]
     basis_KN = weights_KR @ gradients_RN
     gram_KK = basis_KN @ (metric_N[:, None] * basis_KN.T)
     return basis_KN, (basis_KN @ step_N)[None], gram_KK[None], (gradients_RN @ basis_KN.T)[None]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ogpsa_trl.divergence import divergence, likely_tokens
+from ogpsa_trl.tensors.divergence import divergence, likely_tokens
 
 
 def logits(seed, scale=2.0, dtype=torch.float32):

@@ -16,9 +16,12 @@ ROOT = Path(ogpsa_trl.__file__).parent
 # `torch.distributed`. A new module needs a row.
 LAYERS = {
     "config": ("", ""),
-    "linalg": ("", "torch"),
-    "blockwise": ("linalg", "torch"),
-    "constraints": ("", "torch"),
+    "tensors.__init__": ("", ""),
+    "tensors.matrices": ("", "torch"),
+    "tensors.vectors": ("tensors.matrices", "torch"),
+    "tensors.constraints": ("", "torch"),
+    "tensors.divergence": ("", "torch"),
+    "tensors.tiled_head": ("", "torch"),
     "optimizers": ("", "torch"),
     "backends": ("config optimizers", "torch torch.distributed accelerate"),
     "zero": ("backends", "torch torch.distributed accelerate deepspeed"),
@@ -30,16 +33,17 @@ LAYERS = {
     "rendering": ("columns row_values rows", "datasets transformers trl"),
     "data": ("columns rows rendering", "pyarrow torch datasets trl"),
     "group_warnings": ("data", "datasets"),
-    "divergence": ("", "torch"),
-    "gradients": ("blockwise backends data", "torch"),
+    "gradients": ("tensors.vectors backends data", "torch"),
     "start": ("backends data gradients", "torch"),
-    "subspace": ("linalg blockwise optimizers backends config gradients", "torch"),
-    "tiled_head": ("", "torch"),
+    "subspace": ("tensors.matrices tensors.vectors optimizers backends config gradients", "torch"),
     "capability_loss": (
-        "backends config data divergence gradients start tiled_head",
+        "backends config data tensors.divergence gradients start tensors.tiled_head",
         "torch",
     ),
-    "projection": ("linalg blockwise constraints backends subspace", "torch"),
+    "projection": (
+        "tensors.matrices tensors.vectors tensors.constraints backends subspace",
+        "torch",
+    ),
     "diagnostics": ("gradients projection subspace", "torch"),
     "completeness": ("", "transformers safetensors"),
     "checkpoint": ("backends completeness config data start subspace", "torch safetensors"),
@@ -48,7 +52,8 @@ LAYERS = {
     "model_kind": ("", "transformers"),
     "trackers": ("config data", "transformers wandb trackio"),
     "mixin": (
-        "config backends engines data group_warnings gradients start tiled_head capability_loss "
+        "config backends engines data group_warnings gradients start tensors.tiled_head "
+        "capability_loss "
         "subspace projection completeness checkpoint diagnostics callback model_card model_kind "
         "trackers",
         "torch datasets transformers trl tqdm",
@@ -128,8 +133,8 @@ LAYERS = {
         "torch datasets transformers trl",
     ),
     "capability_set.measures": (
-        "linalg blockwise engines data gradients evaluation.capability capability_set.arguments "
-        "capability_set.rows",
+        "tensors.matrices tensors.vectors engines data gradients evaluation.capability "
+        "capability_set.arguments capability_set.rows",
         "torch datasets transformers",
     ),
     "capability_set.checks": (
@@ -257,7 +262,8 @@ def test_the_reader_of_imports_sees_every_form():
 import os.path, torch
 import torch.distributed.tensor as t
 from typing import TYPE_CHECKING
-from ogpsa_trl import linalg, OGPSAConfig
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.tensors import matrices
 from ogpsa_trl.data import Part
 from ogpsa_trl.evaluation import markdown_table
 if TYPE_CHECKING:
@@ -271,7 +277,7 @@ def lazily():
         from trl import SFTTrainer
 """
     assert imports(source) == (
-        {"linalg", "__init__", "data", "evaluation.__init__"},
+        {"tensors.matrices", "__init__", "data", "evaluation.__init__"},
         {"torch", "torch.distributed", "yaml", "deepspeed", "trl"},
     )
     assert imports("import torch\ntorch.distributed.barrier()")[1] == {"torch", "torch.distributed"}

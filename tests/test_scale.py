@@ -22,13 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from laws import products_of
-from ogpsa_trl import backends, blockwise
+from ogpsa_trl import backends
 from ogpsa_trl.backends import TorchBackend
 from ogpsa_trl.checkpoint import FILE_NAME
 from ogpsa_trl.data import Part, Sample
 from ogpsa_trl.gradients import capability_gradients
 from ogpsa_trl.projection import project
 from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.tensors import vectors
 from ogpsa_trl.toy_model import tiny_model
 from runs import capability_groups, make_trainer, paper
 
@@ -248,7 +249,7 @@ CASES = [
 def test_what_is_measured_on_one_process_is_the_formula(
     form, parts, rank, dtype, base_model_path, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(blockwise, "_BLOCK", 512)  # the temporaries of a block would hide the rest
+    monkeypatch.setattr(vectors, "_BLOCK", 512)  # the temporaries of a block would hide the rest
     # With B = 0, as LoRA starts, A would have no direction yet, and so no rows.
     lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     trainer = make_trainer(
@@ -287,27 +288,27 @@ def test_what_is_measured_on_one_process_is_the_formula(
 def test_the_temporaries_of_a_block_are_bounded(monkeypatch):
     """6 in a step, with a basis in bfloat16 its rows too; in a refresh twice the rows."""
     size, rank, block = 10 * 1024, 6, 1024
-    monkeypatch.setattr(blockwise, "_BLOCK", block)
+    monkeypatch.setattr(vectors, "_BLOCK", block)
     dtypes = (torch.float32, torch.bfloat16)
     weights = torch.ones(rank, rank)
     for basis_dtype, gradient_dtype in itertools.product(dtypes, dtypes):
         rows = torch.ones(rank, size, dtype=basis_dtype)
         gradient = torch.ones(size, dtype=gradient_dtype)
-        metric = blockwise.AdamMetric(torch.ones(size), torch.ones(()))
-        update = blockwise.Difference(torch.ones(size), torch.ones(size))
+        metric = vectors.AdamMetric(torch.ones(size), torch.ones(()))
+        update = vectors.Difference(torch.ones(size), torch.ones(size))
         with LiveBytes() as step:
             step.is_watching = True
             products_of(rows, gradient)
             products_of(rows, gradient, metric)
-            blockwise.subtract_(gradient, rows, weights[0])
-            blockwise.subtract_(gradient, rows, weights[0], metric)
+            vectors.subtract_(gradient, rows, weights[0])
+            vectors.subtract_(gradient, rows, weights[0], metric)
             products_of(rows, update, metric)
-            blockwise.subtract_(update, rows, weights[0])
+            vectors.subtract_(update, rows, weights[0])
         with LiveBytes() as refresh:
             refresh.is_watching = True
-            blockwise.squared_length(gradient)
-            blockwise.gram(rows)
-            combined = blockwise.combine_(weights, rows)
+            vectors.squared_length(gradient)
+            vectors.gram(rows)
+            combined = vectors.combine_(weights, rows)
         num_blocks = 6 if basis_dtype == torch.float32 else 6 + rank
         assert step.peak <= 4 * block * num_blocks
         assert refresh.peak <= 4 * block * 2 * rank + 1000

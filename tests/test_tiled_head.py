@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ogpsa_trl import tiled_head
-from ogpsa_trl.tiled_head import TiledHead
+from ogpsa_trl.tensors import tiled_head
+from ogpsa_trl.tensors.tiled_head import TiledHead
 
 NUM_WORDS, LENGTH = 200, 12
 SIZES = {

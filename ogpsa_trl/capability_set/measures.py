@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl import blockwise, linalg
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.rows import RowGroup
 from ogpsa_trl.data import Batch, CapabilityGroup, Preparation, prepare_group
 from ogpsa_trl.engines import one_process_backend
 from ogpsa_trl.evaluation.capability import group_nll
 from ogpsa_trl.gradients import capability_gradients
+from ogpsa_trl.tensors import matrices, vectors
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def gradient_cosines(
     gram_HH = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     for rows_HN in gradients.rows:
         if rows_HN is not None:
-            gram_HH += linalg.symmetric(blockwise.gram(rows_HN), len(parts)).cpu()
+            gram_HH += matrices.symmetric(vectors.gram(rows_HN), len(parts)).cpu()
     halves = torch.eye(len(parts), dtype=torch.float64).view(len(groups), 2, len(parts))
     means = (gradients.weights.view(len(groups), 2, 1) * halves).sum(1)
     names = [group.name for group in groups]

@@ -12,7 +12,7 @@ In both cases the answer is u - D B^T w, with B the stored basis rows and A = C 
 have to be found, from the products B u and the Gram matrix H = B D B^T. It happens here, in float64
 on the CPU.
 
-Shapes: B blocks (one subspace each, see `linalg`), R capability gradients, K basis rows.
+Shapes: B blocks (one subspace each, see `matrices`), R capability gradients, K basis rows.
 """
 
 import torch

@@ -3,7 +3,7 @@ Vectors as long as a gradient: their products with the basis rows, and what they
 
 A gradient of the whole model is far larger than anything computed from it. So it is touched only
 here, in float32 and block by block, each block once; everything else happens on small matrices
-(`linalg`). No product is one of two matrices, which may be done in TF32 on a GPU, with three
+(`matrices`). No product is one of two matrices, which may be done in TF32 on a GPU, with three
 digits.
 
 Shapes:
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ogpsa_trl.linalg import symmetric, triangle_size
+from ogpsa_trl.tensors.matrices import symmetric, triangle_size
 
 # Entries of a vector handled at once. They bound the float32 temporaries, and on a CPU keep them in
 # its cache: 2 MiB each. Measured on a CPU: from 2^19 to 2^21 a projection takes the same time; at

@@ -2,7 +2,7 @@
 Small matrices of the method: orthonormal bases from Gram matrices, and what is computed in them.
 
 R x R for each parameter at most, and in float64 on the CPU, but where a step must not wait for the
-device. What is as long as a gradient is in `blockwise`.
+device. What is as long as a gradient is in `vectors`.
 
 Shapes:
     P: parameters
@@ -54,7 +54,7 @@ def without_short_rows(gram_BRR: Tensor, num_entries_B: Tensor) -> Tensor:
     nothing of the directions, and a basis made with it would not be orthonormal.
 
     Args:
-        gram_BRR: From `blockwise.gram`, summed over the shards, float64.
+        gram_BRR: From `vectors.gram`, summed over the shards, float64.
         num_entries_B: Over how many entries, float64.
     """
     limits = torch.finfo(torch.float32)
@@ -116,8 +116,8 @@ def inverse_gram(gram_BKK: Tensor) -> Tensor:
     Inverse of the Gram matrices of stored basis rows, zero for rows of zeros.
 
     The rows are orthonormal up to rounding (all of it in the storage dtype), so the eigenvalues are
-    near 1 or exactly 0. With this matrix between `blockwise.products` and
-    `blockwise.subtract_` the projection is exact for the rows as they are stored.
+    near 1 or exactly 0. With this matrix between `vectors.products` and
+    `vectors.subtract_` the projection is exact for the rows as they are stored.
 
     Returns:
         Shape [B, K, K], float64 on the CPU.
