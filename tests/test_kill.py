@@ -39,7 +39,6 @@ def assert_bitwise(results):
     assert sum(result["kills"] for result in results) >= len(results) / 2
 
 
-@pytest.mark.slow
 def test_a_kill_inside_a_refresh_or_a_save_loses_nothing(base_model_path, tmp_path):
     """What was being saved is named and left aside; after the list only deletion is left."""
     skipped = {"refresh": 0, "mark": 1, "deletion": 0}
