@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ogpsa_trl import OGPSAConfig, completeness
+from processes import places
 from runs import capability_groups, make_trainer, paper, weights
 
 NUM_STEPS = 4
@@ -107,20 +107,11 @@ def launch(case, model, folder, kills):
     Like torchrun, a process that ends with an error takes the others with it.
     """
     num_processes = case["processes"]
-    places = [{}]
-    if num_processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        places = [
-            {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
-                "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            for rank in range(num_processes)
-        ]  # fmt: skip
-    pids = [fork(case, model, folder, place) for place in places]
+    alone = [{}]
+    pids = [
+        fork(case, model, folder, place)
+        for place in (places(num_processes) if num_processes > 1 else alone)
+    ]
     timers = [threading.Timer(delay, kill, [pids[rank]]) for delay, rank in kills]
     for timer in timers:
         timer.start()

@@ -8,13 +8,27 @@ import contextlib
 import multiprocessing
 import os
 import socket
-import sys
 import time
 from multiprocessing import connection
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["speed", "engine_worker"])
 _SECONDS = 1000
+
+
+def places(num_processes):
+    """The environment of each process, by which they find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(num_processes)
+    ]  # fmt: skip
 
 
 def launch(num_processes, main, *arguments, folder, on_gpu=False):
@@ -31,13 +45,10 @@ def launch(num_processes, main, *arguments, folder, on_gpu=False):
     Raises:
         AssertionError: a process has failed; with the end of its output.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     files = [folder / f"output-{rank}.txt" for rank in range(num_processes)]
     processes = [
-        _FORKS.Process(target=_run, args=(rank, num_processes, port, file, on_gpu, main, arguments))
-        for rank, file in enumerate(files)
+        _FORKS.Process(target=_run, args=(place, file, main, arguments))
+        for place, file in zip(places(num_processes), files, strict=True)
     ]
     with _hidden_gpus(on_gpu):  # the process that they are forked from has what it starts with
         for process in processes:
@@ -69,15 +80,9 @@ def _hidden_gpus(on_gpu):
         os.environ.update(before)
 
 
-def _run(rank, num_processes, port, file, on_gpu, main, arguments):
+def _run(place, file, main, arguments):
     with file.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    with _hidden_gpus(on_gpu):
-        main(*arguments)
-    sys.stdout.flush()
+    os.environ |= place
+    main(*arguments)
