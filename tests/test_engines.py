@@ -47,25 +47,21 @@ from runs import (
 pytestmark = pytest.mark.timeout(1200)
 
 
-def on_engines(jobs, name=None, engines=ENGINES):
+def on_engines(jobs, name="job", engines=ENGINES):
     """Results of jobs on engines, each as slow as its job; `name` is that of the parameter."""
 
     def of(engine, job):
         text = job if isinstance(job, str) else name_of(job)
-        return pytest.param(
-            *([engine] if name is None else [engine, job]),
-            id=f"{engine}-{text}",
-            marks=() if is_quick(engine, job) else pytest.mark.slow,
-        )
+        marks = () if is_quick(engine, job) else pytest.mark.slow
+        return pytest.param(engine, job, id=f"{engine}-{text}", marks=marks)
 
     return pytest.mark.parametrize(
-        ["engine"] if name is None else ["engine", name],
-        [of(engine, job) for engine in engines for job in jobs],
+        ("engine", name), [of(engine, job) for engine in engines for job in jobs]
     )
 
 
 every_cell = on_engines(CELLS, "cell")
-every_gate = on_engines(GATE_CELLS, "job")
+every_gate = on_engines(GATE_CELLS)
 # What accelerate must have run, and what must have served it.
 RUNS_AS = {
     "ddp": ("MULTI_CPU", "TorchBackend"),
@@ -210,7 +206,7 @@ def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, laun
     assert result["sent_bytes"] == [size * bytes_per_number for size in sizes]
 
 
-@on_engines([f"leak-{name}" for name in LEAKS], "job")
+@on_engines([f"leak-{name}" for name in LEAKS])
 def test_a_refresh_leaves_no_gradient_in_the_engine(engine, job, launched):
     """
     Refreshes before every step, but no projection: bit for bit plain TRL, and its files, to which
@@ -275,8 +271,8 @@ def test_a_gate_acts_on_all_processes_at_once(engine, job, launched):
 
 
 @on_engines(["bf16"])
-def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, launched):
-    result = load(launched(engine), "bf16")
+def test_bf16_leaves_nothing_in_the_subspace_and_resumes_bitwise(engine, job, launched):
+    result = load(launched(engine), job)
     assert result["backend"] == ("Zero1BF16Backend" if engine == "zero1" else RUNS_AS[engine][1])
     assert result["cosine"] < 1e-6
     assert max_difference(result["weights"], result["resumed"]) == 0
@@ -307,12 +303,12 @@ def divergence(model_path, state):
 
 
 @on_engines(["bf16-default"], engines=[engine for engine in ENGINES if engine != "zero1"])
-def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_path):
+def test_bf16_protects_as_float32_does(engine, job, launched, in_float32, base_model_path):
     """
     Where a step can be seen in bfloat16 the divergence is at most twice that of float32; where it
     cannot, it is not above plain training's. Restoration is not at its cap where it is not there.
     """
-    results = load(launched(engine), "bf16-default")
+    results = load(launched(engine), job)
     for rate, (expected, expected_capped) in in_float32.items():
         weights_, capped = results[f"{rate} preserve"]
         plain, _ = results[f"{rate} plain"]
@@ -326,12 +322,18 @@ def test_bf16_protects_as_float32_does(engine, launched, in_float32, base_model_
         assert sum(capped) <= sum(expected_capped) + 1
 
 
+@pytest.fixture(scope="session")
+def one_process_with_rates(base_model_path, tmp_path_factory):
+    return train_with_rates("one", base_model_path, tmp_path_factory.mktemp("rates"), 1)
+
+
 @on_engines(["rates"])
-def test_a_group_at_rate_zero_is_frozen(engine, launched, base_model_path, tmp_path):
+def test_a_group_at_rate_zero_is_frozen(
+    engine, job, launched, one_process_with_rates, base_model_path
+):
     """Bit for bit; all else takes the steps of one process."""
-    result = load(launched(engine), "rates")
-    expected = train_with_rates("one", base_model_path, tmp_path, 1)
-    assert max_difference(result, expected) < 2e-6
+    result = load(launched(engine), job)
+    assert max_difference(result, one_process_with_rates) < 2e-6
     before = weights_before(base_model_path)
     distances = {name: (value - before[name]).abs().max() for name, value in result.items()}
     assert distances.pop("model.embed_tokens.weight") == 0
@@ -343,34 +345,34 @@ def weights_before(model_path):
 
 
 @on_engines(["roundings"], engines=("ddp", "hsdp"))
-def test_replicas_that_add_in_another_order_stay_the_same(engine, launched):
-    assert set(load(launched(engine), "roundings").values()) == {0.0}
+def test_replicas_that_add_in_another_order_stay_the_same(engine, job, launched):
+    assert set(load(launched(engine), job).values()) == {0.0}
 
 
 @pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
 @on_engines(["8-bit"])
-def test_8_bit_states_give_the_second_moment_of_adamw(engine, package, launched):
+def test_8_bit_states_give_the_second_moment_of_adamw(engine, job, package, launched):
     pytest.importorskip(package, exc_type=ImportError)
     optim = {"torchao": "adamw_torch_8bit", "bitsandbytes": "adamw_bnb_8bit"}[package]
     if package == "bitsandbytes" and engine in ("fsdp2", "hsdp"):
         pytest.skip("bitsandbytes takes no step of a DTensor")
-    difference, cosine = load(launched(engine), "8-bit")[optim]
+    difference, cosine = load(launched(engine), job)[optim]
     # Half the distance between two of the values that a code can have; see test_optimizers.py.
     assert difference < 0.9 / 127 / 2
     assert cosine < 1e-4
 
 
 @on_engines(["signs"])
-def test_processors_that_differ_in_signs_make_one_basis(engine, launched):
+def test_processors_that_differ_in_signs_make_one_basis(engine, job, launched):
     folder = launched(engine)
     expected = load(folder, name_of(SIGNS_CELL))["weights"]
-    assert max_difference(expected, load(folder, "signs")) == 0
+    assert max_difference(expected, load(folder, job)) == 0
 
 
 @on_engines(["errors"])
-def test_a_step_that_reaches_no_gradient_is_an_error(engine, launched):
+def test_a_step_that_reaches_no_gradient_is_an_error(engine, job, launched):
     """Called after the step, as under an engine that has made it already."""
-    of_project, of_step = load(launched(engine), "errors")
+    of_project, of_step = load(launched(engine), job)
     assert "No parameter has a gradient on process 0" in of_project
     if engine.startswith("zero"):
         assert "ended without a step of the DeepSpeed engine" in of_step
