@@ -88,7 +88,8 @@ def compare(
         The measures of the base model and of every stage and method, by a readable name.
     """
     results = {"base": _measured(base_model, None, output / "base", measure)}
-    num_threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) // len(methods)
+    num_cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    num_threads = max(1, num_cores // len(methods))
     measuring = Lock()
 
     def run(method: str) -> None:
@@ -100,7 +101,7 @@ def compare(
                 console.print(f"Training: {name}")
                 options = ["--model_name_or_path", str(model), "--output_dir", str(folder)]
                 options += [*stage.options, *methods[method]]
-                train(stage.config, options, folder / "log.txt", max(1, num_threads))
+                train(stage.config, options, folder / "log.txt", num_threads)
             with measuring:
                 results[name] = _measured(folder, model, folder, measure)
             model = folder
