@@ -36,7 +36,7 @@ $(LINT): $(TEST)
 # Pretraining the base model is large enough for two threads.
 demo: export OMP_NUM_THREADS := 2
 demo: $(DEMO)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m ogpsa_trl.cli.main demo
 
 # On all cores, file by file: those of a file share what is expensive.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
@@ -55,6 +55,7 @@ lint: $(LINT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 docs: $(TEST)
 	$(BIN)/python docs/make_api.py

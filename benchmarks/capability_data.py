@@ -27,6 +27,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
+from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
+from ogpsa_trl.benchmark.toy_world import CAPABILITY_GROUPS, NUM_EVALUATION_SAMPLES, ToyWorld
 from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.measures import (
     answer_to,
@@ -35,8 +37,6 @@ from ogpsa_trl.evaluation.measures import (
     mean_probability,
 )
 from ogpsa_trl.evaluation.report import markdown_table
-from ogpsa_trl.toy import CAPABILITY_GROUPS, NUM_EVALUATION_SAMPLES, ToyWorld
-from ogpsa_trl.toy_pretrain import base_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (8, 16, 32, 64, 128, 200)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ogpsa_trl
-from ogpsa_trl import conversions, evaluation
+from ogpsa_trl import evaluation
+from ogpsa_trl.data import conversions
 
 FILE = Path(__file__).with_name("api.md")
 
@@ -20,7 +21,7 @@ def document() -> str:
     parts = [
         "# API reference\n\nMade from the docstrings by `make docs`.",
         *(_entry("ogpsa_trl", name, getattr(ogpsa_trl, name)) for name in _names(ogpsa_trl)),
-        "## Conversions\n\nSelected in YAML by `conversion: <name>`; `ogpsa_trl.conversions`.",
+        "## Conversions\n\nSelected in YAML by `conversion: <name>`; `ogpsa_trl.data.conversions`.",
         *(_entry("", name, function) for name, function in conversions.CONVERSIONS.items()),
         "## Evaluation\n\n`ogpsa_trl.evaluation`",
         *(_entry("", name, getattr(evaluation, name)) for name in _names(evaluation)),

@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ogpsa_trl.arguments import RunArguments
-from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.cli.arguments import RunArguments
+from ogpsa_trl.cli.command_line import parse_run
 
 FILE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
@@ -157,7 +157,7 @@ def memory_bytes(recipe: Recipe) -> float:
     texts = run.training.per_device_train_batch_size * (2 if run.train.stage == "dpo" else 1)
     training = activation_bytes(model, texts * run.training.max_length)
     num_tokens = run.ogpsa.capability_batch_size * run.training.max_length
-    # Scored tile by tile (see ogpsa_trl/tiled_head.py).
+    # Scored tile by tile (see ogpsa_trl/tensors/tiled_head.py).
     logits = 20 * min(num_tokens, 256) * model.vocabulary
     refresh = activation_bytes(model, num_tokens)
     refresh += logits if run.ogpsa.capability_loss == "kl" else 0

@@ -19,11 +19,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ogpsa_trl.callback import SubspaceCallback
     from ogpsa_trl.config import GateConfig, OGPSAConfig
-    from ogpsa_trl.gate import CapabilityGate
-    from ogpsa_trl.mixin import OGPSAMixin
-    from ogpsa_trl.trainers import (
+    from ogpsa_trl.training.callbacks import SubspaceCallback
+    from ogpsa_trl.training.gate import CapabilityGate
+    from ogpsa_trl.training.mixin import OGPSAMixin
+    from ogpsa_trl.training.trainers import (
         OGPSADPOTrainer,
         OGPSAGRPOTrainer,
         OGPSAKTOTrainer,
@@ -34,16 +34,16 @@ else:
     import importlib
 
     _MODULES = {
-        "CapabilityGate": "gate",
+        "CapabilityGate": "training.gate",
         "GateConfig": "config",
         "OGPSAConfig": "config",
-        "OGPSADPOTrainer": "trainers",
-        "OGPSAGRPOTrainer": "trainers",
-        "OGPSAKTOTrainer": "trainers",
-        "OGPSAMixin": "mixin",
-        "OGPSARLOOTrainer": "trainers",
-        "OGPSASFTTrainer": "trainers",
-        "SubspaceCallback": "callback",
+        "OGPSADPOTrainer": "training.trainers",
+        "OGPSAGRPOTrainer": "training.trainers",
+        "OGPSAKTOTrainer": "training.trainers",
+        "OGPSAMixin": "training.mixin",
+        "OGPSARLOOTrainer": "training.trainers",
+        "OGPSASFTTrainer": "training.trainers",
+        "SubspaceCallback": "training.callbacks",
     }
 
     def __getattr__(name: str) -> Any:

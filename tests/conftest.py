@@ -1,8 +1,6 @@
 """No network, no telemetry, one thread: the models of the tests are too small to share."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -33,19 +31,9 @@ def no_network():
 
 
 @pytest.fixture(scope="session")
-def evaluate_script():
-    """scripts/evaluate.py, by its path: an import by its name is one of the package `evaluate`."""
-    path = Path(__file__).resolve().parent.parent / "scripts" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def base_model_path(tmp_path_factory):
     """An untrained model of the toy world with its tokenizer, as a folder on disk."""
-    from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+    from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tiny_model(seed=0).save_pretrained(folder)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import speed
 from ogpsa_trl import GateConfig, OGPSAConfig, SubspaceCallback
-from ogpsa_trl.projection import project
+from ogpsa_trl.method.projection import project
 from ogpsa_trl.tensors import matrices
 from runs import (
     capability_groups,

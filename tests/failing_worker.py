@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine_worker import engine_arguments, use_cpu
-from ogpsa_trl.checkpoint import file_names
+from ogpsa_trl.method.saved_state import file_names
 from runs import capability_groups, make_trainer, paper
 
 REASON = "Row 5 of the data of this process cannot be read."

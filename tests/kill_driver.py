@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ogpsa_trl import OGPSAConfig, completeness
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.training import whole_checkpoints
 from processes import places
 from runs import capability_groups, make_trainer, paper, weights
 
@@ -47,7 +48,7 @@ def train(case, model, folder, place):
     )  # fmt: skip
     resume = None
     checkpoints = list((folder / "run").glob("checkpoint-*"))
-    if any(completeness.what_is_missing(path) is None for path in checkpoints):
+    if any(whole_checkpoints.what_is_missing(path) is None for path in checkpoints):
         resume = True
     kill_inside(trainer, case.get("inside"), folder)
     trainer.train(resume_from_checkpoint=resume)
@@ -66,8 +67,8 @@ def kill_inside(trainer, what, folder):
         "refresh": (trainer.capability_loss, "sum", 2 + 1),
         "model file": (trainer, "_save_optimizer_and_scheduler", 3),
         "subspace file": (trainer, "_save_rng_state", 3),
-        "mark": (sys.modules["ogpsa_trl.mixin"], "mark", 3),
-        "deletion": (sys.modules["ogpsa_trl.mixin"], "rotate_checkpoints", 3),
+        "mark": (sys.modules["ogpsa_trl.training.mixin"], "mark", 3),
+        "deletion": (sys.modules["ogpsa_trl.training.mixin"], "rotate_checkpoints", 3),
     }[what]
     method = getattr(owner, name)
 

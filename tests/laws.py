@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.backends import TorchBackend
-from ogpsa_trl.gradients import capability_gradients
-from ogpsa_trl.projection import copy_weights, project, project_update
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.method.capability_gradients import capability_gradients
+from ogpsa_trl.method.projection import copy_weights, project, project_update
+from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import matrices, vectors
 
 NUM_ENTRIES = 300

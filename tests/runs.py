@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ogpsa_trl import CapabilityGate, OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
-from ogpsa_trl.toy import ToyWorld
+from ogpsa_trl.benchmark.toy_world import ToyWorld
 
 WORLD = ToyWorld(seed=0)
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}

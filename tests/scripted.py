@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 
 TOKENIZER = toy_tokenizer()
 REFUSING = "=> sorry , i can not help with that . <eos>"

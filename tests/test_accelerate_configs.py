@@ -26,8 +26,8 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from ogpsa_trl.engines import check_supported
-from ogpsa_trl.toy_model import tiny_llama_config
+from ogpsa_trl.benchmark.toy_model import tiny_llama_config
+from ogpsa_trl.engines.supported import check_supported
 from runs import arguments, capability_groups, max_difference, trained
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +169,9 @@ def test_zero_plugin(name, bf16, launched, tmp_path, caplog):
 
     caplog.clear()
     check_supported(accelerator, "adamw_torch")
-    assert [record for record in caplog.records if record.name == "ogpsa_trl.engines"] == []
+    assert [
+        record for record in caplog.records if record.name == "ogpsa_trl.engines.supported"
+    ] == []
     filled = plugin.deepspeed_config
     assert "auto" not in texts(filled)
     config = DeepSpeedConfig(filled)

@@ -29,7 +29,7 @@ from ogpsa_trl import (
     OGPSAMixin,
     OGPSARLOOTrainer,
 )
-from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_llama_config, toy_tokenizer
 from runs import (
     ARGUMENTS,
     CosineCallback,

@@ -20,21 +20,23 @@ from datasets import Dataset, config
 from datasets.arrow_writer import ArrowWriter
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
-from ogpsa_trl import GateConfig, OGPSAConfig, renamed_keys
-from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig, parse_capability_set
-from ogpsa_trl.command_line import _parser, parse_run, training_options
+from ogpsa_trl import GateConfig, OGPSAConfig
+from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig
+from ogpsa_trl.cli import renamed_keys
+from ogpsa_trl.cli.capability import parse_capability_set
+from ogpsa_trl.cli.command_line import _parser, parse_run, training_options
+from ogpsa_trl.cli.evaluate import parse_evaluation
+from ogpsa_trl.cli.launch import separated
+from ogpsa_trl.cli.parsing import FlatParser, config_values, split_config, unknown_key
+from ogpsa_trl.cli.values import expanded
+from ogpsa_trl.cli.yaml_file import load_mapping
+from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, load_groups
 from ogpsa_trl.evaluation.arguments import (
     EvaluationArguments,
     HarmfulDatasetConfig,
     OverRefusalDatasetConfig,
     PreferenceDatasetConfig,
-    parse_evaluation,
 )
-from ogpsa_trl.launch import separated
-from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig, load_groups
-from ogpsa_trl.parsing import FlatParser, config_values, split_config, unknown_key
-from ogpsa_trl.values import expanded
-from ogpsa_trl.yaml_file import load_mapping
 from runs import WORLD
 
 ROOT = Path(__file__).parent.parent
@@ -612,7 +614,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.stem not in O
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_that_we_ship_are_valid(path, tmp_path, capability):
     line = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
-    if path.stem.startswith("demo_"):  # scripts/demo.py fills in the model and the data it makes
+    if path.stem.startswith("demo_"):  # `ogpsa demo` fills in the model and the data it makes
         [file, _] = (entry["path"] for entry in capability["capability_datasets"])
         line += ["--model_name_or_path", "toy", "--dataset_name", file]
         line += ["--capability_datasets", file]

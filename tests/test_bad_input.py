@@ -24,13 +24,13 @@ from accelerate.state import AcceleratorState
 from datasets import IterableDataset, config
 from trl.trainer import dpo_trainer, sft_trainer
 
-import train
-from ogpsa_trl.command_line import parse_run
-from ogpsa_trl.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
-from ogpsa_trl.ranges import TRAINING_RANGES
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
-from ogpsa_trl.user_errors import user_errors
-from ogpsa_trl.values import check_ranges
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.cli import train
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.ranges import TRAINING_RANGES
+from ogpsa_trl.cli.user_errors import user_errors
+from ogpsa_trl.cli.values import check_ranges
+from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
 from runs import capability_groups, make_trainer, paper, safety_data, to_messages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -534,7 +534,7 @@ def write(files, values, text="", stage="sft"):
 
 
 def run_with(files, values=None, line=(), text="", stage="sft"):
-    return train.main(parsed(files, values, line, text, stage))
+    return train.run_training(parsed(files, values, line, text, stage))
 
 
 def parsed(files, values=None, line=(), text="", stage="sft"):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,22 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-import benchmark_tradeoff
-from ogpsa_trl.toy import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model
+from ogpsa_trl.benchmark import tradeoff
+from ogpsa_trl.benchmark.methods import (
+    METHODS,
+    Method,
+    Recipe,
+    Run,
+    _training_data,
+    is_applicable,
+    train,
+)
+from ogpsa_trl.benchmark.testbeds import ToyTestbed
+from ogpsa_trl.benchmark.toy_model import tiny_model
+from ogpsa_trl.benchmark.toy_world import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
+from ogpsa_trl.benchmark.tradeoff_report import Comparison
 from runs import literal_nll
 from scripted import REFUSING, TOKENIZER, scripted_model
-from testbeds import ToyTestbed
-from tradeoff_methods import METHODS, Method, Recipe, Run, _training_data, is_applicable, train
-from tradeoff_report import Comparison
 
 WORLD = ToyWorld(0)
 BATCH_SIZE = 4
@@ -121,7 +128,7 @@ class TestMethods:
         caplog.set_level(logging.WARNING, "ogpsa_trl")
         recipe = replace(recipe, training=WORLD.safety_sft().select(range(48)))
         recipe.settings["num_samples"] = 200  # more than the groups have
-        level = logging.getLogger("ogpsa_trl.data").level
+        level = logging.getLogger("ogpsa_trl.data.groups").level
         rows = _training_data(Method(mixed_share=0.25), recipe, TOKENIZER)
         trained_on = [TOKENIZER.decode([i for i in row["labels"] if i != -100]) for row in rows]
         refusals = [text for text in trained_on if text == f"{REFUSAL.strip()} <eos>"]
@@ -135,7 +142,7 @@ class TestMethods:
         assert set(trained_on) - set(refusals) <= answers
         # Nothing to warn of, and the warnings of others are left on.
         assert not caplog.records
-        assert logging.getLogger("ogpsa_trl.data").level == level
+        assert logging.getLogger("ogpsa_trl.data.groups").level == level
 
     def test_preference_pairs_cannot_be_mixed(self):
         mixed = METHODS["replay mixed in, 25%"]
@@ -268,14 +275,13 @@ class InThisProcess:
 def run_benchmark(monkeypatch, output, *options):
     words = ["--seeds", "0", "--steps", "2", "--learning_rate_factors", "1", "--methods", "naive"]
     words += ["--processes", "1", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["benchmark_tradeoff.py", *words, *options])
-    benchmark_tradeoff.main()
+    tradeoff.main([*words, *options])
     return json.loads((output / "the-toy-world" / "results.json").read_text())
 
 
 def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, tmp_path):
     """Its runs on other processes are tested with the command `ogpsa benchmark`."""
-    monkeypatch.setattr(benchmark_tradeoff, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(tradeoff, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(ToyTestbed, "base_model", lambda self: start)
     names = ("p_refuse", "capability", *ToyTestbed.details)
     monkeypatch.setattr(  # in the place of seconds of measuring
@@ -293,7 +299,9 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     assert (folder / "sft-dpo-2.png").read_bytes().startswith(b"\x89PNG")
     assert "naive" in (folder / "results.md").read_text()
 
-    monkeypatch.setattr("tradeoff_report.tradeoff_figure", lambda *_, **__: None)  # seconds
+    monkeypatch.setattr(
+        "ogpsa_trl.benchmark.tradeoff_report.tradeoff_figure", lambda *_, **__: None
+    )  # seconds
     # A result of other settings or versions is not taken for one of these.
     kept, stale = (folder / "runs" / f"{chain}-2-naive-x1-0.json" for chain in ("sft-dpo", "sft"))
     content = json.loads(stale.read_text())
@@ -306,7 +314,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     assert json.loads(stale.read_text())["run"]["versions"]["torch"] != "1.0"
 
     # What fails is said.
-    monkeypatch.setitem(benchmark_tradeoff.METHODS, "naive", Method({"preset": "none"}))
+    monkeypatch.setitem(tradeoff.METHODS, "naive", Method({"preset": "none"}))
     with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
         run_benchmark(monkeypatch, tmp_path, "--stages", "sft")
 
@@ -321,17 +329,15 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     ],
 )
 def test_bad_options_are_named(words, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark_tradeoff.py", *words])
     with pytest.raises(SystemExit):
-        benchmark_tradeoff.main()
+        tradeoff.main([*words])
     assert message in capsys.readouterr().err
 
 
 def test_missing_data_are_named(monkeypatch, tmp_path):
     words = ["--model", str(tmp_path), "--data", str(tmp_path / "none")]
-    monkeypatch.setattr(sys, "argv", ["benchmark_tradeoff.py", *words])
     with pytest.raises(SystemExit, match="Name the folder that holds them with --data"):
-        benchmark_tradeoff.main()
+        tradeoff.main([*words])
 
 
 def test_the_methods_are_distinct_and_their_settings_are_allowed():

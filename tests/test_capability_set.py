@@ -15,10 +15,9 @@ from datasets import config
 from peft import LoraConfig, get_peft_model
 from trl.trainer.model_config import ModelConfig
 
-import build_capability_set
-import train
-from ogpsa_trl import engines
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments, parse_capability_set
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
+from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.checks import warnings_of
 from ogpsa_trl.capability_set.measures import GradientCosines, gradient_cosines, measure_group
 from ogpsa_trl.capability_set.report import training_entries
@@ -30,10 +29,11 @@ from ogpsa_trl.capability_set.rows import (
     num_known,
     write_group,
 )
-from ogpsa_trl.command_line import parse_run
-from ogpsa_trl.mixture import GroupedDatasetConfig
-from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.cli import capability, train
+from ogpsa_trl.cli.capability import parse_capability_set
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.data.entries import GroupedDatasetConfig
+from ogpsa_trl.engines import choose
 from runs import literal_nll, to_messages
 from scripted import ANSWERING, REFUSING, scripted_model
 
@@ -430,9 +430,9 @@ class TestMeasures:
 
     def test_gradients_are_taken_on_one_process(self, monkeypatch):
         launched = SimpleNamespace(num_processes=2)
-        monkeypatch.setattr(engines, "Accelerator", lambda **_: launched)
+        monkeypatch.setattr(choose, "Accelerator", lambda **_: launched)
         with pytest.raises(ValueError, match="taken on one process, but 2 were launched"):
-            engines.one_process_backend(tiny_model())
+            choose.one_process_backend(tiny_model())
 
 
 def warnings_of_cosines(cosines):
@@ -519,7 +519,7 @@ def write_config(tmp_path, **keys):
 
 
 def build(line):
-    return build_capability_set.main(*parse_capability_set(line))
+    return capability.build_capability_set(*parse_capability_set(line))
 
 
 @pytest.fixture(scope="module")

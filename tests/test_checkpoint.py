@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ogpsa_trl.backends import Shard
-from ogpsa_trl.checkpoint import (
+from ogpsa_trl.data.groups import Sample
+from ogpsa_trl.engines.backend import Shard
+from ogpsa_trl.method.saved_state import (
     FILE_NAME,
     file_names,
     load_start,
@@ -19,9 +20,8 @@ from ogpsa_trl.checkpoint import (
     save_start,
     save_subspace,
 )
-from ogpsa_trl.data import Sample
-from ogpsa_trl.start import StartingPoint
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.method.starting_point import StartingPoint
+from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import matrices
 from runs import paper
 
@@ -59,7 +59,7 @@ def make_subspace(shards, process_index=0, num_processes=1, others_agree=True, *
         process_index=process_index,
         num_processes=num_processes,
         device=torch.device("cpu"),
-        sum_over_processes=lambda value: value * num_processes if others_agree else value,
+        is_on_all=lambda is_here: is_here and (others_agree or num_processes == 1),
         sum_over_shards=lambda values: triangles_of_all().view_as(values),
         same_on_all=lambda values: values,
     )

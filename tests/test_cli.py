@@ -1,7 +1,6 @@
-"""The console command: which script a word means, what is the launch's, and exit statuses."""
+"""The console command: what a word means, what is the launch's, and exit statuses."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from transformers import AutoModelForCausalLM
 
 import ogpsa_trl
-from ogpsa_trl import cli, launch
-from ogpsa_trl.parsing import split_config
-from ogpsa_trl.shipped import find_config, shipped_root
-from ogpsa_trl.toy import ToyWorld
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
-from ogpsa_trl.toy_pretrain import PHASES, _fingerprint
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_pretrain import PHASES, _fingerprint
+from ogpsa_trl.benchmark.toy_world import ToyWorld
+from ogpsa_trl.cli import launch, main
+from ogpsa_trl.cli.parsing import split_config
+from ogpsa_trl.data.files import configs_folder, find_config
 from runs import contradicted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def ogpsa(*words, cwd, **environment):
     """Run the command as the shell does, in a folder of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "ogpsa_trl.cli", *map(str, words)],
+        [sys.executable, "-m", "ogpsa_trl.cli.main", *map(str, words)],
         capture_output=True, text=True, timeout=240, cwd=cwd, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment,
     )  # fmt: skip
@@ -49,7 +48,7 @@ class TestHelp:
     def test_is_given_before_any_library_is_imported(self, line, tmp_path):
         code = (
             "import atexit, sys\n"
-            "from ogpsa_trl.cli import main\n"
+            "from ogpsa_trl.cli.main import main\n"
             "standard = sys.stdlib_module_names\n"
             "others = lambda: {n.partition('.')[0] for n in set(sys.modules) - before} - standard\n"
             "atexit.register(lambda: print('imported:', others()))\n"
@@ -65,13 +64,13 @@ class TestHelp:
 
     def of(self, line, capsys):
         with pytest.raises(SystemExit) as stop:
-            cli.main(line)
+            main.main(line)
         assert stop.value.code == 0
         return capsys.readouterr().out
 
     def test_names_all_commands_and_the_folder_of_the_configurations(self, capsys):
         text = self.of(["--help"], capsys)
-        assert all(f"\n  {name} " in text for name in cli.COMMANDS)
+        assert all(f"\n  {name} " in text for name in main.COMMANDS)
         assert str(ROOT / "configs") in text
         assert self.of([], capsys) == self.of(["-h"], capsys) == text
 
@@ -89,7 +88,7 @@ class TestHelp:
 
     def test_of_a_script_is_its_own(self, capsys):
         text = self.of(["evaluate", "--help"], capsys)
-        assert text.startswith("usage: evaluate.py --config FILE [--key value ...]\n")
+        assert text.startswith("usage: ogpsa evaluate --config FILE [--key value ...]\n")
         assert "--lm_eval_tasks" in text
 
     def test_of_the_version_is_that_of_the_package(self, capsys):
@@ -98,52 +97,50 @@ class TestHelp:
 
 class TestCommands:
     @pytest.mark.parametrize(
-        ("line", "script", "rest"),
+        ("line", "module", "rest"),
         [
-            (["evaluate", "--config", "x"], "evaluate.py", ["--config", "x"]),
-            (["report", "runs/sft"], "report.py", ["runs/sft"]),
-            (["report", "~/sft", "--output=~/page.html"], "report.py",
+            (["train", "--config", "x"], "cli.launch", ["--config", "x"]),
+            (["evaluate", "--config", "x"], "cli.evaluate", ["--config", "x"]),
+            (["report", "runs/sft"], "cli.report", ["runs/sft"]),
+            (["report", "~/sft", "--output=~/page.html"], "cli.report",
              ["/home/me/sft", "--output=/home/me/page.html"]),
-            (["capability", "--config", "x"], "build_capability_set.py", ["--config", "x"]),
-            (["benchmark", "--steps", "2"], "benchmark_tradeoff.py", ["--steps", "2"]),
-            (["benchmark", "tradeoff"], "benchmark_tradeoff.py", []),
-            (["benchmark", "overhead", "--grid"], "benchmark_overhead.py", ["--grid"]),
+            (["capability", "--config", "x"], "cli.capability", ["--config", "x"]),
+            (["benchmark", "--steps", "2"], "benchmark.tradeoff", ["--steps", "2"]),
+            (["benchmark", "tradeoff"], "benchmark.tradeoff", []),
+            (["benchmark", "overhead", "--grid"], "benchmark.overhead", ["--grid"]),
+            (["benchmark", "stories"], "benchmark.stories", []),
+            (["demo", "--seed", "1"], "benchmark.demo", ["--seed", "1"]),
         ],
     )  # fmt: skip
-    def test_run_scripts_by_name_and_leave_no_trace(self, line, script, rest, monkeypatch):
+    def test_run_a_module_with_the_words_that_follow(self, line, module, rest, monkeypatch):
         monkeypatch.setenv("HOME", "/home/me")
-        before = list(sys.argv), list(sys.path)
         runs = []
-        monkeypatch.setattr(
-            runpy, "run_path", lambda *args, **named: runs.append((*args, named, sys.argv))
-        )
-        assert cli.main(line) == 0
-        path = str(ROOT / "scripts" / script)
-        assert runs == [(path, {"run_name": "__main__"}, [path, *rest])]
-        assert (sys.argv, sys.path) == before
+        monkeypatch.setattr(f"ogpsa_trl.{module}.main", runs.append)
+        assert main.main(line) == 0
+        assert runs == [rest]
 
     def test_end_with_the_status_of_the_script(self):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["evaluate", "--model_name_or_path", "toy", "--refusal", "no"])
+            main.main(["evaluate", "--model_name_or_path", "toy", "--refusal", "no"])
         assert stop.value.code == (
             "error: Unknown key `refusal` in the command line. The nearest known key is `refusals`."
         )
 
     def test_that_are_unknown_are_one_line(self, capsys):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["trian", "--config", "sft"])
+            main.main(["trian", "--config", "sft"])
         assert stop.value.code == 2
         assert capsys.readouterr().err == (
             "error: Unknown command 'trian'. The nearest known command is 'train'; there are train,"
-            " capability, evaluate, benchmark, report.\n"
+            " capability, evaluate, benchmark, report, demo.\n"
         )
 
     @pytest.mark.parametrize(("command", "extra"), [("evaluate", "eval"), ("benchmark", "scripts")])
     def test_say_what_to_install(self, command, extra, monkeypatch):
         """Before they begin: the picture at the end of an evaluation needs it first."""
-        monkeypatch.setattr(cli, "find_spec", lambda name: None)
+        monkeypatch.setattr(main, "find_spec", lambda name: None)
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
+            main.main([command, "--help"])
         assert stop.value.code == (
             f"error: `ogpsa {command}` needs the package matplotlib, but it is not installed. "
             f"Install it with `pip install 'ogpsa_trl[{extra}]'`."
@@ -165,7 +162,7 @@ class TestCommands:
 class TestConfigurations:
     def test_are_found_by_path_and_by_name(self, elsewhere):
         assert find_config("sft") == ROOT / "configs" / "sft.yaml"
-        assert find_config("fsdp2", "configs/accelerate").parent == ROOT / "configs" / "accelerate"
+        assert find_config("fsdp2", "accelerate").parent == ROOT / "configs" / "accelerate"
         (elsewhere / "sft").write_text("stage: sft")
         assert find_config("sft") == Path("sft")  # a file of one's own comes first
         assert find_config("sft.yaml") == Path("sft.yaml")  # not there: left for an error
@@ -177,7 +174,7 @@ class TestConfigurations:
         assert split_config(["--config"]) == ["--config"]
 
     def test_lie_beside_the_scripts(self):
-        assert shipped_root() == ROOT
+        assert configs_folder() == ROOT / "configs"
 
 
 class TestLaunch:
@@ -229,7 +226,7 @@ class TestLaunch:
     ):
         monkeypatch.setattr(launch, "launch_command", lambda args: pytest.fail("launched"))
         with pytest.raises(SystemExit) as stop:
-            cli.main(["train", *line])
+            main.main(["train", *line])
         assert stop.value.code.startswith(f"error: {message}")
 
     @pytest.mark.parametrize("name", ["ddp", "fsdp2", "hsdp", "single", "zero1", "zero2", "zero3"])
@@ -266,13 +263,13 @@ class TestLaunch:
     )
     def test_the_status_is_that_of_the_training(self, error, status, monkeypatch):
         def launched(args):
-            assert args.training_script == str(ROOT / "scripts" / "train.py")
+            assert (args.module, args.training_script) == (True, "ogpsa_trl.cli.train")
             assert args.training_script_args == ["--seed", "5"]
             if error is not None:
                 raise error
 
         monkeypatch.setattr(launch, "launch_command", launched)
-        assert cli.main(["train", "--seed", "5"]) == status
+        assert main.main(["train", "--seed", "5"]) == status
 
 
 @pytest.mark.slow

@@ -5,8 +5,14 @@ import os
 
 import pytest
 
-from ogpsa_trl import completeness, mixin
-from ogpsa_trl.completeness import LIST_NAME, checkpoint_to_resume, mark, unmark, what_is_missing
+from ogpsa_trl.training import mixin, whole_checkpoints
+from ogpsa_trl.training.whole_checkpoints import (
+    LIST_NAME,
+    checkpoint_to_resume,
+    mark,
+    unmark,
+    what_is_missing,
+)
 from runs import capability_groups, make_trainer, paper
 
 NAMES = {
@@ -108,6 +114,6 @@ def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, mo
     assert folder.name == "checkpoint-3"
     # Every file of it is listed.
     assert what_is_missing(folder) is None
-    listed = {path.name for path in completeness._files(folder)}
+    listed = {path.name for path in whole_checkpoints._files(folder)}
     assert {path.name for path in folder.rglob("*")} - listed == {LIST_NAME}
     assert listed >= NAMES

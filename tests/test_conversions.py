@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from ogpsa_trl.conversions import CONVERSIONS
-from ogpsa_trl.data import Preparation, prepare_group
-from ogpsa_trl.toy_model import toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import toy_tokenizer
+from ogpsa_trl.data.conversions import CONVERSIONS
+from ogpsa_trl.data.groups import Preparation, prepare_group
 
 
 def user(text):

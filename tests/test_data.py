@@ -15,8 +15,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from ogpsa_trl.data import Preparation, named_groups, prepare_group
-from ogpsa_trl.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
+from ogpsa_trl.data.groups import Preparation, named_groups, prepare_group
 from runs import WORLD, make_trainer, paper, to_messages
 
 TOKENIZER = toy_tokenizer()
@@ -417,7 +417,7 @@ def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, cap
 
 
 def test_the_log_says_what_a_group_is_made_of(caplog):
-    caplog.set_level(logging.INFO, "ogpsa_trl.data")
+    caplog.set_level(logging.INFO, "ogpsa_trl.data.groups")
     prepared = group(ROWS, seed=5)
     chosen, made = [record.getMessage() for record in caplog.records]
     start, end = "Capability group 'facts': seed 5 chooses the rows ", " of 10"

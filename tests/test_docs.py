@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ogpsa_trl.command_line import _parser
-from ogpsa_trl.toy_model import toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import toy_tokenizer
+from ogpsa_trl.cli.command_line import _parser
 from runs import WORLD
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from engine_worker import ProjectionProbe
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from runs import capability_groups, make_trainer, paper
 
 NUM_STEPS = 2000

@@ -19,8 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.training_args import OptimizerNames
 
 from ogpsa_trl import CapabilityGate
-from ogpsa_trl.backends import TorchBackend
-from ogpsa_trl.engines import check_supported, make_backend
+from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.engines.choose import make_backend
+from ogpsa_trl.engines.supported import check_supported
 from runs import capability_groups, make_trainer
 
 
@@ -165,9 +166,9 @@ class TestBFloat16Gradients:
 
     def messages(self, caplog, data_types, **bf16):
         config = {"zero_optimization": {"stage": 2}, "bf16": bf16, **data_types}
-        with caplog.at_level(logging.WARNING, logger="ogpsa_trl.engines"):
+        with caplog.at_level(logging.WARNING, logger="ogpsa_trl.engines.supported"):
             check_supported(deepspeed(**config), "adamw_torch")
-        return [r.getMessage() for r in caplog.records if r.name == "ogpsa_trl.engines"]
+        return [r.getMessage() for r in caplog.records if r.name == "ogpsa_trl.engines.supported"]
 
     @pytest.mark.parametrize("data_types", [{}, {"data_types": {"grad_accum_dtype": "bf16"}}])
     def test_a_warning(self, data_types, caplog):
@@ -237,7 +238,7 @@ class TestTheFirstThatIsNotTheSame:
             others = {name: "3 samples" if "group '" in name else v for name, v in mine.items()}
             return [mine, others]
 
-        return lambda: monkeypatch.setattr("ogpsa_trl.engines.gather_object", gather)
+        return lambda: monkeypatch.setattr("ogpsa_trl.engines.supported.gather_object", gather)
 
     def test_is_named_by_the_trainer(self, another, base_model_path, tmp_path):
         another()

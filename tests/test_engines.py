@@ -31,7 +31,7 @@ from engine_worker import (
     name_of,
     train_with_rates,
 )
-from ogpsa_trl.completeness import LIST_NAME
+from ogpsa_trl.training.whole_checkpoints import LIST_NAME
 from processes import launch
 from runs import (
     capability_groups,

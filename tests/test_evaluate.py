@@ -1,4 +1,4 @@
-"""scripts/evaluate.py and what it is made of: known answers, and the keys."""
+"""`ogpsa evaluate` and what it is made of: known answers, and the keys."""
 
 import contextlib
 import io
@@ -16,21 +16,21 @@ import yaml
 from datasets import Dataset, config
 from peft import LoraConfig, get_peft_model
 
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
+from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import (
     completion_scores,
     mean_log_likelihood_per_token,
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.evaluation.arguments import parse_evaluation
 from ogpsa_trl.evaluation.capability import group_nll
 from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.evaluation.report import change_figure, result_rows
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
-from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,7 +297,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("name", ["evaluate", "stories_evaluate"])
     def test_the_configurations_that_we_ship_are_valid(self, name, monkeypatch):
-        monkeypatch.setattr("ogpsa_trl.evaluation.arguments.check_installed", lambda: None)
+        monkeypatch.setattr("ogpsa_trl.cli.evaluate.check_installed", lambda: None)
         path = str(ROOT / "configs" / f"{name}.yaml")
         found = parse_evaluation(["--config", path, "--model_name_or_path", "toy"])
         assert found.harmful_datasets and found.over_refusal_datasets
@@ -319,7 +319,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluate(evaluate_script, tmp_path_factory):
+def evaluate(tmp_path_factory):
     """Run the script on all kinds of data."""
 
     def evaluate(models, **keys):
@@ -328,7 +328,7 @@ def evaluate(evaluate_script, tmp_path_factory):
         values |= {"num_bootstrap": 100, "base_model_name_or_path": models.get("before")}
         arguments, printed = parsed(folder, values, model=models["after"]), io.StringIO()
         with contextlib.redirect_stdout(printed):
-            results = evaluate_script.main(arguments)
+            results = run_evaluation(arguments)
         out = folder / "out"
         content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         return SimpleNamespace(
@@ -433,10 +433,10 @@ class TestBadPaths:
             ({"harmful_datasets": [{"path": "org/a"}]}, "`harmful_datasets` cannot be loaded"),
         ],
     )
-    def test_end_it_with_one_line(self, values, message, parse, evaluate_script, base_model_path):
+    def test_end_it_with_one_line(self, values, message, parse, base_model_path):
         arguments = parse({"harmful_datasets": [{"path": "a"}], **values}, model=base_model_path)
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            evaluate_script.main(arguments)
+            run_evaluation(arguments)
 
 
 @pytest.fixture(scope="module")

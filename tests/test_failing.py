@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import train
 from failing_worker import REASON
-from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.cli import train
+from ogpsa_trl.cli.command_line import parse_run
 
 TESTS = Path(__file__).parent
 # A launch takes some ten seconds on an idle core, most of it imports. A process that waits for the
@@ -106,5 +106,5 @@ def test_the_script_tells_its_launcher_the_reason(config, tmp_path, monkeypatch)
     run.script.dataset_train_split = "tarin"
     message = "`dataset_train_split` must be one of the splits 'train'"
     with pytest.raises(SystemExit, match=message):
-        train.main(run)
+        train.run_training(run)
     assert message in str(json.loads((tmp_path / "error.json").read_text()))

@@ -8,8 +8,8 @@ import torch
 
 from laws import random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import SubspaceCallback
-from ogpsa_trl.diagnostics import Diagnostics
-from ogpsa_trl.subspace import Refresh
+from ogpsa_trl.method.subspace import Refresh
+from ogpsa_trl.training.diagnostics import Diagnostics
 from runs import (
     capability_groups,
     make_trainer,

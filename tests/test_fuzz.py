@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ogpsa_trl.arguments import STAGE_CONFIGS, RunArguments
-from ogpsa_trl.command_line import _parser, parse_run
-from ogpsa_trl.mixture import CapabilityDatasetConfig
-from ogpsa_trl.user_errors import user_errors
-from ogpsa_trl.values import type_hints
+from ogpsa_trl.cli.arguments import STAGE_CONFIGS, RunArguments
+from ogpsa_trl.cli.command_line import _parser, parse_run
+from ogpsa_trl.cli.user_errors import user_errors
+from ogpsa_trl.cli.values import type_hints
+from ogpsa_trl.data.entries import CapabilityDatasetConfig
 
 HINTS = type_hints([kind for stage in STAGE_CONFIGS for kind in _parser(stage).dataclass_types])
 HINTS["env"] = dict[str, str]

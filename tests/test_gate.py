@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from ogpsa_trl import CapabilityGate, GateConfig
-from ogpsa_trl.gate import Measurement
+from ogpsa_trl.training.gate import Measurement
 from runs import (
     WeightsCallback,
     arguments,

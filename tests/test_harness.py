@@ -15,10 +15,10 @@ import torch
 from datasets import config
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from ogpsa_trl.benchmark.toy_model import tiny_model
+from ogpsa_trl.benchmark.toy_world import ToyWorld
+from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
-from ogpsa_trl.evaluation.arguments import parse_evaluation
-from ogpsa_trl.toy import ToyWorld
-from ogpsa_trl.toy_model import tiny_model
 from scripted import REFUSING, TOKENIZER, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,12 +90,6 @@ def tasks(tmp_path):
     return folder
 
 
-@pytest.fixture
-def the_package_evaluate(monkeypatch):
-    """Not the script of that name, which pytest has put onto the path."""
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).name != "scripts"])
-
-
 @needs_harness
 class TestScores:
     def test_of_choices_are_those_of_the_likelihoods(self, tasks):
@@ -133,7 +127,7 @@ class TestScores:
             math.exp(literal * math.log(2) / num_words), rel=1e-3
         )
 
-    def test_of_any_metric_are_the_items_with_their_function(self, tasks, the_package_evaluate):
+    def test_of_any_metric_are_the_items_with_their_function(self, tasks):
         scores = harness.harness_scores(
             scripted_model(REFUSING), TOKENIZER, ["answers"], include_path=tasks, limit=3
         )
@@ -141,9 +135,7 @@ class TestScores:
         assert (sorry.values.form, sorry.values.items) == ("aggregate", (True,) * 3)
         assert (sorry.values.value, sorry.higher_is_better) == (1.0, False)
 
-    def test_of_a_model_that_mixes_up_rows_are_made_one_by_one(
-        self, tasks, the_package_evaluate, monkeypatch
-    ):
+    def test_of_a_model_that_mixes_up_rows_are_made_one_by_one(self, tasks, monkeypatch):
         config = RwkvConfig(vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=2)
         model, num_rows = RwkvForCausalLM(config), []
         generate = model.generate
@@ -195,8 +187,8 @@ def line(tasks, tmp_path):
 
 
 @needs_harness
-def test_the_script_runs_tasks(line, tmp_path, evaluate_script):
-    evaluate_script.main(parse_evaluation([*line, "--lm_eval_tasks", "right"]))
+def test_the_script_runs_tasks(line, tmp_path):
+    run_evaluation(parse_evaluation([*line, "--lm_eval_tasks", "right"]))
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert content["measures"]["right/acc"]["after"] == {"value": 1.0, "interval": [1.0, 1.0]}
     assert "lm_eval" in content["versions"]
@@ -205,8 +197,9 @@ def test_the_script_runs_tasks(line, tmp_path, evaluate_script):
 @needs_harness
 @pytest.mark.slow
 def test_the_script_runs_tasks_that_import_a_package_of_its_name(line, tmp_path):
+    tasks = ["--lm_eval_tasks", "answers"]
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "evaluate.py", *line, "--lm_eval_tasks", "answers"],
+        [sys.executable, "-m", "ogpsa_trl.cli.main", "evaluate", *line, *tasks],
         capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.utils import chat_template_utils
 
 from ogpsa_trl import CapabilityGate, OGPSAConfig
-from ogpsa_trl.capability_loss import CapabilityLoss
-from ogpsa_trl.checkpoint import START_FILE_NAME
-from ogpsa_trl.completeness import what_is_missing
-from ogpsa_trl.diagnostics import Diagnostics
-from ogpsa_trl.gate import SAMPLES_NAME
-from ogpsa_trl.start import StartingPoint, all_samples
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.method.capability_loss import CapabilityLoss
+from ogpsa_trl.method.saved_state import START_FILE_NAME
+from ogpsa_trl.method.starting_point import StartingPoint, all_samples
+from ogpsa_trl.training.diagnostics import Diagnostics
+from ogpsa_trl.training.gate import SAMPLES_NAME
+from ogpsa_trl.training.whole_checkpoints import what_is_missing
 from runs import (
     SaveAfter,
     assert_same_run,

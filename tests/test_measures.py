@@ -5,6 +5,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.evaluation import (
     CompletionScores,
     bits_per_character,
@@ -15,8 +17,6 @@ from ogpsa_trl.evaluation import (
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import make_trainer
 
 TOKENIZER = toy_tokenizer()

@@ -17,13 +17,12 @@ from transformers import (
     ViTConfig,
 )
 
-import build_capability_set
-import train
-from ogpsa_trl.capability_set.arguments import parse_capability_set
-from ogpsa_trl.command_line import parse_run
-from ogpsa_trl.evaluation.arguments import parse_evaluation
-from ogpsa_trl.model_kind import check_causal
-from ogpsa_trl.toy_model import toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import toy_tokenizer
+from ogpsa_trl.cli import capability, train
+from ogpsa_trl.cli.capability import parse_capability_set
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
+from ogpsa_trl.training.model_kind import check_causal
 from runs import WORLD, capability_groups
 from test_any_trainer import OGPSATrainer, token_data
 
@@ -118,13 +117,13 @@ class TestCommands:
         with pytest.raises(OSError, match=r"safetensors"):  # the weights, which are not there
             self.train(line, tmp_path, "--ogpsa", "false")
 
-    def test_an_evaluation_refuses_them(self, line, evaluate_script):
+    def test_an_evaluation_refuses_them(self, line):
         with pytest.raises(SystemExit, match=r"error: The model must be .* an encoder-decoder"):
-            evaluate_script.main(parse_evaluation(line))
+            run_evaluation(parse_evaluation(line))
 
     def test_a_capability_set_refuses_them(self, line):
         with pytest.raises(SystemExit, match=r"error: The model must be .* an encoder-decoder"):
-            build_capability_set.main(*parse_capability_set(line))
+            capability.build_capability_set(*parse_capability_set(line))
 
 
 SIZES = {

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 from transformers import Adafactor, Trainer, TrainingArguments
 
-from ogpsa_trl import optimizers
+from ogpsa_trl.engines import adam_moments
 from runs import assert_resume_is_bitwise, capability_groups, make_trainer, paper
 from test_update import ADAMW, run
 
@@ -86,7 +86,7 @@ def stepped(optimizer, parameter):
 
 
 def read(optimizer, parameter, start=0, size=None):
-    return optimizers.second_moment(
+    return adam_moments.second_moment(
         type(optimizer), optimizer.state.get(parameter, {}), start=start,
         size=parameter.numel() if size is None else size,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def tensor_and_optimizer(form, **more):
 def test_it_is_the_mean_of_squared_gradients(form, tmp_path):
     """All of it, a range (one tensor of ZeRO holds many parameters), and after a checkpoint."""
     parameter, optimizer = tensor_and_optimizer(form)
-    optimizers.check_known(type(optimizer))
+    adam_moments.check_known(type(optimizer))
     assert read(optimizer, parameter) is None
     expected = stepped(optimizer, parameter)
     moment = read(optimizer, parameter)
@@ -147,7 +147,7 @@ def test_of_a_sharded_tensor_it_is_this_processs_part(form, tmp_path):
             key: value.to_local() if isinstance(value, DTensor) else value
             for key, value in optimizer.state[sharded].items()
         }
-        part = optimizers.second_moment(type(optimizer), state, start=0, size=plain.numel())
+        part = adam_moments.second_moment(type(optimizer), state, start=0, size=plain.numel())
         assert torch.equal(part, read(reference, plain))
     finally:
         torch.distributed.destroy_process_group()
@@ -157,7 +157,7 @@ def test_of_a_sharded_tensor_it_is_this_processs_part(form, tmp_path):
 def test_plain_gradient_descent_has_none(module):
     parameter = torch.nn.Parameter(torch.ones(ROWS, COLUMNS))
     optimizer = class_of(module, "SGD")([parameter], lr=0.1, momentum=0.9)
-    optimizers.check_known(type(optimizer))
+    adam_moments.check_known(type(optimizer))
     stepped(optimizer, parameter)
     assert read(optimizer, parameter) is None
 
@@ -185,11 +185,11 @@ def foreign(module, name):
 def test_optimizers_that_are_not_known_are_refused(name, optimizer_class):
     message = rf"the optimizer is {name}. Set `optim` to one of adamw_torch, .*`metric: euclidean`"
     with pytest.raises(ValueError, match=message):
-        optimizers.check_known(optimizer_class)
+        adam_moments.check_known(optimizer_class)
 
 
 def test_the_optimizers_that_an_error_names_are_all_tested():
-    assert set(optimizers._SETTINGS) == set(SETTINGS)
+    assert set(adam_moments._SETTINGS) == set(SETTINGS)
 
 
 def test_the_step_is_orthogonal_to_every_capability_gradient(base_model_path, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import ogpsa_trl
-from ogpsa_trl import cli
+from ogpsa_trl.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,18 +101,17 @@ def names_in(wheel):
 
 @pytest.mark.slow
 class TestWheel:
-    def test_holds_the_package_its_scripts_and_configurations_and_nothing_else(self, built):
+    def test_holds_the_package_its_configurations_and_nothing_else(self, built):
         names = names_in(built[1])
         others = {name for name in names if not re.match(r"ogpsa_trl(-[\d.]+\.dist-info)?/", name)}
         assert not others
         assert "ogpsa_trl/py.typed" in names
-        for folder in ("scripts", "configs"):
-            ours = {
-                f"ogpsa_trl/_files/{path.relative_to(ROOT).as_posix()}"
-                for path in (ROOT / folder).rglob("*")
-                if path.is_file() and "__pycache__" not in path.parts
-            }
-            assert ours == {n for n in names if n.startswith(f"ogpsa_trl/_files/{folder}/")}
+        ours = {
+            f"ogpsa_trl/{path.relative_to(ROOT).as_posix()}"
+            for path in (ROOT / "configs").rglob("*")
+            if path.is_file()
+        }
+        assert ours == {n for n in names if n.startswith("ogpsa_trl/configs/")}
         unwanted = re.compile(r"(^|/)(tests?[_/]|shared/|runs/)|\.pyc$")
         assert not [name for name in names if unwanted.search(name)]
 
@@ -137,7 +136,7 @@ class TestWheel:
         text = run(installed / "ogpsa", "train", "--help", cwd=tmp_path)
         assert text.startswith("usage: ogpsa train ")
         assert "--refresh_interval" in text
-        for command in set(cli.COMMANDS) - {"train"}:
+        for command in set(main.COMMANDS) - {"train"}:
             assert "usage: " in run(installed / "ogpsa", command, "--help", cwd=tmp_path)
         assert list(tmp_path.iterdir()) == []
 

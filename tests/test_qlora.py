@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 import qlora_worker
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from processes import launch
 from qlora_worker import adapter_of, losses_of, make_qlora_trainer
 from runs import (

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from laws import SIZES, random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from runs import capability_groups, make_trainer, weights
 
 

@@ -9,17 +9,17 @@ import torch
 from datasets import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import build_capability_set
-import comparison
-import real_data
-from ogpsa_trl.capability_set.arguments import parse_capability_set
+from ogpsa_trl.benchmark import comparison
+from ogpsa_trl.benchmark import stories as testbed
 from ogpsa_trl.capability_set.report import GROUP_COLUMNS, group_rows
+from ogpsa_trl.cli import capability
+from ogpsa_trl.cli.capability import parse_capability_set
+from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
     mean_log_likelihood_per_token,
 )
-from ogpsa_trl.evaluation.arguments import parse_evaluation
 from ogpsa_trl.evaluation.refusal import is_refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +35,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def rows():
-    return real_data.prepare(DATA)
+    return testbed.prepare(DATA)
 
 
 @pytest.fixture(scope="module")
 def base():
-    folder = DATA / real_data.CHECKPOINT
+    folder = DATA / testbed.CHECKPOINT
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -85,9 +85,9 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     """The groups are cut to a few samples, all of which the first refresh must have seen."""
     model, tokenizer = base
     few = rows | {name: rows[name][:12] for name in ("stories", "instructions")}
-    config = real_data.write(few, tmp_path) / "sft.yaml"
+    config = testbed.write(few, tmp_path) / "sft.yaml"
     options = {
-        "model_name_or_path": DATA / real_data.CHECKPOINT,
+        "model_name_or_path": DATA / testbed.CHECKPOINT,
         "preset": "paper",
         "max_steps": 2,
         "save_strategy": "steps",
@@ -95,11 +95,11 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
         "logging_steps": 1,
     }
     words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
-    comparison.train(config, words, tmp_path / "log.txt")
+    comparison.train(config, words, tmp_path / "log.txt", num_threads=1)
 
     state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
     first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    requests, answers = real_data._columns(few["instructions"], "prompt", "completion")
+    requests, answers = testbed._columns(few["instructions"], "prompt", "completion")
     scores = completion_scores(model, tokenizer, requests, answers, max_length=MAX_LENGTH)
     # Float32 forward passes of different shapes and another attention kernel.
     close = {"rel": 1e-3}
@@ -123,15 +123,15 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     assert not any(math.isnan(change) for change in changes)
 
 
-def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path, evaluate_script):
+def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path):
     """By other code: TRL's preparation of the data for one, samples one by one for another."""
-    folder = real_data.write(rows, tmp_path)
-    model = str(DATA / real_data.CHECKPOINT)
+    folder = testbed.write(rows, tmp_path)
+    model = str(DATA / testbed.CHECKPOINT)
     line = ["--config", str(folder / "evaluate.yaml"), "--model_name_or_path", model]
     line += ["--base_model_name_or_path", model, "--output_dir", str(tmp_path / "out")]
-    results = {result.name: result for result in evaluate_script.main(parse_evaluation(line))}
+    results = {result.name: result for result in run_evaluation(parse_evaluation(line))}
     base_model, tokenizer = base
-    expected = real_data.measure(base_model, tokenizer, base_model, rows)
+    expected = testbed.measure(base_model, tokenizer, base_model, rows)
     assert expected["drift"] == expected["preference"] == 0  # no margin is above its own
     close = {"rel": 1e-3}  # float32 forward passes of different shapes
     for name, ours in {
@@ -157,7 +157,7 @@ def test_the_example_of_a_capability_set_is_what_the_documentation_shows(tmp_pat
     file = tmp_path / "set.yaml"
     file.write_text(text.replace("../shared/data", str(DATA)), encoding="utf-8")
     line = ["--config", str(file), "--output_dir", str(tmp_path / "out"), "--device_map", "cpu"]
-    figures = build_capability_set.main(*parse_capability_set(line))
+    figures = capability.build_capability_set(*parse_capability_set(line))
     rows = group_rows(figures)
     document = (ROOT / "docs" / "capability_data.md").read_text(encoding="utf-8")
     shown = {

@@ -24,10 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import train
-from ogpsa_trl.command_line import parse_run
-from ogpsa_trl.launch import separated
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.cli import train
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.launch import separated
 from runs import max_difference
 from test_conversions import HALUEVAL_QA, saferlhf, ultrafeedback
 
@@ -238,7 +238,7 @@ def train_recipe(tiny, tmp_path, monkeypatch):
         line += ["--max_steps", "2", "--logging_steps", "1", "--max_length", "64"]
         line += ["--run_report", "false"]
         arguments = parse_run([*line, "--disable_tqdm", "true", *options])
-        assert train.main(arguments) == 0
+        assert train.run_training(arguments) == 0
         return tmp_path / arguments.training.output_dir
 
     return run
@@ -303,7 +303,7 @@ def test_a_tokenizer_without_a_pad_token_trains_the_same(stage, config, base_mod
     weights = []
     for name, model in (("padded", base_model_path), ("bare", str(bare))):
         line = ["--config", file, "--model_name_or_path", model]
-        assert train.main(parse_run([*line, "--output_dir", str(tmp_path / name)])) == 0
+        assert train.run_training(parse_run([*line, "--output_dir", str(tmp_path / name)])) == 0
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").pad_token == "<eos>"
     assert max_difference(*weights) == 0

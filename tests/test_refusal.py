@@ -16,10 +16,10 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from ogpsa_trl.benchmark.toy_model import tiny_model
+from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.evaluation.generation import Answer, greedy_answers
 from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, is_refusal
-from ogpsa_trl.toy import REFUSAL, ToyWorld
-from ogpsa_trl.toy_model import tiny_model
 from scripted import ANSWERING, TOKENIZER, scripted_model
 
 PROMPTS = [row["prompt"] for row in ToyWorld(0).safety_sft().select(range(7))] + ["=>"]

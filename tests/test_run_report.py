@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-import report as report_script
 from ogpsa_trl import GateConfig, OGPSAConfig
+from ogpsa_trl.cli import report as report_command
 from ogpsa_trl.evaluation.intervals import mean_of
 from ogpsa_trl.evaluation.results import Measured, compare
 from ogpsa_trl.run_report import save_run_settings, write_report
@@ -441,7 +441,7 @@ class TestEvaluation:
     def test_another_file_is_refused(self, tmp_path):
         write_state(tmp_path, [{"loss": 1.0, "step": 10}])
         (tmp_path / "evaluation.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"must be the `evaluation.json` that scripts/evalu"):
+        with pytest.raises(ValueError, match=r"must be the `evaluation.json` that `ogpsa evalu"):
             write_report(tmp_path)
 
 
@@ -472,5 +472,5 @@ class TestSettings:
 
 def test_the_script_writes_the_same_page_where_it_is_told(runs, tmp_path):
     folder, there = runs["sft"].folder, tmp_path / "there.html"
-    assert report_script.main([str(folder), "--output", str(there)]) == there
+    report_command.main([str(folder), "--output", str(there)])
     assert there.read_bytes() == (folder / "report.html").read_bytes()

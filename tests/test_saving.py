@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ogpsa_trl.completeness import SaveError, checkpoint_to_resume, saving
+from ogpsa_trl.training.whole_checkpoints import SaveError, checkpoint_to_resume, saving
 from runs import SaveAfter, capability_groups, make_trainer
 
 pytestmark = pytest.mark.skipif(

@@ -22,15 +22,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from laws import products_of
-from ogpsa_trl import backends
-from ogpsa_trl.backends import TorchBackend
-from ogpsa_trl.checkpoint import FILE_NAME
-from ogpsa_trl.data import Part, Sample
-from ogpsa_trl.gradients import capability_gradients
-from ogpsa_trl.projection import project
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.benchmark.toy_model import tiny_model
+from ogpsa_trl.data.groups import Part, Sample
+from ogpsa_trl.engines import backend as engines_backend
+from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.method.capability_gradients import capability_gradients
+from ogpsa_trl.method.projection import project
+from ogpsa_trl.method.saved_state import FILE_NAME
+from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import vectors
-from ogpsa_trl.toy_model import tiny_model
 from runs import capability_groups, make_trainer, paper
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/scale.md").read_text(encoding="utf-8")
@@ -375,7 +375,7 @@ def make_backend(engine, model):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
 def test_what_a_refresh_and_a_step_send_is_the_formula(engine, scope, monkeypatch):
     """Two parts of 16 batches on 8 processes: 2 passes each. The shards divide without rest."""
-    monkeypatch.setattr(backends, "broadcast_object_list", dist.broadcast_object_list)
+    monkeypatch.setattr(engines_backend, "broadcast_object_list", dist.broadcast_object_list)
     num_processes, num_gradients, num_passes = 8, 2, 4
     rows = torch.arange(3, 35).view(2, 2, 8)
     parts = []

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.method.subspace import CapabilitySubspace
 from runs import (
     capability_groups,
     literal_kl,

@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.data_utils import _tokenize, common_prefix_length
 
-from ogpsa_trl import toy_pretrain
-from ogpsa_trl.toy import (
+from ogpsa_trl.benchmark import toy_pretrain
+from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_world import (
     HARMFUL_VERBS,
     MEMORISED_TASKS,
     NUM_EVALUATION_SAMPLES,
     REFUSAL,
     ToyWorld,
 )
-from ogpsa_trl.toy_model import tiny_model, toy_tokenizer
 from runs import literal_nll
 
 WORLD = ToyWorld(0)
@@ -300,9 +300,9 @@ def test_a_change_of_the_world_or_of_the_training_gives_another_folder(monkeypat
     before = fingerprint()
     assert fingerprint() == before
     seen = {before, toy_pretrain._fingerprint(ToyWorld(0), SHORT)}
-    monkeypatch.setattr("ogpsa_trl.toy.BENIGN_VERBS", ["bake", "paint"])
+    monkeypatch.setattr("ogpsa_trl.benchmark.toy_world.BENIGN_VERBS", ["bake", "paint"])
     seen.add(fingerprint())
-    monkeypatch.setattr("ogpsa_trl.toy_model.CHAT_TEMPLATE", "")
+    monkeypatch.setattr("ogpsa_trl.benchmark.toy_model.CHAT_TEMPLATE", "")
     seen.add(fingerprint())
     monkeypatch.setattr(toy_pretrain, "REFUSAL", " no .")
     seen.add(fingerprint())

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
 )
 
-from ogpsa_trl.trackers import SettingsCallback, record_settings
+from ogpsa_trl.training.callbacks import SettingsCallback, record_settings
 from runs import capability_groups, gated, make_trainer
 from tracked_run import GATE, SETTINGS
 

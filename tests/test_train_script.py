@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
-from ogpsa_trl.command_line import parse_run
+from ogpsa_trl.cli import train
 from runs import capability_groups, contradicted, max_difference
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +44,7 @@ def log_in(folder):
 def test_sft_then_dpo(config, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train.main(parse_run(["--config", config("sft"), "--output_dir", str(first)])) == 0
+    assert train.main(["--config", config("sft"), "--output_dir", str(first)]) == 0
     assert "Capability group 'language': seed 3 chooses the rows" in caplog.text
     assert "'refresh_interval': 3" in caplog.text
     assert f"The report of the run is in {first / 'report.html'}." in caplog.text
@@ -55,7 +54,7 @@ def test_sft_then_dpo(config, tmp_path, caplog, capsys):
 
     dpo = ["--config", config("dpo", run_report=False), "--output_dir", str(second)]
     dpo += ["--model_name_or_path", str(first), "--refresh_interval", "2"]
-    assert train.main(parse_run(dpo)) == 0
+    assert train.main(dpo) == 0
     assert not (second / "report.html").exists()
     assert f"Model, tokenizer and model card are in {second}" in capsys.readouterr().out
 
@@ -140,7 +139,7 @@ class TestGate:
         caplog.set_level(logging.INFO, "ogpsa_trl")  # what `main` sets, and caplog takes back
         more = {"preset": "paper"} if ogpsa else {"refresh_interval": 1, "num_samples": 200}
         line = self.line(config, tmp_path, ogpsa=ogpsa, gate_action=action, **more)
-        assert train.main(parse_run(line)) == 1
+        assert train.main(line) == 1
         self.assert_failed(capfd.readouterr().err, tmp_path, num_steps)
         state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
         has_basis = any("ogpsa/rank" in entry for entry in state["log_history"])

@@ -16,8 +16,9 @@ from trl import DPOConfig, RichProgressCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from laws import literal_basis, literal_projection
-from ogpsa_trl import OGPSAConfig, diagnostics, mixin
-from ogpsa_trl.toy_model import tiny_llama_config, toy_tokenizer
+from ogpsa_trl import OGPSAConfig
+from ogpsa_trl.benchmark.toy_model import tiny_llama_config, toy_tokenizer
+from ogpsa_trl.training import diagnostics, mixin
 from runs import (
     CosineCallback,
     WeightsCallback,

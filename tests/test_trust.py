@@ -18,12 +18,14 @@ import yaml
 from datasets import config
 
 import offline
-import train
 from ogpsa_trl import CapabilityGate, GateConfig
-from ogpsa_trl.checkpoint import FILE_NAME, START_FILE_NAME
-from ogpsa_trl.command_line import parse_run
-from ogpsa_trl.completeness import mark
-from ogpsa_trl.data import named_groups
+from ogpsa_trl.cli import train
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.evaluate import load_model, load_tokenizer
+from ogpsa_trl.data.groups import named_groups
+from ogpsa_trl.evaluation.arguments import EvaluationArguments
+from ogpsa_trl.method.saved_state import FILE_NAME, START_FILE_NAME
+from ogpsa_trl.training.whole_checkpoints import mark
 from runs import capability_groups, make_trainer, safety_data, weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +135,7 @@ def run_file(base_model_path, tmp_path):
 
 
 def run(file):
-    return train.main(parse_run(["--config", file]))
+    return train.run_training(parse_run(["--config", file]))
 
 
 PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
@@ -226,11 +228,11 @@ class TestRemoteCode:
             run(run_file(model=str(model), trust_remote_code=True))
         assert (tmp_path / "marker").exists()
 
-    def test_the_evaluation_does_not_run_it_either(self, model, tmp_path, evaluate_script):
-        arguments = evaluate_script.EvaluationArguments(model_name_or_path=str(model))
-        evaluate_script.load_tokenizer(arguments, str(model), "main")
+    def test_the_evaluation_does_not_run_it_either(self, model, tmp_path):
+        arguments = EvaluationArguments(model_name_or_path=str(model))
+        load_tokenizer(arguments, str(model), "main")
         with pytest.raises(ValueError, match="trust_remote_code"):
-            evaluate_script.load_model(arguments, str(model), "main")
+            load_model(arguments, str(model), "main")
         assert not (tmp_path / "marker").exists()
 
 

@@ -10,8 +10,8 @@ from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from laws import SIZES, largest_cosine, random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.optimizers import check_keeps_no_weights
-from ogpsa_trl.subspace import CapabilitySubspace
+from ogpsa_trl.engines.adam_moments import check_keeps_no_weights
+from ogpsa_trl.method.subspace import CapabilitySubspace
 from runs import capability_groups, literal_nll, make_trainer, paper, trained
 
 ADAMW = {

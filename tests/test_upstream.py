@@ -89,7 +89,7 @@ ORDERS = [
         "trl:SFTTrainer.log", ("self.model.training", "super().log(")),
     Order("it logs as transformers does",
         "trl:DPOTrainer.log", ("self.model.training", "super().log(")),
-    # What `ogpsa_trl/zero.py` reads and writes, and when.
+    # What `ogpsa_trl/engines/zero.py` reads and writes, and when.
     Order("the projection stands in front of `engine.step`, looked up on the engine",
         f"{ENGINE_OF_ACCELERATE}.backward",
         ("self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ogpsa_trl.completeness import SaveError
-from ogpsa_trl.user_errors import FirstStep, user_errors
+from ogpsa_trl.cli.user_errors import FirstStep, user_errors
+from ogpsa_trl.training.whole_checkpoints import SaveError
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ImportError])

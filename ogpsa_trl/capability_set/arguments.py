@@ -1,17 +1,10 @@
 """The keys of a capability set, from one flat YAML file and the command line."""
 
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from trl.trainer.model_config import ModelConfig
-
+from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
 from ogpsa_trl.evaluation.arguments import HarmfulDatasetConfig
-from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
-from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
-from ogpsa_trl.ranges import TRAINING_RANGES
 
 
 @dataclass
@@ -21,7 +14,7 @@ class LookAlikeDatasetConfig(GroupedDatasetConfig):
     group: str = "look_alikes"
 
 
-_ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
+ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
     "capability_datasets": CapabilityDatasetConfig,
     "look_alike_datasets": LookAlikeDatasetConfig,
     "harmful_datasets": HarmfulDatasetConfig,
@@ -121,7 +114,7 @@ class CapabilitySetArguments:
     )
 
     def __post_init__(self) -> None:
-        for key, entry_type in _ENTRY_TYPES.items():
+        for key, entry_type in ENTRY_TYPES.items():
             setattr(self, key, entries_of(entry_type, getattr(self, key)))
         self.generate_completions = str(self.generate_completions).lower()  # YAML has booleans
         if self.generate_completions not in ("missing", "true", "false"):
@@ -149,54 +142,3 @@ class CapabilitySetArguments:
                 "`capability_datasets` and in `look_alike_datasets`. Give the look-alikes a group "
                 "of their own."
             )
-
-
-def parse_capability_set(
-    args: Sequence[str] | None = None,
-) -> tuple[CapabilitySetArguments, ModelConfig]:
-    """
-    Parse the command line and the YAML file that `--config` names; the command line wins.
-
-    Raises:
-        ValueError: a key is unknown, a value is not allowed, or there is no model or no data.
-    """
-    args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    parser = FlatParser(
-        (CapabilitySetArguments, ModelConfig),
-        "Build capability groups for training, and measure them. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
-    )
-    entry_types: Any = _ENTRY_TYPES
-    check_keys(
-        parser,
-        args,
-        values,
-        entry_types,
-        lambda key, where: unknown_key(key, where, parser.key_names()),
-    )
-    parser.check_values(
-        args,
-        values,
-        TRAINING_RANGES,
-        types={"generate_completions": str | bool},
-        left_out=_ENTRY_TYPES,
-    )
-    arguments, model = parser.parse(args)
-    if not model.model_name_or_path:
-        raise ValueError(
-            "A capability set needs the model that training starts with, but `model_name_or_path` "
-            "is not set. Set it to a name on the Hub or a folder."
-        )
-    if not arguments.capability_datasets and not arguments.look_alike_datasets:
-        raise ValueError(
-            "There is nothing to build: `capability_datasets` and `look_alike_datasets` are empty. "
-            "List the data of at least one group."
-        )
-    is_quantised = model.load_in_4bit or model.load_in_8bit
-    if arguments.gradient_cosine and is_quantised and not model.use_peft:
-        raise ValueError(
-            "Quantised weights have no gradients, but `gradient_cosine` is on. Set `use_peft: true`"
-            " to measure those of an adapter, or `gradient_cosine: false`."
-        )
-    return arguments, model

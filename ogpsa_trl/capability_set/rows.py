@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import maybe_convert_to_chatml, maybe_extract_prompt
 
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.columns import Source
+from ogpsa_trl.data.columns import Source
+from ogpsa_trl.data.entries import GroupedDatasetConfig, load_groups
+from ogpsa_trl.data.rendering import TemplateCheck
+from ogpsa_trl.data.row_values import row_named
+from ogpsa_trl.data.rows import check_row
 from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens
 from ogpsa_trl.evaluation.refusal import is_refusal, normalised
-from ogpsa_trl.mixture import GroupedDatasetConfig, load_groups
-from ogpsa_trl.rendering import TemplateCheck
-from ogpsa_trl.row_values import row_named
-from ogpsa_trl.rows import check_row
 
 logger = logging.getLogger(__name__)
 

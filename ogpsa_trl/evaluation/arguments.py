@@ -1,15 +1,9 @@
 """The keys of an evaluation, from one flat YAML file and the command line."""
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from ogpsa_trl.evaluation.harness import check_installed
+from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
 from ogpsa_trl.evaluation.refusal import REFUSALS
-from ogpsa_trl.mixture import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
-from ogpsa_trl.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
-from ogpsa_trl.ranges import TRAINING_RANGES
 
 
 @dataclass
@@ -33,7 +27,7 @@ class PreferenceDatasetConfig(GroupedDatasetConfig):
     group: str = "pairs"
 
 
-_ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
+ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
     "capability_datasets": CapabilityDatasetConfig,
     "harmful_datasets": HarmfulDatasetConfig,
     "over_refusal_datasets": OverRefusalDatasetConfig,
@@ -168,7 +162,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        for key, entry_type in _ENTRY_TYPES.items():
+        for key, entry_type in ENTRY_TYPES.items():
             setattr(self, key, entries_of(entry_type, getattr(self, key)))
         self.lm_eval_tasks = list(self.lm_eval_tasks or [])
         for key, least in _LEAST.items():
@@ -202,44 +196,3 @@ _LEAST = {
     "lm_eval_limit": 1, "max_samples": 1, "batch_size": 1, "max_length": 2, "max_new_tokens": 0,
     "num_bootstrap": 100,
 }  # fmt: skip
-
-
-def parse_evaluation(args: Sequence[str] | None = None) -> EvaluationArguments:
-    """
-    Parse the command line and the YAML file that `--config` names; the command line wins.
-
-    Raises:
-        ValueError: a key is unknown, a value is not allowed, there is nothing to measure, or
-            tasks are asked for and lm-eval is not installed.
-    """
-    args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    parser = FlatParser(
-        EvaluationArguments,
-        "Measure what safety training has done to a model. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
-    )
-    known = [entry.name for entry in fields(EvaluationArguments)]
-    entry_types: Any = _ENTRY_TYPES
-    check_keys(parser, args, values, entry_types, lambda key, where: unknown_key(key, where, known))
-    parser.check_values(
-        args,
-        values,
-        {"seed": TRAINING_RANGES["seed"]},
-        types=dict.fromkeys(("refusals", "lm_eval_tasks"), list[str] | None),  # without entries
-        left_out=_ENTRY_TYPES,
-    )
-    [arguments] = parser.parse(args)
-    if not arguments.model_name_or_path:
-        raise ValueError(
-            "An evaluation needs a model, but `model_name_or_path` is not set. Set it to a name on "
-            "the Hub or a folder."
-        )
-    if not any(getattr(arguments, key) for key in (*_ENTRY_TYPES, "lm_eval_tasks")):
-        raise ValueError(
-            f"There is nothing to measure: `{'`, `'.join(_ENTRY_TYPES)}` and `lm_eval_tasks` are "
-            "all empty. Set at least one."
-        )
-    if arguments.lm_eval_tasks:
-        check_installed()
-    return arguments

@@ -13,15 +13,15 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.data_utils import maybe_extract_prompt
 
-from ogpsa_trl.columns import Source
-from ogpsa_trl.data import context_of
+from ogpsa_trl.data.columns import Source
+from ogpsa_trl.data.entries import load_groups
+from ogpsa_trl.data.groups import context_of
+from ogpsa_trl.data.rendering import check_rendering
+from ogpsa_trl.data.row_checks import check_data, first_row
+from ogpsa_trl.data.row_values import row_named
+from ogpsa_trl.data.rows import readable
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
 from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens, tokenise
-from ogpsa_trl.formats import check_data, first_row
-from ogpsa_trl.mixture import load_groups
-from ogpsa_trl.rendering import check_rendering
-from ogpsa_trl.row_values import row_named
-from ogpsa_trl.rows import readable
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ def write_report(
     Args:
         folder: The `output_dir` of a run of any trainer of transformers, or one of its checkpoints.
             It may have been cut off.
-        evaluation: The `evaluation.json` of scripts/evaluate.py. Default: the one in the folder, if
+        evaluation: The `evaluation.json` of `ogpsa evaluate`. Default: the one in the folder, if
             there is one.
         output: The file to write. Default: `report.html` in the folder.
 
@@ -90,7 +90,7 @@ def _evaluation(path: str | Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, Mapping) or not {"settings", "measures"} <= content.keys():
         raise ValueError(
-            f"{str(path)!r} must be the `evaluation.json` that scripts/evaluate.py writes, but has "
+            f"{str(path)!r} must be the `evaluation.json` that `ogpsa evaluate` writes, but has "
             "no settings or measures."
         )
     results = [Result.from_json(measure) for measure in content["measures"].values()]

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers.trainer_pt_utils import get_model_param_count
 
-from ogpsa_trl.gate import CapabilityGate
-from ogpsa_trl.mixin import OGPSAMixin
 from ogpsa_trl.run_report.log import RUN_SETTINGS
+from ogpsa_trl.training.gate import CapabilityGate
+from ogpsa_trl.training.mixin import OGPSAMixin
 
 _PACKAGES = (
     "ogpsa_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "deepspeed",

@@ -1,0 +1,303 @@
+"""The methods of the trade-off benchmark, and how one stage is trained by one of them."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
+
+from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.data.groups import Preparation, prepare_group
+
+STAGES: dict[str, tuple[Any, Any]] = {
+    "sft": (SFTConfig, OGPSASFTTrainer),
+    "dpo": (DPOConfig, OGPSADPOTrainer),
+}
+
+
+# What is trained, stage after stage, and the factor on the learning rate of its configuration: DPO
+# that starts from the base model has more to learn than DPO after SFT.
+CHAINS = {
+    "sft": [("sft", 1.0)],
+    "dpo": [("dpo", 4.0)],
+    "sft-dpo": [("sft", 1.0), ("dpo", 1.0)],
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    How a run differs from plain TRL.
+
+    Attributes:
+        ogpsa: A preset, and settings to replace in it. `None`: no capability data in the trainer.
+        lora: Whether an adapter of rank 8 is trained instead of all weights.
+        learning_rate_factor: On all learning rates of the sweep.
+        l2_weight: Adds this multiple of the squared distance from the starting weights to the loss.
+        mixed_share: Share of capability samples among the samples trained on; SFT only, because
+            preference pairs cannot be mixed with them.
+        kept_share: How far to go from the starting weights to the trained ones. Below 1 the two
+            models are merged by interpolation after training.
+    """
+
+    ogpsa: Mapping[str, Any] | None = None
+    lora: bool = False
+    learning_rate_factor: float = 1.0
+    l2_weight: float = 0.0
+    mixed_share: float = 0.0
+    kept_share: float = 1.0
+
+
+# The published forms refresh as often as in the published DPO, on as many samples in all as the
+# others see: 8 of each of two groups for each step.
+_PUBLISHED = {"refresh_interval": 5, "num_samples": 40}
+# The same samples a step at a time: running means instead of a pause in every fifth step.
+_STREAMING = {"refresh_interval": 1, "samples_per_refresh": 8, "capability_ema": 0.8}
+
+METHODS = {
+    "naive": Method(),
+    "L2, weight 0.1": Method(l2_weight=0.1),
+    "L2, weight 1": Method(l2_weight=1.0),
+    "LoRA": Method(lora=True, learning_rate_factor=10.0),
+    "merged, 50%": Method(kept_share=0.5),
+    "merged, 75%": Method(kept_share=0.75),
+    "replay mixed in, 25%": Method(mixed_share=0.25),
+    "replay added": Method({"preset": "kl", "capability_loss": "nll"}),
+    "KL, weight 1": Method({"preset": "kl"}),
+    "KL, weight 3": Method({"preset": "kl", "replay_weight": 3.0}),
+    "KL, weight 10": Method({"preset": "kl", "replay_weight": 10.0}),
+    "OGPSA paper": Method({"preset": "paper", **_PUBLISHED}),
+    "OGPSA paper-theorem": Method({"preset": "paper-theorem", **_PUBLISHED}),
+    "OGPSA paper, streaming": Method({"preset": "paper", **_STREAMING}),
+    "OGPSA update": Method({"preset": "preserve", "restoration": 0.0}),
+    "OGPSA update, per tensor": Method(
+        {"preset": "preserve", "restoration": 0.0, "scope": "parameter", "metric": "euclidean"}
+    ),
+    "OGPSA preserve": Method({"preset": "preserve"}),
+    "OGPSA preserve, nll": Method({"preset": "preserve", "capability_loss": "nll"}),
+    "OGPSA preserve, LoRA": Method({"preset": "preserve"}, lora=True, learning_rate_factor=10.0),
+    "OGPSA replay": Method({"preset": "replay"}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, trained through a chain of stages at one learning rate with one seed."""
+
+    chain: str
+    num_steps: int
+    method: str
+    learning_rate_factor: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        method = "".join(c if c.isalnum() else "-" for c in self.method)
+        factor = f"x{self.learning_rate_factor:g}"
+        return f"{self.chain}-{self.num_steps}-{method}-{factor}-{self.seed}"
+
+
+@dataclass
+class Cost:
+    """
+    What training took.
+
+    Attributes:
+        forward: Sequences that went forward through the model, those of a reference model included.
+        backward: Sequences among them that went backward too.
+        seconds: Time of the processor, without loading and measuring.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: "Cost") -> "Cost":
+        """The cost of both."""
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    What all methods of a stage have in common.
+
+    Attributes:
+        stage: `sft` or `dpo`.
+        config: YAML file with the settings of TRL and the capability batches.
+        training: The safety data.
+        capability_groups: The capability data.
+        learning_rate: The highest of the schedule, before the method's factor.
+        num_steps: Optimizer steps.
+        seed: Seed of training.
+    """
+
+    stage: str
+    config: Path
+    training: Dataset
+    capability_groups: Mapping[str, Dataset]
+    learning_rate: float
+    num_steps: int
+    seed: int
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the file says."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def arguments(self, method: Method, output: Path) -> Any:
+        """The arguments of the TRL trainer."""
+        config_class, _ = STAGES[self.stage]
+        known = {f.name for f in fields(config_class)}
+        values = {name: value for name, value in self.settings.items() if name in known}
+        values |= {
+            "output_dir": str(output),
+            "max_steps": self.num_steps,
+            "learning_rate": self.learning_rate * method.learning_rate_factor,
+            "seed": self.seed,
+            "logging_strategy": "no",
+            "dataloader_drop_last": True,  # so that every step has equally many sequences
+        }
+        return config_class(**values)
+
+    def ogpsa_config(self, method: Method) -> OGPSAConfig | None:
+        """The settings of OGPSA, if the method has any."""
+        if method.ogpsa is None:
+            return None
+        settings = {name: self.settings[name] for name in ("num_samples", "capability_batch_size")}
+        settings |= method.ogpsa
+        return OGPSAConfig.from_preset(settings.pop("preset"), stage=self.stage, **settings)
+
+
+def is_applicable(method: Method, stages: Sequence[str]) -> bool:
+    """Whether a method can train all of the stages."""
+    return not (method.mixed_share and "dpo" in stages)
+
+
+def train(method: Method, recipe: Recipe, start: Path, output: Path) -> Cost:
+    """
+    Train one stage, and save model and tokenizer.
+
+    Args:
+        method: How to train.
+        recipe: What to train on.
+        start: Folder of the model to start from; in DPO it is the reference model too.
+        output: Folder for the trained model; an adapter is merged into it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    config = recipe.ogpsa_config(method)
+    _, trainer_class = STAGES[recipe.stage]
+    if method.l2_weight:
+        trainer_class = type("L2Trainer", (L2ToStart, trainer_class), {"weight": method.l2_weight})
+    make_trainer: Any = trainer_class
+    peft_config = None
+    if method.lora:
+        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            AutoModelForCausalLM.from_pretrained(start),
+            args=recipe.arguments(method, Path(folder)),
+            train_dataset=_training_data(method, recipe, tokenizer),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            capability_dataset=None if config is None else dict(recipe.capability_groups),
+            ogpsa_config=config,
+        )
+        trainer.remove_callback(PrinterCallback)
+        models = [trainer.model, getattr(trainer, "ref_model", None)]
+        with _counted([model for model in models if model is not None]) as cost:
+            trainer.train()
+    model = trainer.model.merge_and_unload() if method.lora else trainer.model
+    if method.kept_share < 1:
+        _interpolate(model, AutoModelForCausalLM.from_pretrained(start), method.kept_share)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return cost
+
+
+class L2ToStart(Trainer):
+    """Adds `weight * |weights - starting weights|^2` to the loss of the trainer behind it."""
+
+    weight: float
+    start: list[Tensor] | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        if self.start is None:
+            self.start = [parameter.detach().clone() for parameter in parameters]
+        loss = super().training_step(*args, **kwargs)
+        share = 2 * self.weight / self.args.gradient_accumulation_steps
+        for parameter, start in zip(parameters, self.start, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.detach() - start, alpha=share)
+        return loss
+
+
+def _training_data(method: Method, recipe: Recipe, tokenizer: Any) -> Dataset:
+    """The safety data, with capability samples among them where the method says so."""
+    if not method.mixed_share:
+        return recipe.training
+    arguments = recipe.arguments(method, Path())
+    preparation = Preparation(tokenizer, tokenizer, max_length=arguments.max_length)
+    num_capability = round(len(recipe.training) * method.mixed_share / (1 - method.mixed_share))
+    wanted = {"safety": (recipe.training, len(recipe.training))}
+    for name, dataset in recipe.capability_groups.items():
+        # As many distinct samples as the others may draw from; each as often as the share asks for.
+        wanted[name] = (dataset, min(recipe.settings["num_samples"], len(dataset)))
+    rows: list[dict[str, Any]] = []
+    for name, (dataset, num_samples) in wanted.items():
+        group = prepare_group(
+            name, dataset, preparation,
+            num_samples=num_samples, num_parts=1, batch_size=1, seed=recipe.seed,
+        )  # fmt: skip
+        # Tokens and labels: samples of different formats, plain text and conversations, can be
+        # mixed only in this form.
+        batches = [group.collate([sample.features]) for sample in group.samples]
+        num_rows = len(batches) if name == "safety" else num_capability // (len(wanted) - 1)
+        rows += [
+            {key: batch[key][0].tolist() for key in ("input_ids", "labels")}
+            for batch in islice(cycle(batches), num_rows)
+        ]
+    return Dataset.from_list(rows)
+
+
+@contextmanager
+def _counted(models: Sequence[nn.Module]) -> Iterator[Cost]:
+    """Count the sequences that go through the models within the block, and its time."""
+    cost = Cost()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+        num_sequences = inputs[0].shape[0]
+        cost.forward += num_sequences
+        cost.backward += num_sequences * torch.is_grad_enabled()
+
+    embeddings = {id(e): e for m in models for e in [m.get_input_embeddings()]}  # type: ignore[operator]
+    handles = [embedding.register_forward_hook(count) for embedding in embeddings.values()]
+    start = time.process_time()
+    try:
+        yield cost
+    finally:
+        cost.seconds = time.process_time() - start
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _interpolate(model: nn.Module, start: nn.Module, share: float) -> None:
+    """Put a model at a share of the way from its starting weights."""
+    for parameter, first in zip(model.parameters(), start.parameters(), strict=True):
+        parameter.copy_(torch.lerp(first, parameter, share))

@@ -1,0 +1,1 @@
+"""The commands: keys of YAML files and command lines, and what each command does with them."""

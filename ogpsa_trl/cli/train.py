@@ -1,0 +1,303 @@
+"""
+Train with SFT or DPO, from a YAML file, with or without OGPSA.
+
+    accelerate launch scripts/train.py --config configs/sft.yaml [--key value ...]
+
+`--help` lists every key; `--stage dpo --help` those of DPO. The exit status is 1 where the
+capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import AutoProcessor
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.cli.arguments import RunArguments
+from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.paths import check_model_path, check_output_folder, check_template_path
+from ogpsa_trl.cli.user_errors import FirstStep, user_errors
+from ogpsa_trl.data.columns import Source
+from ogpsa_trl.data.row_checks import check_data, check_tokens
+from ogpsa_trl.engines.supported import check_arguments
+from ogpsa_trl.run_report import save_run_settings, write_report
+from ogpsa_trl.training.model_kind import check_causal
+from ogpsa_trl.training.whole_checkpoints import checkpoint_to_resume, saving
+
+logger = logging.getLogger("ogpsa_trl.train")
+
+TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """A training from its command line, in a process that a launcher has started."""
+    with user_errors():
+        arguments = parse_run(argv)
+    return run_training(arguments)
+
+
+def run_training(run: RunArguments) -> int:
+    """
+    Load, train, save: model, tokenizer, model card and report end up in `output_dir`.
+
+    Returns:
+        The exit status, the same on every process: 0, or 1 if the capability gate is not passed.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong.
+    """
+    if run.training.process_index == 0:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("ogpsa_trl").setLevel(logging.INFO)
+    is_debug = run.training.log_level == "debug"
+    first_step = FirstStep()
+    with user_errors(with_traceback=is_debug, first_step=first_step):
+        status = train_and_save(run, first_step)
+    return status or 0  # what is recorded may, by its type, return nothing
+
+
+@record  # a launcher of several processes shows the error of the one that fails first
+def train_and_save(run: RunArguments, first_step: FirstStep) -> int:
+    """What `run_training` does; errors as they are."""
+    args = run.training
+    resume = check_paths(run)
+    trainer, gate = prepare(run)
+    check_tokens(trainer.train_dataset, args.max_length)
+    trainer.add_callback(first_step)
+    save_run_settings(trainer, gate, run.keys())
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(Path(args.output_dir), args.output_dir):
+        trainer.save_state()
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(
+            model_name=Path(args.output_dir).name, dataset_name=run.script.dataset_name
+        )
+    trainer.accelerator.print(f"Model, tokenizer and model card are in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    if run.train.run_report and args.process_index == 0:
+        report(args.output_dir)
+    is_exceeded = gate is not None and gate.is_exceeded
+    if gate is not None and gate.is_exceeded and args.process_index == 0:
+        # Before any process ends: a launcher that sees one fail ends the others.
+        print(gate.report(args.output_dir), file=sys.stderr, flush=True)
+    # The others may still be saving: gloo aborts on a peer that has left.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return int(is_exceeded)
+
+
+def check_paths(run: RunArguments) -> str | None:
+    """
+    Look at the folders that the run names.
+
+    Returns:
+        The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: one of them is not what it has to be.
+    """
+    args = run.training
+    check_model_path(str(run.model.model_name_or_path))
+    if run.train.stage == "sft" and args.chat_template_path is not None:
+        check_template_path(args.chat_template_path)
+    if args.should_save:
+        check_output_folder(args.output_dir)
+    # The command line says True as "true": resume from the last whole checkpoint in `output_dir`.
+    resume = str(args.resume_from_checkpoint or False)
+    if resume.lower() == "false":
+        return None
+    return checkpoint_to_resume(resume.lower() == "true" or resume, args.output_dir)
+
+
+@dataclass(frozen=True)
+class Data:
+    """All data of a run, loaded. `None` where there is none of a kind."""
+
+    train: Any
+    evaluation: Any
+    capability: dict[str, Any] | None
+    gate: dict[str, Any] | None
+
+
+def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, CapabilityGate | None]:
+    """
+    Load the data, then the tokenizer, and only then the model, into a trainer and its gate.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    args = run.training
+    args.model_init_kwargs = model_init_kwargs(run.model, args)
+    if run.train.ogpsa and run.train.capability_datasets:
+        check_arguments(args, run.ogpsa.target)
+    data = load_data(run)
+    processing_class = load_processing_class(run)
+    data = checked(run, data, processing_class)
+    check_model(run)
+    trainer = TRAINERS[run.train.stage](
+        run.model.model_name_or_path,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=processing_class,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+        capability_dataset=data.capability,
+        ogpsa_config=None if data.capability is None else run.ogpsa,
+    )
+    if run.script.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    gate = None
+    if data.gate is not None:
+        gate = CapabilityGate(trainer, data.gate, run.gate)
+        trainer.add_callback(gate)
+    return trainer, gate
+
+
+def check_model(run: RunArguments) -> None:
+    """
+    Refuse a model that capability losses cannot be measured on; plain training is up to TRL.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    protects = run.train.ogpsa and run.train.capability_datasets
+    if protects or run.train.gate_datasets:
+        ways = ["set `ogpsa: false` to train plain TRL"] if protects else []
+        ways += ["leave out `gate_datasets`"] if run.train.gate_datasets else []
+        check_causal(
+            str(run.model.model_name_or_path),
+            way_out=f", or {' and '.join(ways)}",
+            as_saved=True,
+            revision=run.training.model_init_kwargs["revision"],
+            trust_remote_code=run.training.trust_remote_code,
+        )
+
+
+def load_data(run: RunArguments) -> Data:
+    """
+    Load the data; for evaluation only where there is one.
+
+    Raises:
+        ValueError: some of it cannot be loaded.
+    """
+    script, datasets = run.script, run.safety_datasets()
+    evaluation = None
+    if run.training.eval_strategy != "no":
+        evaluation = split_of(datasets, "dataset_test_split", script.dataset_test_split)
+    return Data(
+        split_of(datasets, "dataset_train_split", script.dataset_train_split),
+        evaluation,
+        run.train.capability_groups(),
+        run.train.gate_groups(),
+    )
+
+
+def checked(run: RunArguments, data: Data, processing_class: Any) -> Data:
+    """
+    Look at all rows: what the trainers would find out with the model in memory.
+
+    Returns:
+        The data without what the trainers could not read.
+
+    Raises:
+        ValueError: data is empty, in no format for the stage or for the chat template, or a row has
+            a value that cannot be read.
+    """
+    stage, args = run.train.stage, run.training
+    of_sft = {}
+    if stage == "sft":
+        of_sft["text_field"] = args.dataset_text_field
+        of_sft["assistant_only_loss"] = args.assistant_only_loss
+    is_rendered = stage == "dpo" or args.chat_template_path is None  # TRL sets that of the path
+
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+
+    def check(dataset: Any, where: str, use: Any) -> Any:
+        source = Source(where, use, vocabulary_size=len(tokenizer), **of_sft)
+        return check_data(dataset, source, processing_class, is_rendered=is_rendered)
+
+    def check_groups(groups: dict[str, Any] | None, kind: str, key: str) -> dict[str, Any] | None:
+        if groups is None:
+            return None
+        return {
+            name: check(dataset, f"{kind} group {name!r} (`{key}`)", "group")
+            for name, dataset in groups.items()
+        }
+
+    return Data(
+        check(data.train, "the training data", stage),
+        None if data.evaluation is None else check(data.evaluation, "the evaluation data", stage),
+        check_groups(data.capability, "capability", "capability_datasets"),
+        check_groups(data.gate, "gate", "gate_datasets"),
+    )
+
+
+def load_processing_class(run: RunArguments) -> Any:
+    """
+    The tokenizer or processor that TRL would load, but before the weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    name, args = run.model.model_name_or_path, run.training
+    try:
+        return AutoProcessor.from_pretrained(
+            name,
+            revision=args.model_init_kwargs["revision"],
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of `model_name_or_path` {name!r} cannot be loaded. Is it a model, and "
+            f"is its name right? {error}"
+        ) from error
+
+
+def report(folder: str) -> None:
+    """Write the report of the run; a package that is missing for it is no reason to fail."""
+    try:
+        logger.info("The report of the run is in %s.", write_report(folder))
+    except ModuleNotFoundError as error:
+        logger.warning(
+            "No report of the run: %r is not installed. Run `pip install 'ogpsa_trl[scripts]'`, "
+            "then `ogpsa report %s`.",
+            error.name, folder,
+        )  # fmt: skip
+
+
+def model_init_kwargs(model: ModelConfig, args: Any) -> dict[str, Any]:
+    """How to load the model: `ModelConfig`, and on top of it the `model_init_kwargs` of TRL."""
+    return {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def split_of(datasets: Mapping[str, Any], key: str, split: str) -> Any:
+    """One split of the training data."""
+    if split not in datasets:
+        splits = ", ".join(map(repr, datasets))
+        raise ValueError(
+            f"`{key}` must be one of the splits {splits}, but got {split!r}. Name another, or set "
+            "`test_split_size` to divide `datasets`."
+        )
+    return datasets[split]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Rows of data sets, from files to batches of tokens."""

@@ -1,0 +1,1 @@
+"""Gradients, weights and optimizer states, wherever the training engine keeps them."""

@@ -1,0 +1,1 @@
+"""The method: capability gradients, the subspace that they span, and the projection."""

@@ -1,0 +1,1 @@
+"""The trainers: TRL's, with the method around each optimizer step."""
