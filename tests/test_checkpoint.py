@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from ogpsa_trl.data.groups import Sample
 from ogpsa_trl.engines.backend import Shard
+from ogpsa_trl.method.saved_start import load_start, save_start
 from ogpsa_trl.method.saved_state import (
     FILE_NAME,
     file_names,
-    load_start,
     load_subspace,
-    save_start,
     save_subspace,
 )
 from ogpsa_trl.method.starting_point import StartingPoint
@@ -75,8 +74,9 @@ def filled(shards, **process):
     subspace.gram = whole_gram()
     subspace.inverse_gram = matrices.inverse_gram(subspace.gram).float()
     subspace.mean_coordinates = torch.ones(len(SIZES), RANK)
-    for name in ("mean_square", "rank", "num_steps", "interval", "is_waiting", "was_held"):
+    for name in ("mean_square", "rank", "is_waiting", "was_held"):
         setattr(subspace, name, torch.ones_like(getattr(subspace, name)))
+    subspace.history.num_steps, subspace.history.interval = torch.tensor(1), torch.tensor(1)
     subspace.is_due = False
     return subspace
 

@@ -8,7 +8,7 @@ import torch
 
 from laws import random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import SubspaceCallback
-from ogpsa_trl.method.subspace import Refresh
+from ogpsa_trl.method.loss_history import Refresh
 from ogpsa_trl.training.diagnostics import Diagnostics
 from runs import (
     capability_groups,
@@ -71,7 +71,7 @@ class TestRestoration:
         for step in range(9):
             if step in (0, 4, 5):
                 refresh(subspace, random_gradients())
-            shares.append(subspace.share_of_step())
+            shares.append(subspace.history.share_of_step())
             take_step(subspace, ALONG)
         assert shares == [0.25] * 4 + [0.25] + [1.0, 0.0, 0.0, 0.0]
 
@@ -111,8 +111,8 @@ def test_gradients_and_drifts_are_exponential_means(scope):
     for index, rows_KN in enumerate(subspace.basis):
         expected = sum(s * some_rows[index] for s, some_rows in zip(shares, rows, strict=True))
         torch.testing.assert_close(coordinates_PRK[index] @ rows_KN, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(subspace.drift, shares @ torch.stack(rises))
-    torch.testing.assert_close(subspace.rises, rises[-1])
+    torch.testing.assert_close(subspace.history.drift, shares @ torch.stack(rises))
+    torch.testing.assert_close(subspace.history.rises, rises[-1])
 
 
 class TestReplay:

@@ -14,7 +14,7 @@ from transformers.utils import chat_template_utils
 from ogpsa_trl import CapabilityGate, OGPSAConfig
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.method.capability_loss import CapabilityLoss
-from ogpsa_trl.method.saved_state import START_FILE_NAME
+from ogpsa_trl.method.saved_start import START_FILE_NAME
 from ogpsa_trl.method.starting_point import StartingPoint, all_samples
 from ogpsa_trl.training.diagnostics import Diagnostics
 from ogpsa_trl.training.gate import SAMPLES_NAME

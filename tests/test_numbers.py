@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from laws import assert_orthonormal, random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.method.saved_state import FILE_NAME, START_FILE_NAME, load_start, load_subspace
+from ogpsa_trl.method.saved_start import START_FILE_NAME, load_start
+from ogpsa_trl.method.saved_state import FILE_NAME, load_subspace
 from runs import capability_groups, make_trainer, max_difference, paper, weights
 
 ALONG = [gradient_RN[0] for gradient_RN in random_gradients(seed=9)]

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig
 
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.method.saved_state import FILE_NAME, START_FILE_NAME
+from ogpsa_trl.method.saved_start import START_FILE_NAME
+from ogpsa_trl.method.saved_state import FILE_NAME
 from runs import (
     SaveAfter,
     assert_resume_is_bitwise,

@@ -40,6 +40,27 @@ class CapabilityGradients:
     weights: Tensor
     is_kept: list[bool]
 
+    def check_finite(self, *, is_first: bool) -> None:
+        """
+        Refuse gradients that make no basis.
+
+        Raises:
+            FloatingPointError: one is not finite in the first refresh, or all are in a later one.
+        """
+        if not any(self.is_kept) or not (is_first or all(self.is_kept)):
+            return
+        row = self.is_kept.index(True)
+        raise FloatingPointError(
+            f"The gradient of capability group {self.names[row]!r} (loss {self.losses[row]:.4g}) "
+            "is not finite, "
+            + (
+                "and there is no older one to keep. Check the samples of this group."
+                if is_first
+                else "nor is that of any other group. Training has diverged: lower "
+                "`learning_rate`, and resume from an earlier checkpoint."
+            )
+        )
+
 
 def capability_gradients(
     backend: GradientBackend,

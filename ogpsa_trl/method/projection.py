@@ -22,11 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpsa_trl.engines.backend import GradientBackend
+from ogpsa_trl.method.products import TINY, Products, adam_metrics, measure, relative_rates
 from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import constraints, matrices, vectors
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -55,19 +53,6 @@ class Restoration:
     is_capped: Tensor
 
 
-@dataclass
-class _Products:
-    """Products of a vector v with the basis B and with itself, in a metric D, over all shards."""
-
-    with_rows_BK: Tensor  # B v
-    squares_P: Tensor  # v v^T of every parameter
-    square: Tensor  # and of all
-    gram_BKK: Tensor  # B D B^T
-    metric_squares_P: Tensor  # v D^-1 v^T of every parameter
-    metric_square: Tensor  # and of all
-    rates_P: Tensor | None  # Factors of D; None where it is the identity
-
-
 @torch.no_grad()
 def project(subspace: CapabilitySubspace) -> Projection | None:
     """
@@ -88,7 +73,7 @@ def project(subspace: CapabilitySubspace) -> Projection | None:
             "step would not be projected. Check that the loss depends on trained parameters; "
             "if it does, please report the engine and its version."
         )
-    products = _products(subspace, gradients)
+    products = measure(subspace, gradients)
     if not products.square.isfinite():
         return None
     return _project(subspace, gradients, products)
@@ -118,8 +103,8 @@ def project_update(subspace: CapabilitySubspace, weights_before: list[Tensor]) -
         subspace.backend.check_no_copy(weights_before)
         subspace.is_optimizer_checked = True
     updates = _updates(subspace, weights_before)
-    metrics = _metrics(subspace) if subspace.config.metric == "optimizer" else None
-    products = _products(subspace, updates, metrics, _relative_rates(subspace.backend))
+    metrics = adam_metrics(subspace) if subspace.config.metric == "optimizer" else None
+    products = measure(subspace, updates, metrics, relative_rates(subspace.backend))
     projection = _project(subspace, updates, products, metrics)
     subspace.backend.publish_weights()
     return projection
@@ -136,7 +121,7 @@ def measure_update(
         The share of its squared length that lies in the subspace, in [0, 1]; and what it should
         change each capability loss by, to first order, in nats, shape [R].
     """
-    products = _products(subspace, _updates(subspace, weights_before))
+    products = measure(subspace, _updates(subspace, weights_before))
     inside = matrices.square(products.with_rows_BK, subspace.inverse_gram)
     return inside / products.square, _changes(subspace, products.with_rows_BK)
 
@@ -153,35 +138,25 @@ def _updates(
 def _project(
     subspace: CapabilitySubspace,
     vectors_P: Sequence[vectors.Vector | None],
-    products: _Products,
+    products: Products,
     metrics: Sequence[vectors.AdamMetric | None] | None = None,
 ) -> Projection:
     """Find what the vectors of all parameters have to lose, and take it from them."""
-    config, backend = subspace.config, subspace.backend
-    weights_BK = _weights(subspace, products)
+    backend, is_update = subspace.backend, products.rates_P is not None
+    weights_BK = _removal(subspace, products)
     removed = matrices.square(weights_BK, products.gram_BKK)
     restoration = None
-    if config.restoration:
+    if subspace.config.restoration:
         restoring_BK, restoration = _restoring(subspace, products, weights_BK)
         weights_BK = weights_BK + restoring_BK
     weights_BK = backend.same_on_all(weights_BK)
+    _subtract(subspace, vectors_P, weights_BK, products.rates_P, metrics)
     changes = None
-    if products.rates_P is not None:  # an update
+    if is_update:
         left_BK = products.with_rows_BK - matrices.times(products.gram_BKK, weights_BK)
         changes = _changes(subspace, left_BK)
-        subspace.count_step(changes)
-    weights_PK = weights_BK.expand(len(vectors_P), -1)
-    if products.rates_P is not None:
-        weights_PK = products.rates_P[:, None] * weights_PK
-    for index, (rows_KN, vector_N, weights_K) in enumerate(
-        zip(subspace.basis, vectors_P, weights_PK, strict=True)
-    ):
-        if rows_KN is None or vector_N is None:
-            continue
-        metric = None if metrics is None else metrics[index]
-        vectors.subtract_(vector_N, rows_KN, weights_K, metric)
+        subspace.history.count_step(changes)
     held = _hold(subspace, vectors_P, products.squares_P)
-
     if held:
         removed = removed + products.metric_squares_P[held].sum()
     inside_BK = matrices.times(subspace.inverse_gram, products.with_rows_BK)
@@ -191,70 +166,36 @@ def _project(
         removed_fraction=(removed / products.metric_square).clamp(0, 1),
         share_inside=inside / products.square,
         # Of two squares the product might not fit into float32.
-        cosine=in_mean / (products.square.sqrt() * subspace.mean_square.sqrt()).clamp_min(_TINY),
+        cosine=in_mean / (products.square.sqrt() * subspace.mean_square.sqrt()).clamp_min(TINY),
         held=[backend.parameters[index][0] for index in held],
         changes=changes,
         restoration=restoration,
     )
 
 
-def _products(
-    subspace: CapabilitySubspace,
-    vectors_P: Sequence[vectors.Vector | None],
-    metrics: Sequence[vectors.AdamMetric | None] | None = None,
-    rates_P: Tensor | None = None,
-) -> _Products:
-    """
-    The products of the vectors of all parameters with the basis and with themselves, in a metric.
-
-    Args:
-        subspace: The subspace.
-        vectors_P: The gradient, or the update, of each parameter.
-        metrics: Adam's metric for each parameter. `None`: the identity.
-        rates_P: The factors of an update's metric. `None`: the identity.
-    """
-    num_rows = subspace.inverse_gram.shape[-1]
-    numbers = [
-        None
-        if vector_N is None
-        else vectors.products(rows_KN, vector_N, None if metrics is None else metrics[index])
-        for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors_P, strict=True))
-    ]
-    # With the identity as metric the basis alone gives the rest.
-    width = vectors.num_products(num_rows, has_metric=metrics is not None)
-    table_PX = matrices.table(numbers, width, subspace.backend.device)
-    table_PX = subspace.backend.sum_over_shards(table_PX)  # all that a projection sends
-    of_each = vectors.Products.from_table(table_PX, num_rows)
-    with_rows_BK = subspace.merge(of_each.with_rows_PK)
-    squares_P, square = of_each.square_P, of_each.square_P.sum().clamp_min(_TINY)
-    if rates_P is None:
-        return _Products(with_rows_BK, squares_P, square, subspace.gram, squares_P, square, None)
-    # What the optimizer did not move is not moved.
-    rates_P = torch.where(squares_P > 0, rates_P, 0.0)
-    gram_PKK, inverse_squares_P = subspace.gram_PKK, squares_P
-    if of_each.gram_PKK is not None and of_each.inverse_square_P is not None:
-        gram_PKK, inverse_squares_P = of_each.gram_PKK, of_each.inverse_square_P
-    # Where D is zero nothing was moved, or no gradient has come yet.
-    metric_squares_P = torch.where(
-        (rates_P > 0) & inverse_squares_P.isfinite(), inverse_squares_P / rates_P, 0.0
-    )
-    return _Products(
-        with_rows_BK,
-        squares_P,
-        square,
-        subspace.merge(rates_P[:, None, None] * gram_PKK),
-        metric_squares_P,
-        metric_squares_P.sum().clamp_min(_TINY),
-        rates_P,
-    )
-
-
-def _weights(subspace: CapabilitySubspace, products: _Products) -> Tensor:
+def _removal(subspace: CapabilitySubspace, products: Products) -> Tensor:
     """The weights of the basis rows that a step has to lose, shape [B, K]."""
     if products.rates_P is None:  # nothing leaves the device
         return matrices.times(subspace.inverse_gram, products.with_rows_BK)
     weights_BK = constraints.equality_weights(products.with_rows_BK.cpu(), products.gram_BKK.cpu())
     return subspace.small(weights_BK)
+
+
+def _subtract(
+    subspace: CapabilitySubspace,
+    vectors_P: Sequence[vectors.Vector | None],
+    weights_BK: Tensor,
+    rates_P: Tensor | None,
+    metrics: Sequence[vectors.AdamMetric | None] | None,
+) -> None:
+    """Take D B^T w from the vectors of all parameters, in place."""
+    weights_PK = weights_BK.expand(len(vectors_P), -1)
+    if rates_P is not None:
+        weights_PK = rates_P[:, None] * weights_PK
+    for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors_P, strict=True)):
+        if rows_KN is not None and vector_N is not None:
+            metric = None if metrics is None else metrics[index]
+            vectors.subtract_(vector_N, rows_KN, weights_PK[index], metric)
 
 
 def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:
@@ -263,12 +204,12 @@ def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:
 
 
 def _restoring(
-    subspace: CapabilitySubspace, products: _Products, removal_BK: Tensor
+    subspace: CapabilitySubspace, products: Products, removal_BK: Tensor
 ) -> tuple[Tensor, Restoration]:
     """Weights that take back a part of the rise of each capability loss, shape [B, K]."""
     config = subspace.config
     weights_BK, square = constraints.restoration_weights(
-        config.restoration * subspace.share_of_step() * subspace.drift.clamp_min(0).cpu(),
+        subspace.history.to_restore(),
         products.gram_BKK.cpu(),
         subspace.coordinates.cpu(),
     )
@@ -282,36 +223,9 @@ def _restoring(
         .clamp_min(0)
         .sqrt()
     )
-    scale = (config.restoration_cap * rest / length.clamp_min(_TINY)).clamp_max(1)
-    ratio = scale * length / rest.clamp_min(_TINY)
+    scale = (config.restoration_cap * rest / length.clamp_min(TINY)).clamp_max(1)
+    ratio = scale * length / rest.clamp_min(TINY)
     return scale * weights_BK, Restoration(ratio, (scale < 1).float())
-
-
-def _relative_rates(backend: GradientBackend) -> Tensor:
-    """The learning rates, relative to the largest: a common factor changes no projection."""
-    rates_P = torch.tensor(backend.learning_rates(), device=backend.device)
-    return rates_P / rates_P.max().clamp_min(_TINY)
-
-
-def _metrics(subspace: CapabilitySubspace) -> list[vectors.AdamMetric | None] | None:
-    """
-    Adam's metric for each parameter, from one reading of its state: entries that are stored in 8
-    bits are held in 32 until the step has ended. None where no gradient has left a second moment.
-    """
-    backend = subspace.backend
-    moments = [backend.second_moment(parameter) for _, parameter in backend.parameters]
-    sums = [None if moment_N is None else moment_N.sum()[None] for moment_N in moments]
-    sums_PX = backend.sum_over_shards(matrices.table(sums, 1, backend.device))
-    totals_PX = torch.tensor([[max(shard.total, 1)] for shard in backend.shards])
-    means_P = backend.same_on_all((sums_PX / totals_PX.to(backend.device)).flatten())
-    if not means_P.any():
-        return None
-    floors_P = vectors.adam_floors(means_P)
-    nothing = floors_P.new_zeros(())  # where it is missing the floor is infinite
-    return [
-        vectors.AdamMetric(nothing.expand(shard.size) if moment_N is None else moment_N, floor)
-        for moment_N, shard, floor in zip(moments, backend.shards, floors_P, strict=True)
-    ]
 
 
 def _hold(

@@ -6,40 +6,25 @@ Where gradients are sharded, each process writes its shards, `ogpsa_subspace-000
 A file says which range of every flattened parameter it holds, so files of one number of processes
 can be read by another, and those of one engine by another: torch.distributed.checkpoint would ask
 for a DTensor, which ZeRO's ranges are not, and keep its index in a pickle.
-
-The starting point, the same on every process, is `ogpsa_start.safetensors`.
 """
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.files import put_in_place
-from ogpsa_trl.data.groups import CapabilityGroup, Sample
 from ogpsa_trl.engines.backend import GradientBackend, Shard
-from ogpsa_trl.method.starting_point import StartingPoint, all_samples, is_sound
+from ogpsa_trl.method.state_file import ADVICE, StateFile, opened, settings_of, write
 from ogpsa_trl.method.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "ogpsa_subspace.safetensors"
-START_FILE_NAME = "ogpsa_start.safetensors"
-
-_FORMAT = "3"
 # Settings that decide the shape or the meaning of what is saved.
 _SETTINGS = ("scope", "target", "capability_loss", "basis_dtype")
-_START_SETTINGS = ("capability_loss", "kl_tokens")
-_ADVICE = "Resume from another checkpoint, or delete this file: it is then made anew."
 
 
 def file_names(num_files: int) -> list[str]:
@@ -58,18 +43,14 @@ def save_subspace(subspace: CapabilitySubspace, folder: str) -> None:
     """
     backend = subspace.backend
     tensors = {name: tensor.cpu() for name, tensor in subspace.state_dict().items()}
-    metadata = {
-        "format": _FORMAT,
-        "settings": json.dumps(_settings(subspace.config, _SETTINGS)),
-        "shards": json.dumps(_shards(backend)),
-    }
     names = _names(backend)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if backend.process_index == 0:  # what another number of processes has left in this folder
         for path in _all_files(Path(folder)):
             if path.name not in names:
                 path.unlink()
-    _write(tensors, Path(folder) / names[_file_index(backend)], metadata)
+    path = Path(folder) / names[_file_index(backend)]
+    write(path, tensors, settings_of(subspace.config, _SETTINGS), _shards(backend))
 
 
 def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
@@ -88,122 +69,8 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
         path = Path(folder) / FILE_NAME.replace(".", "*.")
         raise ValueError(
             f"The capability subspace in {path} is damaged: it is not finite, or the basis is not "
-            f"the one that was saved. {_ADVICE}"
+            f"the one that was saved. {ADVICE}"
         )
-
-
-def save_start(
-    start: StartingPoint, config: OGPSAConfig, folder: str, same: Path | None = None
-) -> Path:
-    """
-    Write the starting point into a checkpoint folder. One process is enough.
-
-    Args:
-        start: The starting point.
-        config: The settings.
-        folder: The folder.
-        same: A file that it was written to before. It never changes, so that another name for the
-            same bytes does, where the file system has such links.
-
-    Returns:
-        The file.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / START_FILE_NAME
-    if same is not None and _link(same, path):
-        return path
-    settings = json.dumps(_settings(config, _START_SETTINGS))
-    metadata = {"format": _FORMAT, "settings": settings, "shards": "{}"}
-    tensors = {name: tensor.contiguous() for name, tensor in start.state_dict().items()}
-    _write(tensors, path, metadata)
-    return path
-
-
-def _link(file: Path, path: Path) -> bool:
-    """Give a file another name, if that can be done."""
-    unfinished = _unfinished(path)
-    try:
-        if path.exists() and path.samefile(file):  # of a step that is saved once more
-            return True
-        unfinished.unlink(missing_ok=True)
-        unfinished.hardlink_to(file)
-    except OSError:  # its checkpoint was deleted, or is on another file system
-        return False
-    put_in_place(unfinished, path)
-    return True
-
-
-def load_start(
-    backend: GradientBackend,
-    groups: Sequence[CapabilityGroup],
-    config: OGPSAConfig,
-    folder: str,
-) -> StartingPoint | None:
-    """
-    Read the starting point of a checkpoint folder, if it is of these groups and settings.
-
-    The samples in it have the tokens that it was measured on; a warning says where those of this
-    run are others.
-
-    Otherwise, on any process, a warning is logged. A collective call: every process makes it.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path, samples = Path(folder) / START_FILE_NAME, all_samples(groups)
-    start, reason = None, "there is none"
-    if path.exists():
-        with _open(path) as file:
-            if file.settings != _settings(config, _START_SETTINGS):
-                reason = f"it was measured with the settings {file.settings}"
-            else:
-                state = {name: file.tensors.get_tensor(name) for name in file.names}
-                try:
-                    if "epsilon" not in state and _was_rounded(backend, config):
-                        raise ValueError("It was measured in bfloat16, by an older version.")
-                    start = StartingPoint.from_state(samples, state)
-                    _warn_of_other_tokens(samples, start.samples, folder)
-                except ValueError as error:
-                    reason = str(error)
-                if not is_sound(state):
-                    raise ValueError(f"The OGPSA state in {path} is not finite. {_ADVICE}")
-    if backend.is_on_all(start is not None):
-        return start
-    logger.warning(
-        "The starting point of %s cannot be used (%s): drift%s counts from the weights of this "
-        "checkpoint, not from those that training started with.",
-        folder, reason, ", and so the divergence," if config.capability_loss == "kl" else "",
-    )  # fmt: skip
-    return None
-
-
-def _was_rounded(backend: GradientBackend, config: OGPSAConfig) -> bool:
-    """Whether older versions measured in bfloat16 what is measured more finely now."""
-    is_bf16 = backend.accelerator.mixed_precision == "bf16"
-    is_finer = backend.epsilon < torch.finfo(torch.bfloat16).eps
-    return config.capability_loss == "kl" and is_bf16 and is_finer
-
-
-def _warn_of_other_tokens(ours: list[Sample], saved: list[Sample], folder: str) -> None:
-    others = [a.name for a, b in zip(ours, saved, strict=True) if a.features != b.features]
-    if others:
-        logger.warning(
-            "%d capability samples have other tokens now than in %s (the first is %s), by other "
-            "data or a chat template that writes the date. Training goes on with those of the "
-            "checkpoint. To protect other data, begin a new run.",
-            len(others), folder, others[0],
-        )  # fmt: skip
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Under another name first: a file with its name is whole."""
-    unfinished = _unfinished(path)
-    save_file(tensors, unfinished, metadata)
-    put_in_place(unfinished, path)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.unfinished")
 
 
 def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
@@ -217,8 +84,8 @@ def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
         )  # fmt: skip
         return False
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(path)) for path in paths]
-        saved, ours = files[0].settings, _settings(subspace.config, _SETTINGS)
+        files = [stack.enter_context(opened(path)) for path in paths]
+        saved, ours = files[0].settings, settings_of(subspace.config, _SETTINGS)
         if saved != ours:
             logger.warning(
                 "The capability subspace in %s was made with the settings %s, but this run has "
@@ -242,42 +109,13 @@ def _load(subspace: CapabilitySubspace, folder: Path) -> bool:
     return True
 
 
-@dataclass
-class _File:
-    """An open file: what it says of itself, and access to its tensors."""
-
-    settings: dict[str, Any]
-    shards: dict[str, Shard]
-    tensors: Any
-    names: set[str]
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[_File]:
-    try:
-        tensors = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"The OGPSA state in {path} cannot be read ({error}). {_ADVICE}"
-        ) from error
-    with tensors:
-        metadata = tensors.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"The OGPSA state in {path} has format {metadata.get('format')!r}, but this "
-                f"version reads {_FORMAT!r}. {_ADVICE}"
-            )
-        shards = {name: Shard(*range_) for name, range_ in json.loads(metadata["shards"]).items()}
-        yield _File(json.loads(metadata["settings"]), shards, tensors, set(tensors.keys()))
-
-
 def _files_for(backend: GradientBackend, folder: Path) -> list[Path]:
     """
     The files to read: this process's own, if it holds just what this process does; otherwise all.
     """
     own = folder / _names(backend)[_file_index(backend)]
     if own.exists():
-        with _open(own) as file:
+        with opened(own) as file:
             if file.shards == _shards(backend):
                 return [own]
     for path in _all_files(folder):
@@ -288,7 +126,7 @@ def _files_for(backend: GradientBackend, folder: Path) -> list[Path]:
     return []
 
 
-def _state_for(backend: GradientBackend, files: Sequence[_File]) -> dict[str, Tensor]:
+def _state_for(backend: GradientBackend, files: Sequence[StateFile]) -> dict[str, Tensor]:
     """
     The state of this process, put together from the files.
 
@@ -315,7 +153,7 @@ def _state_for(backend: GradientBackend, files: Sequence[_File]) -> dict[str, Te
     return state
 
 
-def _rows_of(name: str, wanted: Shard, files: Sequence[_File]) -> Tensor | None:
+def _rows_of(name: str, wanted: Shard, files: Sequence[StateFile]) -> Tensor | None:
     """
     The basis rows of one parameter on this process; None where all are zero.
 
@@ -354,8 +192,3 @@ def _file_index(backend: GradientBackend) -> int:
 
 def _shards(backend: GradientBackend) -> dict[str, Shard]:
     return {name: s for (name, _), s in zip(backend.parameters, backend.shards, strict=True)}
-
-
-def _settings(config: OGPSAConfig, names: Sequence[str]) -> dict[str, Any]:
-    settings = asdict(config)
-    return {name: settings[name] for name in names}

@@ -16,7 +16,6 @@ process, B blocks (P of them in scope "parameter", 1 in scope "model").
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,33 +24,17 @@ from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.engines import adam_moments
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.method.capability_gradients import CapabilityGradients
+from ogpsa_trl.method.loss_history import LossHistory, Refresh
 from ogpsa_trl.tensors import matrices, vectors
 
-
-@dataclass
-class Refresh:
-    """
-    How the loss of each capability gradient has changed, in nats, one entry for each.
-
-    Attributes:
-        drift: Since the first refresh of the run.
-        predicted_change: What the updates since the last refresh should have done, to first order.
-            `None` at the first, and where the update is not projected, and so not known.
-        realised_change: Since the last refresh. `None` at the first.
-    """
-
-    drift: list[float]
-    predicted_change: list[float] | None
-    realised_change: list[float] | None
-
-
 # What is saved beside the rows. The first are on the device, the masks on the CPU.
-_SMALL_STATE = (
-    "gram", "inverse_gram", "coordinates", "mean_coordinates", "mean_square", "rank",
-    "weights", "rises", "drift", "predicted_change", "is_waiting", "was_held",
+_OWN_STATE = (
+    "gram", "inverse_gram", "coordinates", "mean_coordinates", "mean_square", "rank", "weights",
+    "is_waiting", "was_held",
 )  # fmt: skip
+_HISTORY = ("rises", "drift", "predicted_change")
 # What older checkpoints lack; it then stays as it is at the start.
-_NEW_STATE = ("num_steps", "interval")
+_NEW_HISTORY = ("num_steps", "interval")
 
 
 class CapabilitySubspace:
@@ -94,15 +77,9 @@ class CapabilitySubspace:
         self.mean_square = torch.zeros(())
         # Number of directions, the mean over the blocks.
         self.rank = torch.zeros(())
-        # Per capability gradient, shape [R]: its share in the mean; how far its loss was above the
-        # start of training at the last refresh, and the average of that over the refreshes, as the
-        # gradients are averaged; what the updates since then should have changed it by.
-        self.weights = self.rises = torch.zeros(0)
-        self.drift = self.predicted_change = torch.zeros(0)
-        # Steps since the last refresh, and how many there were between the last two: as many are
-        # expected until the next.
-        self.num_steps = torch.tensor(0)
-        self.interval = torch.tensor(config.refresh_interval)
+        # The share of each capability gradient in the mean, shape [R].
+        self.weights = torch.zeros(0)
+        self.history = LossHistory(config, backend.device)
         # The mean capability gradient has not been replayed yet.
         self.is_fresh = False
         # Per parameter, on the CPU: its direction is not known yet; it was held once.
@@ -155,7 +132,7 @@ class CapabilitySubspace:
         """
         rows, self.is_due = self.basis, True
         self.basis = [None for _ in rows]
-        if len(self.rises) != num_gradients:
+        if len(self.weights) != num_gradients:
             return [None] * len(rows), 0.0
         coordinates_PRK = self.coordinates.expand(len(rows), -1, -1)
         for index, rows_KN in enumerate(rows):
@@ -177,8 +154,8 @@ class CapabilitySubspace:
             FloatingPointError: a gradient is not finite in the first refresh, or all are in a later
                 one. There is no basis then.
         """
-        is_first = len(self.rises) != len(gradients.names)
-        _check_finite(gradients, is_first=is_first)
+        is_first = len(self.weights) != len(gradients.names)
+        gradients.check_finite(is_first=is_first)
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         num_entries_P = torch.tensor([shard.total for shard in self.backend.shards]).double()
         gram_BRR = matrices.without_short_rows(self.merge(gram_PRR), self.merge(num_entries_P))
@@ -207,44 +184,7 @@ class CapabilitySubspace:
             self.is_due = False
         self.is_fresh = True
         self.weights = self.small(mean_R)
-        old_R = torch.zeros(len(rises)) if is_first else self.rises.cpu()
-        is_kept_R = torch.tensor(gradients.is_kept)
-        rises_R = torch.where(is_kept_R, old_R, torch.tensor(rises)).double()
-        return self._watch_losses(rises_R, is_first)
-
-    def _watch_losses(self, rises_R: Tensor, is_first: bool) -> Refresh:
-        """Compare the losses with those at the start of training and at the last refresh."""
-        predicted = realised = None
-        if not is_first:
-            realised = (rises_R - self.rises.cpu().double()).tolist()
-            if self.config.target == "update":
-                predicted = self.predicted_change.tolist()
-        self.rises = self.small(rises_R)
-        old_drift = self.rises if is_first else self.drift
-        share = self.config.capability_ema
-        self.drift = share * old_drift + (1 - share) * self.rises
-        self.predicted_change = torch.zeros_like(self.rises)
-        if self.num_steps > 0:
-            self.interval = self.num_steps
-            self.num_steps = torch.zeros_like(self.interval)
-        return Refresh(rises_R.tolist(), predicted, realised)
-
-    def count_step(self, changes_R: Tensor) -> None:
-        """
-        A projected update has been made.
-
-        Args:
-            changes_R: What it should change each loss by, in nats.
-        """
-        self.num_steps = self.num_steps + 1
-        self.predicted_change = self.predicted_change + changes_R
-
-    def share_of_step(self) -> float:
-        """
-        The share of a rise that the next step takes back: equal ones in as many steps as there were
-        between the last two refreshes, and nothing where there are more.
-        """
-        return 1 / int(self.interval) if self.num_steps < self.interval else 0.0
+        return self.history.refresh(rises, gradients.is_kept)
 
     @torch.no_grad()
     def replay(self) -> Tensor | None:
@@ -275,7 +215,8 @@ class CapabilitySubspace:
         names = [name for name, _ in self.backend.parameters]
         rows = zip(names, self.basis, strict=True)
         state = {f"basis.{name}": rows_KN for name, rows_KN in rows if rows_KN is not None}
-        state |= {name: getattr(self, name).contiguous() for name in _SMALL_STATE + _NEW_STATE}
+        state |= {name: getattr(self, name).contiguous() for name in _OWN_STATE}
+        state |= {name: getattr(self.history, name) for name in _HISTORY + _NEW_HISTORY}
         return state | {"is_due": torch.tensor(self.is_due)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -288,8 +229,9 @@ class CapabilitySubspace:
         parameters = zip(self.backend.parameters, self.backend.shards, strict=True)
         num_rows = state["gram"].shape[-1] if "gram" in state else 0
         sizes = {f"basis.{name}": (num_rows, shard.size) for (name, _), shard in parameters}
-        missing = sorted({*_SMALL_STATE, "is_due"} - state.keys())
-        unknown = sorted(state.keys() - sizes.keys() - {*_SMALL_STATE, *_NEW_STATE, "is_due"})
+        needed = {*_OWN_STATE, *_HISTORY, "is_due"}
+        missing = sorted(needed - state.keys())
+        unknown = sorted(state.keys() - sizes.keys() - needed - {*_NEW_HISTORY})
         misfits = sorted(
             name for name in sizes.keys() & state.keys() if state[name].shape != sizes[name]
         )
@@ -299,11 +241,13 @@ class CapabilitySubspace:
                 f"missing {missing[:3]}, unknown {unknown[:3]}, of another size {misfits[:3]}."
             )
         device = self.backend.device
-        for name in _SMALL_STATE:
+        for name in _OWN_STATE:
             on_cpu = state[name].dtype == torch.bool
             setattr(self, name, state[name].clone() if on_cpu else state[name].to(device))
-        for name in _NEW_STATE:
-            setattr(self, name, state.get(name, getattr(self, name)).clone())
+        for name in _HISTORY:
+            setattr(self.history, name, state[name].to(device))
+        for name in _NEW_HISTORY:
+            setattr(self.history, name, state.get(name, getattr(self.history, name)).clone())
         names = [f"basis.{name}" for name, _ in self.backend.parameters]
         self.basis = [state[name].to(device) if name in state else None for name in names]
         self.is_due = bool(state["is_due"])
@@ -318,7 +262,9 @@ class CapabilitySubspace:
         if num_rows:
             self.gram_PKK = self._sum_grams(self.basis, num_rows)
         gram_BKK = self.merge(self.gram_PKK) if num_rows else self.gram
-        is_finite = all(bool(getattr(self, name).isfinite().all()) for name in _SMALL_STATE)
+        small = [getattr(self, name) for name in _OWN_STATE]
+        small += [getattr(self.history, name) for name in _HISTORY]
+        is_finite = all(bool(values.isfinite().all()) for values in small)
         return (
             is_finite
             # Other shards add up in another order, and other processors invert with other digits.
@@ -354,19 +300,3 @@ class CapabilitySubspace:
     def small(self, values: Tensor) -> Tensor:
         """A small float64 result of the CPU, where and as the step needs it."""
         return values.float().to(self.backend.device)
-
-
-def _check_finite(gradients: CapabilityGradients, *, is_first: bool) -> None:
-    if not any(gradients.is_kept) or not (is_first or all(gradients.is_kept)):
-        return
-    row = gradients.is_kept.index(True)
-    raise FloatingPointError(
-        f"The gradient of capability group {gradients.names[row]!r} (loss "
-        f"{gradients.losses[row]:.4g}) is not finite, "
-        + (
-            "and there is no older one to keep. Check the samples of this group."
-            if is_first
-            else "nor is that of any other group. Training has diverged: lower `learning_rate`, "
-            "and resume from an earlier checkpoint."
-        )
-    )
