@@ -183,14 +183,15 @@ class ProjectionProbe:
 
     def __init__(self, trainer):
         self.trainer, self.largest, self.sent_bytes = trainer, 0.0, []
-        self.project, self.project_update = trainer._project, trainer._project_update
-        self.constrained_step = trainer._constrained_step
-        trainer._project, trainer._project_update = self.on_gradient, self.on_update
-        trainer._constrained_step = self.on_step
+        step = trainer.constrained_step
+        self.project, self.project_update = step.project_gradient, step.project_update
+        self.around_optimizer = step.around_optimizer
+        step.project_gradient, step.project_update = self.on_gradient, self.on_update
+        step.around_optimizer = self.on_step
 
     @contextlib.contextmanager
     def on_step(self):
-        step = self.constrained_step()
+        step = self.around_optimizer()
         with self.counted():
             step.__enter__()
         yield
@@ -335,7 +336,7 @@ def train_without_projection(engine, model_path, folder, num_processes, cell, **
             save_only_model=True, lora_dropout=0.3, **options,
         )  # fmt: skip
         if kind == "refreshed":
-            trainer._project = lambda: None
+            trainer.constrained_step.project_gradient = lambda: None
             trainer.remove_callback(SubspaceCallback)
             trainer.add_callback(SubspaceCallback(trainer, refresh_interval=1))
         trainer.train()
@@ -409,7 +410,7 @@ def errors_without_gradients(engine, model_path, folder, num_processes):
     except RuntimeError as error:
         errors.append(str(error))
     try:
-        with trainer.subspace.backend.around_step(trainer._constrained_step):
+        with trainer.subspace.backend.around_step(trainer.constrained_step.around_optimizer):
             pass
     except RuntimeError as error:
         errors.append(str(error))

@@ -67,8 +67,8 @@ def kill_inside(trainer, what, folder):
         "refresh": (trainer.capability_loss, "sum", 2 + 1),
         "model file": (trainer, "_save_optimizer_and_scheduler", 3),
         "subspace file": (trainer, "_save_rng_state", 3),
-        "mark": (sys.modules["ogpsa_trl.training.mixin"], "mark", 3),
-        "deletion": (sys.modules["ogpsa_trl.training.mixin"], "rotate_checkpoints", 3),
+        "mark": (sys.modules["ogpsa_trl.training.whole_checkpoints"], "mark", 3),
+        "deletion": (sys.modules["ogpsa_trl.training.whole_checkpoints"], "rotate_checkpoints", 3),
     }[what]
     method = getattr(owner, name)
 

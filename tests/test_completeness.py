@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ogpsa_trl.training import mixin, whole_checkpoints
+from ogpsa_trl.training import whole_checkpoints
 from ogpsa_trl.training.whole_checkpoints import (
     LIST_NAME,
     checkpoint_to_resume,
@@ -107,7 +107,7 @@ def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, mo
         seen.append([p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)])
         mark(folder)
 
-    monkeypatch.setattr(mixin, "mark", look_and_mark)
+    monkeypatch.setattr(whole_checkpoints, "mark", look_and_mark)
     trainer.train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     (folder,) = tmp_path.glob("checkpoint-*")

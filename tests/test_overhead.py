@@ -8,7 +8,7 @@ import torch
 from ogpsa_trl.benchmark import overhead
 from ogpsa_trl.benchmark.overhead import Cell, row_of
 from ogpsa_trl.benchmark.overhead_cell import CountedBytes, host_hooks, make_trainer, timings
-from ogpsa_trl.training import mixin
+from ogpsa_trl.training import step
 
 
 def result(cell, **seconds):
@@ -71,9 +71,9 @@ def test_hooks_project_the_gradient_of_every_pass(tmp_path):
 
 def test_every_arm_is_timed_in_every_turn(tmp_path):
     cell = Cell(size="1M", tokens=64, length=16, capability_samples=4, repeats=2)
-    project = mixin.project
+    project = step.project
     measured = timings(cell, str(tmp_path))
-    assert mixin.project is project
+    assert step.project is project
     assert all(len(seconds) == 2 for seconds in measured["seconds"].values())
     assert all(value > 0 for seconds in measured["seconds"].values() for value in seconds)
     assert measured["basis_bytes"] == 2 * 4 * measured["parameters"]

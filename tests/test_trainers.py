@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from laws import literal_basis, literal_projection
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.benchmark.toy_model import tiny_llama_config, toy_tokenizer
-from ogpsa_trl.training import diagnostics, mixin
+from ogpsa_trl.training import diagnostics, step
 from runs import (
     CosineCallback,
     WeightsCallback,
@@ -141,7 +141,7 @@ def test_refresh_leaves_no_trace_in_training(stage, base_model_path, tmp_path, m
         stage, model, tmp_path, capability=capability_groups(),
         config=paper(refresh_interval=1), **options,
     )  # fmt: skip
-    monkeypatch.setattr(trainer, "_project", lambda: None)
+    monkeypatch.setattr(trainer.constrained_step, "project_gradient", lambda: None)
     trainer.train()
     assert max_difference(weights(trainer), expected) == 0
     without = ("runtime", "per_second", "seconds", "ogpsa/")
@@ -419,7 +419,7 @@ def test_a_long_refresh_shows_its_progress(
     has_panel, base_model_path, tmp_path, monkeypatch, capsys
 ):
     """But not beside the panel of rich: a bar would put a line above it at each of its updates."""
-    monkeypatch.setattr(mixin, "_SECONDS_WITHOUT_BAR", 0)
+    monkeypatch.setattr(step, "_SECONDS_WITHOUT_BAR", 0)
     trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(), disable_tqdm=False,
         more={"callbacks": [RichProgressCallback()]} if has_panel else None,
@@ -472,7 +472,7 @@ def test_the_refresh_share_is_that_of_the_time_between_two_logs(
 ):
     """By a clock that goes on by a second whenever it is read: twice a refresh, once a log."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr(mixin, "time", clock)
+    monkeypatch.setattr(step, "time", clock)
     monkeypatch.setattr(diagnostics, "time", clock)
     trainer, _, _ = trained(
         "sft", base_model_path, tmp_path, capability=capability_groups(),
@@ -526,7 +526,7 @@ class TestLostGradients:
             max_steps=max_steps, optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0,
             weight_decay=0.1, logging_steps=1,
         )  # fmt: skip
-        constrained_step = trainer._constrained_step
+        around_optimizer = trainer.constrained_step.around_optimizer
 
         @contextlib.contextmanager
         def broken_step():
@@ -536,10 +536,10 @@ class TestLostGradients:
                     parameter.grad.zero_()
             elif value != 1.0:
                 trainer.model.model.embed_tokens.weight.grad[5, 3] = value
-            with constrained_step():
+            with around_optimizer():
                 yield
 
-        trainer._constrained_step = broken_step
+        trainer.constrained_step.around_optimizer = broken_step
         trainer.train()
         return trainer
 

@@ -38,7 +38,7 @@ from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer, SubspaceCallback
 from ogpsa_trl.benchmark.toy_model import toy_tokenizer
 from ogpsa_trl.method import projection
 from ogpsa_trl.tensors import matrices
-from ogpsa_trl.training import mixin
+from ogpsa_trl.training import step
 
 # Width, layers, heads, width of the feed-forward layers, words.
 SIZES = {
@@ -222,7 +222,7 @@ class Arms(TrainerCallback):
         round_, place = divmod(state.global_step, self.steps_per_round)
         if state.global_step == 0:
             for name in ("project", "copy_weights", "project_update"):
-                self.clocks.enter_context(timed_calls(mixin, name, self._add_projection))
+                self.clocks.enter_context(timed_calls(step, name, self._add_projection))
             subspace = self.trainer.subspace
             self.clocks.enter_context(timed_calls(subspace, "replay", self._add_projection))
             for name in ("release_gradients", "refresh"):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ogpsa_trl.method.capability_gradients import CapabilityGradients, group_means
+from ogpsa_trl.method.loss_history import Refresh
 from ogpsa_trl.method.projection import Projection
-from ogpsa_trl.method.subspace import CapabilitySubspace, Refresh
+from ogpsa_trl.method.subspace import CapabilitySubspace
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from ogpsa_trl.method.capability_gradients import deterministic
 from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.callbacks import record_settings
 from ogpsa_trl.training.mixin import OGPSAMixin
+from ogpsa_trl.training.setup import check_text_model
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class CapabilityGate(TrainerCallback):
         self.trainer = trainer
         self.config = config or GateConfig()
         self.config.check_saving(trainer.args)
-        trainer.check_model()
+        check_text_model(trainer)
         check_supported(trainer.accelerator, None, "none")
         is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         if self.config.gate_action == "best" and is_sharded and trainer.args.save_only_model:

@@ -1,74 +1,50 @@
-"""OGPSAMixin, for any `transformers.Trainer`."""
+"""OGPSAMixin, for any `transformers.Trainer`: where a trainer calls the method."""
 
 import contextlib
-import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    IntervalStrategy,
-    rotate_checkpoints,
-)
-from transformers.training_args import OptimizerNames
+from transformers import ProcessorMixin, Trainer
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.callbacks import RichProgressCallback
 
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data.files import replace_text
-from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
-from ogpsa_trl.data.groups import (
-    Batch,
-    CapabilityGroup,
-    Preparation,
-    context_of,
-    named_groups,
-    prepare_group,
-    trained_labels,
-)
+from ogpsa_trl.data.groups import Batch, CapabilityGroup, Preparation, context_of, trained_labels
 from ogpsa_trl.engines.backend import GradientBackend
-from ogpsa_trl.engines.choose import make_backend
-from ogpsa_trl.engines.supported import check_same_on_all, check_supported
-from ogpsa_trl.method.capability_gradients import capability_gradients, has_finite_gradients
 from ogpsa_trl.method.capability_loss import CapabilityLoss
-from ogpsa_trl.method.projection import copy_weights, measure_update, project, project_update
-from ogpsa_trl.method.saved_state import load_start, load_subspace, save_start, save_subspace
-from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors.tiled_head import Score, TiledHead
 from ogpsa_trl.training.callbacks import SettingsCallback, SubspaceCallback
 from ogpsa_trl.training.diagnostics import Diagnostics
 from ogpsa_trl.training.model_card import PAPER, settings_section
-from ogpsa_trl.training.model_kind import check_no_encoder
-from ogpsa_trl.training.whole_checkpoints import (
-    checkpoint_to_resume,
-    mark,
-    saving,
-    unmark,
-    without_deletion,
+from ogpsa_trl.training.setup import (
+    check_trainer,
+    checked_datasets,
+    keep_adapters_in_float32,
+    prepared_groups,
 )
-
-logger = logging.getLogger(__name__)
-
-# A refresh that takes longer than this shows a progress bar.
-_SECONDS_WITHOUT_BAR = 5
-
-# Training gradients that are not finite are left out; more of them than this end the run.
-_MOST_LOST_IN_A_ROW = 10
+from ogpsa_trl.training.step import ConstrainedStep
+from ogpsa_trl.training.whole_checkpoints import checkpoint_to_resume, save_whole
 
 
 class OGPSAMixin(Trainer):
     """
-    Removes from a trainer's gradient its component in the capability subspace.
+    Takes from every optimizer step of a trainer what changes its capability losses.
+
+        g <- g - B^T B g                          target: gradient, the paper's form
+        u <- u - D A^T (A D A^T)^-1 (A u + r)     target: update, the default
+
+        g   gradient of the step, before clipping     u   what the optimizer did to the weights
+        A   gradients of the capability losses: `capability_loss`, `gradients_per_group`, averaged
+            over refreshes by `capability_ema`
+        B   an orthonormal basis of them: `rank`, `scope`, `basis_dtype`; A and B are made anew
+            every `refresh_interval` steps from `samples_per_refresh` samples of each group
+        D   `metric`: learning rates, divided by the root of Adam's second moment or not
+        r   `restoration` of how far the losses have risen, at most `restoration_cap`
 
     It stands in front of the trainer, which may be any `transformers.Trainer` of a causal language
     model: `class OGPSASFTTrainer(OGPSAMixin, SFTTrainer)`. Without a `capability_dataset` every
@@ -95,6 +71,11 @@ class OGPSAMixin(Trainer):
     train_dataset: Any
     model_wrapped: Any
     processing_class: Any
+    # Made where there is capability data; the subspace when training begins.
+    capability_loss: CapabilityLoss
+    diagnostics: Diagnostics
+    constrained_step: ConstrainedStep
+    subspace: CapabilitySubspace
 
     def __init__(
         self,
@@ -103,123 +84,33 @@ class OGPSAMixin(Trainer):
         ogpsa_config: OGPSAConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        self.ogpsa_config = ogpsa_config or OGPSAConfig()
         self.capability_groups: list[CapabilityGroup] = []
         self.tiled_head = TiledHead(lambda: self.model.get_output_embeddings())
-        self.ogpsa_config = ogpsa_config or OGPSAConfig()
         # What else stands in every checkpoint: by the name of the file, what makes its text.
         self.checkpoint_texts: dict[str, Callable[[], str]] = {}
         # The checkpoint that the run goes on from.
         self.resumed_from: str | None = None
-        # Made when training begins.
-        self._backend: GradientBackend | None = None
-        # Where this run has written its starting point.
-        self._start_file: Path | None = None
-        if capability_dataset is None:
-            if ogpsa_config is not None:
-                raise ValueError(
-                    "`ogpsa_config` needs a `capability_dataset`, but there is none. Pass the "
-                    "samples to protect, or leave `ogpsa_config` out to train without OGPSA."
-                )
-            super().__init__(*args, **kwargs)
-            return
-
-        if not isinstance(ogpsa_config, OGPSAConfig | None):
-            raise ValueError(
-                f"`ogpsa_config` must be an `OGPSAConfig`, but got {ogpsa_config!r}. Pass "
-                "`OGPSAConfig(num_samples=200, ...)`."
-            )
-        datasets = named_groups(capability_dataset)
-        if isinstance(self, _BaseTrainer):  # what TRL writes into the model card
+        self.backend: GradientBackend | None = None  # made when training begins
+        datasets = checked_datasets(capability_dataset, ogpsa_config)
+        if datasets and isinstance(self, _BaseTrainer):  # what TRL writes into the model card
             self._name, self._paper = f"OGPSA ({self._name})", PAPER
             self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
-        self.check_model()
-        check_supported(
-            self.accelerator, OptimizerNames(self.args.optim).value, self.ogpsa_config.target
-        )
-        if getattr(self.model, "is_quantized", False):  # other models do not have it
-            self._keep_adapters_in_float32()
-        if self.ogpsa_config.target == "none" and not self.ogpsa_config.replay_weight:
-            logger.warning(
-                "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes "
-                "nothing. Set `replay_weight: 1` for replay or a KL penalty."
-            )
-        settings = {"seed": self.args.seed, **asdict(self.ogpsa_config)}
-        # Before the processes wait for each other to prepare them.
-        check_same_on_all(
-            {"names of capability groups": list(datasets)}
-            | {f"`{name}`": value for name, value in settings.items()}
-        )
-        preparation = self.capability_preparation()
-        self.capability_groups = [
-            prepare_group(
-                name,
-                dataset,
-                preparation,
-                num_samples=self.ogpsa_config.num_samples,
-                num_parts=self.ogpsa_config.gradients_per_group,
-                batch_size=self.ogpsa_config.capability_batch_size,
-                seed=self.args.seed,
-            )
-            for name, dataset in datasets.items()
-        ]
-        check_same_on_all(
-            {f"capability group {g.name!r}": content(g.samples) for g in self.capability_groups}
-        )
-        warn_of_uneven_groups(self.capability_groups)
-        warn_of_samples_in_training(self.capability_groups, self.train_dataset)
+        if not datasets:
+            return
+        check_trainer(self)
+        keep_adapters_in_float32(self.model)
+        self.capability_groups = groups = prepared_groups(self, datasets)
         self.capability_loss = CapabilityLoss(
-            self.ogpsa_config,
-            self.capability_groups,
-            self.capability_log_probs,
-            self.capability_scores,
+            self.ogpsa_config, groups, self.capability_log_probs, self.capability_scores
         )
-        self.diagnostics = Diagnostics(
-            [group.name for group in self.capability_groups for _ in range(group.num_parts)]
-        )
-        # Steps, up to now, whose training gradient was not finite.
-        self.num_lost_in_a_row = 0
-        logger.info("OGPSA settings: %s", asdict(self.ogpsa_config))
-        self.add_callback(SettingsCallback(self, self.ogpsa_config, self.capability_groups))
+        self.diagnostics = Diagnostics([g.name for g in groups for _ in range(g.num_parts)])
+        self.constrained_step = ConstrainedStep(self)
+        self.add_callback(SettingsCallback(self, self.ogpsa_config, groups))
         self.add_callback(SubspaceCallback(self))
 
-    def check_model(self) -> None:
-        """
-        Refuse models and processors that no text can be scored with.
-
-        Raises:
-            ValueError: there is no language-modeling head, an encoder, or no tokenizer; or the
-                model would be copied to several devices of this process.
-        """
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process has {self.args.n_gpu} GPUs, on which `transformers.Trainer` would "
-                "run `torch.nn.DataParallel`, which OGPSA does not support. Launch with "
-                "`accelerate launch --config_file configs/accelerate/ddp.yaml`, or set "
-                "`CUDA_VISIBLE_DEVICES=0`."
-            )
-        if hasattr(self.model, "config"):
-            check_no_encoder(self.model.config, type(self.model).__name__)
-        if self.model.get_output_embeddings() is None:
-            raise ValueError(
-                "The capability loss is that of a language model, but "
-                f"{type(self.model).__name__} has no language-modeling head. Train an "
-                "`AutoModelForCausalLM`; a reward model has no capability of this kind to protect."
-            )
-        if not isinstance(self.processing_class, ProcessorMixin | PreTrainedTokenizerBase):
-            raise ValueError(
-                "A `capability_dataset` needs a tokenizer, but `processing_class` is "
-                f"{type(self.processing_class).__name__}. Pass `processing_class=tokenizer`."
-            )
-
-    def _keep_adapters_in_float32(self) -> None:
-        """
-        On a quantised base TRL rounds adapters to bfloat16: a step of 1e-5 is lost in a weight of
-        1e-2, and with it what the projection takes out. The optimizer is not made yet.
-        """
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    # What another trainer may do in its own way.
 
     def capability_preparation(self) -> Preparation:
         """How capability samples become tokens. The length limit is that of the training data."""
@@ -280,6 +171,8 @@ class OGPSAMixin(Trainer):
 
         return self.tiled_head.scores(logits, functional.pad(is_trained, (0, 1)), score)
 
+    # Where the trainer calls the method.
+
     def refresh_subspace(self) -> None:
         """
         Estimate the subspace anew at the current weights, between two optimizer steps of `train`.
@@ -290,150 +183,20 @@ class OGPSAMixin(Trainer):
             FloatingPointError: a capability gradient is not finite in the first refresh, or all are
                 in a later one. Where only some are not, those groups keep their last gradient.
         """
-        start = time.perf_counter()
-        backend, loss = self.subspace.backend, self.capability_loss
-        num_samples, draw = self.ogpsa_config.samples_per_refresh, self._draw()
-        parts = [p for group in self.capability_groups for p in group.parts(num_samples, draw)]
-        progress = tqdm(
-            total=sum(part.num_batches_of(backend.num_processes) for part in parts),
-            desc="Refreshing the capability subspace",
-            delay=_SECONDS_WITHOUT_BAR,
-            disable=self.args.disable_tqdm
-            or not self.is_world_process_zero()
-            or self._shows_rich_progress(),
-            leave=False,
-        )
-
-        def sum_loss(batch: Batch) -> Tensor:
-            progress.update()
-            return loss.sum(batch)
-
-        with progress, self.capability_pass_context(), loss.passes(backend):
-            loss.prepare(backend)
-            old_rows, old_share = self.subspace.release_gradients(len(parts))
-            gradients = capability_gradients(
-                backend,
-                parts,
-                sum_loss,
-                old_rows,
-                old_share=old_share,
-                dtype=self.subspace.dtype,
-                rounding=loss.rounding,
-            )
-        refresh = self.subspace.refresh(gradients, loss.rises(parts, gradients.losses))
-        self.diagnostics.record_refresh(
-            self.subspace,
-            gradients,
-            refresh,
-            seconds=time.perf_counter() - start,
-            step=self.state.global_step,
-        )
-        floors = loss.floors(parts)
-        if floors:
-            self.diagnostics.record_groups(self.subspace, "divergence_floor", floors)
-
-    def _shows_rich_progress(self) -> bool:
-        """A bar of tqdm would put a line above the panel of rich at each of its updates."""
-        return any(isinstance(c, RichProgressCallback) for c in self.callback_handler.callbacks)
-
-    def _draw(self) -> str:
-        """Names the samples of a refresh: others in every step and for every seed."""
-        return f"{self.args.seed} {self.state.global_step}"
+        self.constrained_step.refresh()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.capability_groups:
             return super().training_step(*args, **kwargs)
-        with self.subspace.backend.around_step(self._constrained_step):
+        with self.subspace.backend.around_step(self.constrained_step.around_optimizer):
             return super().training_step(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _constrained_step(self) -> Iterator[None]:
-        """Around clipping and the optimizer's step."""
-        target, backend = self.ogpsa_config.target, self.subspace.backend
-        if target == "gradient":
-            self._project()
-        elif target == "none" or not backend.has_length_before_step:
-            self._count_gradient(is_finite=has_finite_gradients(backend))
-        length = self.subspace.replay()
-        if length is not None:
-            self.diagnostics.record(replay_length=length)
-        if target == "update":
-            weights_before = copy_weights(self.subspace)
-            yield
-            self._project_update(weights_before)
-        elif self._is_logging_next() and backend.holds_weights:
-            weights_before = copy_weights(self.subspace)
-            yield
-            share, changes = measure_update(self.subspace, weights_before)
-            self.diagnostics.record(update_in_subspace=share)
-            self.diagnostics.record_groups(self.subspace, "step_change", changes.tolist())
-        else:
-            yield
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer has just read the whole gradient: that it is finite costs nothing more."""
         norm: Any = super()._get_grad_norm(*args, **kwargs)
-        if (
-            self.capability_groups
-            and self.ogpsa_config.target == "update"
-            and self.subspace.backend.has_length_before_step
-        ):
-            self._count_gradient(is_finite=math.isfinite(norm))
+        if self.capability_groups:
+            self.constrained_step.look_at_length(norm)
         return norm
-
-    def _count_gradient(self, *, is_finite: bool) -> None:
-        """
-        Take a step whose gradient is not finite with one of zero: moments and weight decay still
-        move the weights, and nothing that is not a number reaches them.
-
-        Raises:
-            FloatingPointError: it was so in too many steps in a row.
-        """
-        if is_finite:
-            self.num_lost_in_a_row = 0
-            return
-        self.num_lost_in_a_row += 1
-        step = self.state.global_step
-        if self.num_lost_in_a_row > _MOST_LOST_IN_A_ROW:
-            raise FloatingPointError(
-                f"Step {step}: the training gradient has not been finite in "
-                f"{self.num_lost_in_a_row} steps in a row. The weights are still those before. "
-                "Lower `learning_rate`, or look for samples that the model gives no probability."
-            )
-        logger.warning(
-            "Step %d: the training gradient is not finite and counts as zero in this step.", step
-        )
-        self.diagnostics.record(lost_gradients=1.0)
-        backend = self.subspace.backend
-        for _, parameter in backend.parameters:
-            gradient_N = backend.gradient(parameter)
-            if gradient_N is not None:
-                gradient_N.zero_()
-
-    def _project(self) -> None:
-        projection = project(self.subspace)
-        self._count_gradient(is_finite=projection is not None)
-        if projection is None:
-            return
-        self.diagnostics.record(
-            cosine=projection.cosine, gradient_in_subspace=projection.share_inside
-        )
-        self.diagnostics.record_removal(projection, step=self.state.global_step)
-
-    def _project_update(self, weights_before: list[Tensor]) -> None:
-        projection = project_update(self.subspace, weights_before)
-        self.diagnostics.record(proposal_in_subspace=projection.share_inside)
-        if projection.changes is not None and self._is_logging_next():
-            changes = projection.changes.tolist()
-            self.diagnostics.record_groups(self.subspace, "step_change", changes)
-        self.diagnostics.record_removal(projection, step=self.state.global_step)
-
-    def _is_logging_next(self) -> bool:
-        """Whether the step under way is one after which the trainer logs."""
-        return (
-            self.args.logging_strategy == IntervalStrategy.STEPS
-            and (self.state.global_step + 1) % self.state.logging_steps == 0
-        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log, read from the device here and not in every step."""
@@ -450,31 +213,16 @@ class OGPSAMixin(Trainer):
         )
         self.resumed_from = resume_from_checkpoint
         if self.capability_groups:
-            backend = make_backend(self.accelerator, self.model, self.model_wrapped, self.optimizer)
-            self._backend = backend
-            self.subspace = CapabilitySubspace(backend, self.ogpsa_config)
-            self.capability_loss.begin(self.model)
-            self._start_file = None
-            self.diagnostics.begin()
-            if resume_from_checkpoint is not None:
-                load_subspace(self.subspace, resume_from_checkpoint)
-                self._load_start(backend, resume_from_checkpoint)
+            self.constrained_step.begin(resume_from_checkpoint)
         return prepared
-
-    def _load_start(self, backend: GradientBackend, folder: str) -> None:
-        """Go on with the starting point of a checkpoint, and with the tokens that it is of."""
-        start = load_start(backend, self.capability_groups, self.ogpsa_config, folder)
-        if start is not None:
-            self.capability_loss.start = start
-            self.capability_groups[:] = start.groups_of(self.capability_groups)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """However it ends, nothing of this package is left on the optimizer."""
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            if self._backend is not None:
-                self._backend.abandon_step()
+            if self.backend is not None:
+                self.backend.abandon_step()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -493,47 +241,18 @@ class OGPSAMixin(Trainer):
         if self.args.should_save:
             for name, text in self.checkpoint_texts.items():
                 replace_text(Path(output_dir) / name, text())
-        if not self.capability_groups:
-            return
-        start = self.capability_loss.start
-        if start is not None and self.args.should_save:
-            self._start_file = save_start(start, self.ogpsa_config, output_dir, self._start_file)
-        if self.subspace.backend.is_sharded or self.args.should_save:
-            save_subspace(self.subspace, output_dir)
+        if self.capability_groups:
+            self.constrained_step.save(output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """
-        Mark the checkpoint as whole when all processes have written it, and only then delete older
-        ones: at any moment there is a whole one.
-
-        Raises:
-            SaveError: it cannot be written.
-        """
-        if not self.capability_groups:
+        """Only a whole checkpoint counts: see `save_whole`."""
+        if self.capability_groups:
+            save_whole(self, super()._save_checkpoint, super()._push_from_checkpoint, model, trial)
+        else:
             super()._save_checkpoint(model, trial)
-            return
-        run_dir = self._get_output_dir(trial)
-        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with saving(folder, run_dir):
-            if self.args.should_save:
-                unmark(folder)
-            self.accelerator.wait_for_everyone()
-            with without_deletion():
-                super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark(folder)
-                if self.args.push_to_hub:
-                    super()._push_from_checkpoint(str(folder))
-                rotate_checkpoints(
-                    run_dir,
-                    self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before the checkpoint is whole: see `_save_checkpoint`."""
+        """Not before the checkpoint is whole: `save_whole` does it."""
         if not self.capability_groups:
             super()._push_from_checkpoint(checkpoint_folder)
 

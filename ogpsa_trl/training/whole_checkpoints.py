@@ -10,19 +10,24 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers import Trainer
+from transformers import trainer as trainer_module
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
 
 from ogpsa_trl.data.files import replace_text, sync
 
 logger = logging.getLogger(__name__)
 
-_trainer_module: Any = trainer
+_trainer_module: Any = trainer_module
 
 _OURS = "ogpsa_"
 LIST_NAME = f"{_OURS}checkpoint.json"
@@ -61,6 +66,49 @@ def saving(folder: Path, output_dir: str) -> Iterator[None]:
             "room, or see to the permissions, and go on from a checkpoint with "
             f"`resume_from_checkpoint: true`. {last}"
         ) from error
+
+
+def save_whole(
+    trainer: Trainer,
+    save: Callable[[Any, Any], None],
+    push: Callable[[str], None],
+    model: Any,
+    trial: Any,
+) -> None:
+    """
+    Mark a checkpoint as whole when all processes have written it, and only then push it and delete
+    older ones: at any moment there is a whole one.
+
+    Args:
+        trainer: The trainer.
+        save: How it saves a checkpoint.
+        push: How it pushes a folder to the Hub.
+        model: What `save` takes.
+        trial: And the trial of a search.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    args: Any = trainer.args
+    run_dir = trainer._get_output_dir(trial)
+    folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    with saving(folder, run_dir):
+        if args.should_save:
+            unmark(folder)
+        trainer.accelerator.wait_for_everyone()
+        with without_deletion():
+            save(model, trial)
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            mark(folder)
+            if args.push_to_hub:
+                push(str(folder))
+            rotate_checkpoints(
+                run_dir,
+                args.save_total_limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
 
 def unmark(folder: Path) -> None:

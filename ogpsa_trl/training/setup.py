@@ -1,0 +1,136 @@
+"""What a trainer with capability data needs before it trains: checks, and the prepared groups."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.training_args import OptimizerNames
+
+from ogpsa_trl.config import OGPSAConfig
+from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
+from ogpsa_trl.data.groups import CapabilityGroup, named_groups, prepare_group
+from ogpsa_trl.engines.supported import check_same_on_all, check_supported
+from ogpsa_trl.method.starting_point import content
+from ogpsa_trl.training.model_kind import check_no_encoder
+
+if TYPE_CHECKING:
+    from ogpsa_trl.training.mixin import OGPSAMixin
+
+logger = logging.getLogger(__name__)
+
+
+def checked_datasets(capability_dataset: Any, config: OGPSAConfig | None) -> dict[str, Any]:
+    """
+    The capability data by group; none for plain TRL.
+
+    Raises:
+        ValueError: settings without data, or what are no settings.
+    """
+    if capability_dataset is None:
+        if config is not None:
+            raise ValueError(
+                "`ogpsa_config` needs a `capability_dataset`, but there is none. Pass the samples "
+                "to protect, or leave `ogpsa_config` out to train without OGPSA."
+            )
+        return {}
+    if not isinstance(config, OGPSAConfig | None):
+        raise ValueError(
+            f"`ogpsa_config` must be an `OGPSAConfig`, but got {config!r}. Pass "
+            "`OGPSAConfig(num_samples=200, ...)`."
+        )
+    return named_groups(capability_dataset)
+
+
+def check_trainer(trainer: "OGPSAMixin") -> None:
+    """
+    Refuse what the method cannot train.
+
+    Raises:
+        ValueError: a model that no text can be scored with, or an engine, a precision or an
+            optimizer that is not supported.
+    """
+    check_text_model(trainer)
+    optimizer = OptimizerNames(trainer.args.optim).value
+    check_supported(trainer.accelerator, optimizer, trainer.ogpsa_config.target)
+    if trainer.ogpsa_config.target == "none" and not trainer.ogpsa_config.replay_weight:
+        logger.warning(
+            "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes nothing."
+            " Set `replay_weight: 1` for replay or a KL penalty."
+        )
+
+
+def check_text_model(trainer: "OGPSAMixin") -> None:
+    """
+    Refuse models and processors that no text can be scored with.
+
+    Raises:
+        ValueError: there is no language-modeling head, an encoder, or no tokenizer; or the model
+            would be copied to several devices of this process.
+    """
+    model, processing_class = trainer.model, trainer.processing_class
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"This process has {trainer.args.n_gpu} GPUs, on which `transformers.Trainer` would run"
+            " `torch.nn.DataParallel`, which OGPSA does not support. Launch with "
+            "`accelerate launch --config_file configs/accelerate/ddp.yaml`, or set "
+            "`CUDA_VISIBLE_DEVICES=0`."
+        )
+    if hasattr(model, "config"):
+        check_no_encoder(model.config, type(model).__name__)
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"The capability loss is that of a language model, but {type(model).__name__} has no "
+            "language-modeling head. Train an `AutoModelForCausalLM`; a reward model has no "
+            "capability of this kind to protect."
+        )
+    if not isinstance(processing_class, ProcessorMixin | PreTrainedTokenizerBase):
+        raise ValueError(
+            "A `capability_dataset` needs a tokenizer, but `processing_class` is "
+            f"{type(processing_class).__name__}. Pass `processing_class=tokenizer`."
+        )
+
+
+def keep_adapters_in_float32(model: Any) -> None:
+    """
+    On a quantised base TRL rounds adapters to bfloat16: a step of 1e-5 is lost in a weight of 1e-2,
+    and with it what the projection takes out. To be called before the optimizer is made.
+    """
+    if getattr(model, "is_quantized", False):  # other models do not have it
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def prepared_groups(trainer: "OGPSAMixin", datasets: Mapping[str, Any]) -> list[CapabilityGroup]:
+    """
+    The capability groups as tokens. A collective call: every process makes it.
+
+    Raises:
+        ValueError: data are empty, or in no known format; processes have others than each other.
+    """
+    config, seed = trainer.ogpsa_config, trainer.args.seed
+    # Before the processes wait for each other to prepare them.
+    check_same_on_all(
+        {"names of capability groups": list(datasets), "`seed`": seed}
+        | {f"`{name}`": value for name, value in asdict(config).items()}
+    )
+    preparation = trainer.capability_preparation()
+    groups = [
+        prepare_group(
+            name,
+            dataset,
+            preparation,
+            num_samples=config.num_samples,
+            num_parts=config.gradients_per_group,
+            batch_size=config.capability_batch_size,
+            seed=seed,
+        )
+        for name, dataset in datasets.items()
+    ]
+    check_same_on_all({f"capability group {g.name!r}": content(g.samples) for g in groups})
+    warn_of_uneven_groups(groups)
+    warn_of_samples_in_training(groups, trainer.train_dataset)
+    logger.info("OGPSA settings: %s", asdict(config))
+    return groups
