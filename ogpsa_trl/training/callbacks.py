@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     TrackioCallback,
@@ -67,13 +67,7 @@ class SubspaceCallback(TrainerCallback):
         """Whether to refresh before optimizer step number `step` (the first is 0)."""
         return step % self.refresh_interval == 0
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002 - the signature of the event
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.subspace.is_due or self.is_due(state.global_step):
             self.trainer.refresh_subspace()
 
@@ -98,13 +92,7 @@ class SettingsCallback(TrainerCallback):
             self.settings[f"capability_samples/{group.name}"] = len(group.samples)
             self.settings[f"capability_tokens/{group.name}"] = group.num_tokens
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002 - the signature of the event
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         record_settings(self, self.trainer, "ogpsa_config", self.settings)
 
 

@@ -2,15 +2,14 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ogpsa_trl.config import GateConfig
 from ogpsa_trl.data.groups import Part, Sample, named_groups, prepare_group
@@ -20,44 +19,13 @@ from ogpsa_trl.engines.supported import check_same_on_all, check_supported
 from ogpsa_trl.method.capability_gradients import deterministic
 from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.callbacks import record_settings
+from ogpsa_trl.training.measurement import Measurement
 from ogpsa_trl.training.mixin import OGPSAMixin
 from ogpsa_trl.training.setup import check_text_model
 
 logger = logging.getLogger(__name__)
 
 SAMPLES_NAME = "gate_samples.json"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """
-    What the gate has measured at one time.
-
-    Attributes:
-        step: Optimizer steps made before it.
-        start: Token-mean losses before training, in nats, by group.
-        losses: Token-mean losses now.
-    """
-
-    step: int
-    start: Mapping[str, float]
-    losses: Mapping[str, float]
-
-    @property
-    def increases(self) -> dict[str, float]:
-        """How far the losses are above those before training, in nats per token, by group."""
-        return {name: loss - self.start[name] for name, loss in self.losses.items()}
-
-    @property
-    def worst(self) -> str:
-        """The group with the largest increase; one whose loss is not a number is worse than all."""
-        increases = self.increases
-        return max(increases, key=lambda n: math.inf if math.isnan(increases[n]) else increases[n])
-
-    @property
-    def largest_increase(self) -> float:
-        """Increase of the worst group."""
-        return self.increases[self.worst]
 
 
 class CapabilityGate(TrainerCallback):
@@ -168,36 +136,11 @@ class CapabilityGate(TrainerCallback):
             folder: Where the model is.
         """
         assert self.last is not None
-        tolerance = self.config.max_capability_loss_increase
-        width = max(map(len, ["group", *self.parts]))
-        rows = [
-            f"  {name:{width}}  {self.last.start[name]:8.4f}  {loss:8.4f}  "
-            f"{self.last.increases[name]:+8.4f}"
-            for name, loss in self.last.losses.items()
-        ]
-        return "\n".join([
-            "error: The capability gate is not passed: the held-out loss of group "
-            f"{self.last.worst!r} has risen by {self.last.largest_increase:.4f} nats per token, "
-            f"more than `max_capability_loss_increase` ({tolerance}).",
-            "",
-            f"  {'group':{width}}    before     after  increase",
-            *rows,
-            "",
-            f"Training made {self.last.step} of {self.trainer.state.max_steps} steps. The model is "
-            f"in {folder}, but should not be used as it is.",
-            f"Add data like that of {self.last.worst!r} to `capability_datasets`, lower "
-            "`learning_rate`, or train fewer steps; with `gate_action: best` a run ends with its "
-            "latest checkpoint within the tolerance. If the rise is acceptable, raise "
-            "`max_capability_loss_increase`.",
-        ])  # fmt: skip
+        return self.last.report(
+            self.config.max_capability_loss_increase, self.trainer.state.max_steps, folder
+        )
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002 - the signature of the event
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         record_settings(self, trainer, "gate_config", asdict(self.config))
         self.backend = make_backend(
@@ -212,35 +155,17 @@ class CapabilityGate(TrainerCallback):
         else:
             self._measure(state, control)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the trainer logs and saves what belongs to this step."""
         is_due = state.global_step % self.config.gate_interval == 0
         if is_due or control.should_save or control.should_training_stop:
             self._check(state, control)
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
             self._check(state, control)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is measured last are the weights that are left."""
         if self.last is None or self.last.step != state.global_step:
             self._measure(state, control)
