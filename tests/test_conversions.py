@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ogpsa_trl.benchmark.toy_model import toy_tokenizer
 from ogpsa_trl.data.conversions import CONVERSIONS
-from ogpsa_trl.data.groups import Preparation, prepare_group
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 
 
 def user(text):

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
-from ogpsa_trl.data.groups import Preparation, named_groups, prepare_group
+from ogpsa_trl.data.groups import named_groups
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 from runs import WORLD, make_trainer, paper, to_messages
 
 TOKENIZER = toy_tokenizer()
@@ -417,7 +418,7 @@ def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, cap
 
 
 def test_the_log_says_what_a_group_is_made_of(caplog):
-    caplog.set_level(logging.INFO, "ogpsa_trl.data.groups")
+    caplog.set_level(logging.INFO, "ogpsa_trl.data.preparation")
     prepared = group(ROWS, seed=5)
     chosen, made = [record.getMessage() for record in caplog.records]
     start, end = "Capability group 'facts': seed 5 chooses the rows ", " of 10"
@@ -446,9 +447,9 @@ class TestNamedGroups:
             (DatasetDict(train=ROWS, test=ROWS),
              r"got splits \(train, test\). Choose one: `capability_dataset\[split\]`"),
             (IterableDatasetDict(train=ROWS.to_iterable_dataset()), r"got splits \(train\)"),
-            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of them, but got "
-             r"str. Make one with `Dataset.from_list\(rows\)`"),
-            ({}, "at least one group, but got an empty dict. .* leave it out"),
+            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of at least one group of "
+             r"them, but got str. Make one with `Dataset.from_list\(rows\)`"),
+            ({}, "at least one group of them, but got an empty dict. .* leave it out"),
             ({"": ROWS}, "name must be a text on one line, but got ''"),
             ({3: ROWS}, "name must be a text on one line, but got 3"),
             ({"a\nb": ROWS}, r"name must be a text on one line, but got 'a\\nb'"),

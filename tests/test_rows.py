@@ -16,7 +16,7 @@ from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokeniz
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.rows import choose_rows, known_prompts
 from ogpsa_trl.data.columns import Source
-from ogpsa_trl.data.groups import Preparation, context_of, prepare_group
+from ogpsa_trl.data.preparation import Preparation, context_of, prepare_group
 from ogpsa_trl.data.rendering import check_rendering, prepared
 from ogpsa_trl.data.row_values import RowError
 from ogpsa_trl.data.rows import check_rows, readable

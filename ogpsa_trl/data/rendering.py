@@ -1,6 +1,5 @@
 """What chat templates and TRL make of rows; where they cannot, the row is named."""
 
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -24,8 +23,8 @@ from ogpsa_trl.data.columns import (
     used_columns,
     without_nulls,
 )
-from ogpsa_trl.data.row_values import RowError, reason_of, row_named, short
-from ogpsa_trl.data.rows import checked_stream, rows_of
+from ogpsa_trl.data.row_values import RowError, reason_of, row_named, shown
+from ogpsa_trl.data.rows import checked
 
 
 @dataclass
@@ -59,13 +58,11 @@ class TemplateCheck:
             values: Row = {**row, **maybe_extract_prompt(maybe_convert_to_chatml(row))}
         prompt = values["prompt"] if isinstance(values.get("prompt"), list) else []
         sides = ("messages", "completion", "chosen") + ("rejected",) * (source.use != "group")
-        conversations: list[tuple[list[Any], bool]] = [
-            ([*prompt, *values[side]], False)
-            for side in sides
-            if isinstance(values.get(side), list)
+        conversations: list[list[Any]] = [
+            [*prompt, *values[side]] for side in sides if isinstance(values.get(side), list)
         ]
         if prompt:
-            conversations.append((prompt, True))
+            conversations.append(prompt)
         if not conversations:
             return
         if not (self.chat_template or self.processing_class.chat_template):
@@ -81,8 +78,9 @@ class TemplateCheck:
             "tools": json.loads(tools) if isinstance(tools, str) else tools,
             **(values.get("chat_template_kwargs") or {}),
         }
-        for conversation, is_prompt in conversations:
+        for conversation in conversations:
             self._check_parts(conversation, number)
+            is_prompt = conversation is prompt
             self._render(conversation, number, options | {"add_generation_prompt": is_prompt})
 
     def _render(self, conversation: list[Any], number: int, options: Mapping[str, Any]) -> None:
@@ -104,9 +102,8 @@ class TemplateCheck:
             if isinstance(message.get("content"), list) and not self._takes_parts():
                 raise RowError(
                     f"The chat template of the tokenizer reads content that is text, but message "
-                    f"{index} of row {number} of {self.source.where} has parts: "
-                    f"{short(message)}. Make one text of them, or take a model "
-                    "whose template reads parts."
+                    f"{index} of row {number} of {self.source.where} has parts: {shown(message)}. "
+                    "Make one text of them, or take a model whose template reads parts."
                 )
 
     def _takes_parts(self) -> bool:
@@ -156,13 +153,10 @@ def check_rendering(
     """
     check = TemplateCheck(source, processing_class, chat_template)
     if isinstance(dataset, IterableDataset):
-        row = next(iter(dataset))
-        return dataset if row.keys() & IMAGES else checked_stream(dataset, check)
+        return dataset if next(iter(dataset)).keys() & IMAGES else checked(dataset, check)
     if IMAGES & set(dataset.column_names):
         return dataset
-    for place, row in itertools.islice(rows_of(dataset, known_columns(dataset, source)), num_rows):
-        check(row, place if numbers is None else numbers[place])
-    return dataset
+    return checked(dataset, check, known_columns(dataset, source), numbers, num_rows)
 
 
 def prepared(
@@ -203,12 +197,10 @@ def prepared(
             raise failure from error
 
 
-def _failure(
-    prepare: Callable[[Any], Any], dataset: Dataset, start: int, stop: int
-) -> Exception | None:
+def _failure(prepare: Callable[[Any], Any], rows: Dataset, start: int, stop: int) -> Any:
     """What is wrong with some of the rows, if anything."""
     try:
-        prepare(dataset.select(range(start, stop)))
+        prepare(rows.select(range(start, stop)))
     except Exception as error:  # whatever a row makes it raise
         return error
     return None

@@ -25,15 +25,13 @@ from trl.trainer.callbacks import RichProgressCallback
 
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data.files import replace_text
-from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
-from ogpsa_trl.data.groups import (
-    Batch,
-    CapabilityGroup,
+from ogpsa_trl.data.groups import Batch, CapabilityGroup, named_groups, trained_labels
+from ogpsa_trl.data.preparation import (
     Preparation,
     context_of,
-    named_groups,
     prepare_group,
-    trained_labels,
+    warn_of_samples_in_training,
+    warn_of_uneven_groups,
 )
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.engines.choose import make_backend
