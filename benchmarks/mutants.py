@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant("an infinite gradient reaches the optimizer", "training/mixin.py",
            "self._count_gradient(is_finite=math.isfinite(norm))", "pass",
            "tests/test_trainers.py"),
-    Mutant("divergences in bfloat16 made under autocast", "engines/backend.py",
+    Mutant("divergences in bfloat16 made under autocast", "engines/torch_engines.py",
            "stack.enter_context(_without_autocast(self.model))", "pass",
            "tests/test_precision.py"),
     Mutant("a gate that a loss of NaN passes", "training/gate.py",

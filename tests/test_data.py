@@ -447,8 +447,8 @@ class TestNamedGroups:
             (DatasetDict(train=ROWS, test=ROWS),
              r"got splits \(train, test\). Choose one: `capability_dataset\[split\]`"),
             (IterableDatasetDict(train=ROWS.to_iterable_dataset()), r"got splits \(train\)"),
-            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of at least one group of "
-             r"them, but got str. Make one with `Dataset.from_list\(rows\)`"),
+            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of at least one "
+             r"group of them, but got str. Make one with `Dataset.from_list\(rows\)`"),
             ({}, "at least one group of them, but got an empty dict. .* leave it out"),
             ({"": ROWS}, "name must be a text on one line, but got ''"),
             ({3: ROWS}, "name must be a text on one line, but got 3"),

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.training_args import OptimizerNames
 
 from ogpsa_trl import CapabilityGate
-from ogpsa_trl.engines.backend import TorchBackend
 from ogpsa_trl.engines.choose import make_backend
 from ogpsa_trl.engines.supported import check_supported
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from runs import capability_groups, make_trainer
 
 
