@@ -180,27 +180,14 @@ def prepared(
     """
     try:
         return prepare(dataset)
-    except Exception as error:
-        if not isinstance(dataset, Dataset) or isinstance(error, RowError):
-            raise
-        start, stop = 0, len(dataset)
-        while stop - start > 1:
-            middle = (start + stop) // 2
-            if _failure(prepare, dataset, start, middle) is not None:
-                stop = middle
-            else:
-                start = middle
-        failure = _failure(prepare, dataset, start, stop)
-        if failure is None:
-            raise
-        with row_named(where, start if numbers is None else numbers[start]):
-            raise failure from error
-
-
-def _failure(prepare: Callable[[Any], Any], rows: Dataset, start: int, stop: int) -> Any:
-    """What is wrong with some of the rows, if anything."""
-    try:
-        prepare(rows.select(range(start, stop)))
     except Exception as error:  # whatever a row makes it raise
-        return error
-    return None
+        if not isinstance(dataset, Dataset) or not len(dataset) or isinstance(error, RowError):
+            raise
+        numbers = range(len(dataset)) if numbers is None else numbers
+        if len(dataset) == 1:
+            with row_named(where, numbers[0]):
+                raise
+        middle = len(dataset) // 2
+        for places in (range(middle), range(middle, len(dataset))):
+            prepared(dataset.select(places), prepare, where, [numbers[place] for place in places])
+        raise
