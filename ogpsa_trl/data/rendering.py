@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -110,15 +111,13 @@ class TemplateCheck:
         if isinstance(self.processing_class, ProcessorMixin):
             return True
         contents: list[Any] = ["word", [{"type": "text", "text": "word"}]]
+        render = partial(
+            self.processing_class.apply_chat_template,
+            tokenize=False,
+            chat_template=self.chat_template,
+        )
         try:
-            one, other = (
-                self.processing_class.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    tokenize=False,
-                    chat_template=self.chat_template,
-                )
-                for content in contents
-            )
+            one, other = (render([{"role": "user", "content": content}]) for content in contents)
         except Exception:  # see `_render`
             return False
         return one == other
@@ -138,14 +137,9 @@ def check_rendering(
     Args:
         dataset: What `readable` gives. Of a stream the first row is looked at now, each of the
             others when it is read.
-        source: What they are.
-        processing_class: Tokenizer or processor.
-        chat_template: Instead of its own.
+        source, processing_class, chat_template: As for `TemplateCheck`.
         numbers: What the rows are known by; their places if `None`.
         num_rows: Rows looked at, from the first on; all if `None`.
-
-    Returns:
-        The data; a stream with the check.
 
     Raises:
         RowError: a row and the template do not go together.
@@ -166,7 +160,7 @@ def prepared(
     numbers: Sequence[int] | None = None,
 ) -> Any:
     """
-    What TRL prepares of data; where it cannot, the row is looked for.
+    What TRL prepares of data; where it cannot, the first row of which it cannot is looked for.
 
     Args:
         dataset: The data. A stream is prepared while it is read, and not searched.

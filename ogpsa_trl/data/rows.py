@@ -63,17 +63,7 @@ def readable(
 
 
 def check_rows(rows: Sequence[Row], source: Source) -> None:
-    """
-    Refuse rows that cannot be read, as `readable` does.
-
-    Args:
-        rows: The rows, which need not fit into a table; the first one has all columns.
-        source: What they are.
-
-    Raises:
-        RowError: a value of the columns in use is of another type.
-        ValueError: the columns are those of no known format.
-    """
+    """Refuse rows as `readable` does. They need not fit into a table; the first has all columns."""
     if not rows:
         return
     held = {c: value for c, value in rows[0].items() if any(row.get(c) is not None for row in rows)}
@@ -128,18 +118,15 @@ def checked(
     num_rows: int | None = None,
 ) -> AnyDataset:
     """
-    Look at all rows.
+    The data as they are, every row looked at: of a stream the first one now, each of the others
+    when it is read.
 
     Args:
-        dataset: The data. Of a stream the first row is looked at now, each of the others when it is
-            read.
+        dataset: The data.
         check: Called with each row and its number.
-        columns: What is read of each; of a stream all.
+        columns: What is read of each row; of a stream all.
         numbers: What the rows are known by; their places if `None`.
         num_rows: Rows looked at, from the first on; all if `None`, and of a stream.
-
-    Returns:
-        The data as they are; a stream with the check.
     """
     if isinstance(dataset, IterableDataset):
 
