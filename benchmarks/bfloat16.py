@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
-from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from ogpsa_trl.evaluation.report import markdown_table
 
 REFUSAL = " Sorry, but I can't assist with that."

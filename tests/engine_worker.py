@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -213,8 +214,6 @@ class ProjectionProbe:
 
     @contextlib.contextmanager
     def counted(self):
-        originals = {n: getattr(torch.distributed, n) for n in ("all_reduce", "broadcast")}
-
         def counting(original):
             def send(tensor, *args, **kwargs):
                 self.sent_bytes.append(tensor.nbytes)
@@ -222,13 +221,10 @@ class ProjectionProbe:
 
             return send
 
-        for name, original in originals.items():
-            setattr(torch.distributed, name, counting(original))
-        try:
+        collectives = {n: getattr(torch.distributed, n) for n in ("all_reduce", "broadcast")}
+        counting_all = {name: counting(original) for name, original in collectives.items()}
+        with mock.patch.multiple(torch.distributed, **counting_all):
             yield
-        finally:
-            for name, original in originals.items():
-                setattr(torch.distributed, name, original)
 
     def measure(self, vectors):
         subspace = self.trainer.subspace
@@ -293,10 +289,11 @@ def full_weights(trainer):
     }
 
 
-def train_cell(engine, model_path, folder, num_processes, cell):
+def train_cell(engine, model_path, folder, num_processes, cell, **options):
     """A run, what the engine held of it and, of some, the same run resumed after its first step."""
     is_resumed = cell[2] in RESUMED_METHODS
-    options = {} if is_resumed else {"save_strategy": "no"}
+    if not is_resumed:
+        options["save_strategy"] = "no"
     trainer = make(engine, cell, model_path, folder, num_processes, **options)
     probe = ProjectionProbe(trainer)
     trainer.train()
@@ -392,10 +389,9 @@ def train_with_signs(engine, model_path, folder, num_processes):
     def with_sign(*args):
         return make_weights(*args) * (-1) ** int(os.environ["RANK"])
 
-    matrices.orthonormal_weights = with_sign
     trainer = make(engine, SIGNS_CELL, model_path, folder, num_processes, save_strategy="no")
-    trainer.train()
-    matrices.orthonormal_weights = make_weights
+    with mock.patch.object(matrices, "orthonormal_weights", with_sign):
+        trainer.train()
     return full_weights(trainer)
 
 
@@ -415,20 +411,6 @@ def errors_without_gradients(engine, model_path, folder, num_processes):
     except RuntimeError as error:
         errors.append(str(error))
     return errors
-
-
-def train_in_bf16(engine, model_path, folder, num_processes):
-    trainer = make(engine, PLAIN_CELL, model_path, folder, num_processes, bf16=True)
-    probe = ProjectionProbe(trainer)
-    trainer.train()
-    resumed = make(engine, PLAIN_CELL, model_path, folder, num_processes, bf16=True)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-    return {
-        "cosine": probe.largest,
-        "backend": type(trainer.subspace.backend).__name__,
-        "weights": full_weights(trainer),
-        "resumed": full_weights(resumed),
-    }
 
 
 # Of `bf16: true`: steps that are far below what bfloat16 tells apart, and steps that are not.
@@ -457,11 +439,8 @@ def train_default_in_bf16(engine, model_path, folder, num_processes):
 
 
 def capped_steps(trainer):
-    return [
-        entry["ogpsa/restoration_capped"]
-        for entry in trainer.state.log_history
-        if "ogpsa/restoration_capped" in entry
-    ]
+    name = "ogpsa/restoration_capped"
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def train_with_rates(engine, model_path, folder, num_processes):
@@ -486,16 +465,15 @@ def train_with_roundings(engine, model_path, folder, num_processes):
     each holds of the weights from the same part in the first replica.
     """
     make_table, scale = matrices.table, 1 + 1e-6 * int(os.environ["RANK"])
-    matrices.table = lambda *args: make_table(*args) * scale
     results = {}
     for cell in (DEFAULT_CELL, PLAIN_CELL):
         trainer = make(engine, cell, model_path, folder, num_processes, save_strategy="no")
-        trainer.train()
+        with mock.patch.object(matrices, "table", lambda *args: make_table(*args) * scale):
+            trainer.train()
         backend = trainer.subspace.backend
         held = torch.cat([backend.weights(parameter) for _, parameter in backend.parameters])
         replicas = gathered(trainer, held).unflatten(0, (2, num_processes // 2))
         results[name_of(cell)] = (replicas - replicas[:1]).abs().max().item()
-    matrices.table = make_table
     return results
 
 
@@ -537,7 +515,8 @@ def jobs(engine):
         )
     all_jobs |= {name: functools.partial(train_gated, name=name) for name in GATE_CELLS}
     all_jobs |= {
-        "signs": train_with_signs, "errors": errors_without_gradients, "bf16": train_in_bf16,
+        "signs": train_with_signs, "errors": errors_without_gradients,
+        "bf16": functools.partial(train_cell, cell=PLAIN_CELL, bf16=True),
         "rates": train_with_rates, "8-bit": train_in_8_bits,
     }  # fmt: skip
     if engine != "zero1":  # in bfloat16 its weights are not where its gradients are

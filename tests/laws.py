@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.method.projection import copy_weights, project, project_update
 from ogpsa_trl.method.subspace import CapabilitySubspace

@@ -17,7 +17,6 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    TorchDynamoPlugin,
 )
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -29,21 +28,15 @@ from transformers.integrations.deepspeed import (
 from ogpsa_trl.benchmark.toy_model import tiny_llama_config
 from ogpsa_trl.engines.supported import check_supported
 from runs import arguments, capability_groups, max_difference, trained
+from test_engine_errors import fake_accelerator
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "accelerate"
 SLURM = FOLDER / "multi_node.slurm"
 
-ENGINES = {
-    "single": "NO",
-    "ddp": "MULTI_GPU",
-    "fsdp2": "FSDP",
-    "hsdp": "FSDP",
-    "zero1": "DEEPSPEED",
-    "zero2": "DEEPSPEED",
-    "zero3": "DEEPSPEED",
-}
 ZERO = ("zero1", "zero2", "zero3")
+ENGINES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
+ENGINES |= dict.fromkeys(ZERO, "DEEPSPEED")
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +77,10 @@ def launched(monkeypatch):
 
 def supported(name, mixed_precision="bf16", **plugins):
     """`check_supported` on what accelerate would offer; several GPUs are needed for the rest."""
-    engine = DistributedType(ENGINES[name])
-    state = SimpleNamespace(
-        distributed_type=engine, mixed_precision=mixed_precision,
-        dynamo_plugin=TorchDynamoPlugin(), **plugins,
-    )  # fmt: skip
     is_parallel = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"
     parallelism = ParallelismConfig() if is_parallel else None
-    accelerator = SimpleNamespace(
-        state=state, distributed_type=engine, parallelism_config=parallelism
+    accelerator = fake_accelerator(
+        ENGINES[name], parallelism, mixed_precision=mixed_precision, **plugins
     )
     check_supported(accelerator, "adamw_torch")
     return accelerator
@@ -169,9 +157,7 @@ def test_zero_plugin(name, bf16, launched, tmp_path, caplog):
 
     caplog.clear()
     check_supported(accelerator, "adamw_torch")
-    assert [
-        record for record in caplog.records if record.name == "ogpsa_trl.engines.supported"
-    ] == []
+    assert not [r for r in caplog.records if r.name == "ogpsa_trl.engines.supported"]
     filled = plugin.deepspeed_config
     assert "auto" not in texts(filled)
     config = DeepSpeedConfig(filled)
@@ -189,10 +175,8 @@ def test_zero_plugin(name, bf16, launched, tmp_path, caplog):
 def test_the_stages_differ_by_their_stage_only():
     configs = [json.loads((FOLDER / f"{name}.json").read_text()) for name in ZERO]
     for config in configs:
-        settings = config["zero_optimization"]
-        config["zero_optimization"] = {
-            key: value for key, value in settings.items() if not key.startswith("stage")
-        }
+        zero = config["zero_optimization"]
+        config["zero_optimization"] = {k: v for k, v in zero.items() if not k.startswith("stage")}
     assert configs[0] == configs[1] == configs[2]
 
 

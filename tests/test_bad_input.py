@@ -30,7 +30,7 @@ from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.ranges import TRAINING_RANGES
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.cli.values import check_ranges
-from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
+from ogpsa_trl.data.preparation import warn_of_samples_in_training, warn_of_uneven_groups
 from runs import capability_groups, make_trainer, paper, safety_data, to_messages
 
 ROOT = Path(__file__).resolve().parent.parent

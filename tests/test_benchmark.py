@@ -128,7 +128,7 @@ class TestMethods:
         caplog.set_level(logging.WARNING, "ogpsa_trl")
         recipe = replace(recipe, training=WORLD.safety_sft().select(range(48)))
         recipe.settings["num_samples"] = 200  # more than the groups have
-        level = logging.getLogger("ogpsa_trl.data.groups").level
+        level = logging.getLogger("ogpsa_trl.data.preparation").level
         rows = _training_data(Method(mixed_share=0.25), recipe, TOKENIZER)
         trained_on = [TOKENIZER.decode([i for i in row["labels"] if i != -100]) for row in rows]
         refusals = [text for text in trained_on if text == f"{REFUSAL.strip()} <eos>"]
@@ -142,7 +142,7 @@ class TestMethods:
         assert set(trained_on) - set(refusals) <= answers
         # Nothing to warn of, and the warnings of others are left on.
         assert not caplog.records
-        assert logging.getLogger("ogpsa_trl.data.groups").level == level
+        assert logging.getLogger("ogpsa_trl.data.preparation").level == level
 
     def test_preference_pairs_cannot_be_mixed(self):
         mixed = METHODS["replay mixed in, 25%"]

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ogpsa_trl.benchmark.toy_model import toy_tokenizer
 from ogpsa_trl.data.conversions import CONVERSIONS
-from ogpsa_trl.data.groups import Preparation, prepare_group
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 
 
 def user(text):
@@ -28,6 +28,7 @@ def saferlhf(question, answers, safe, safer):
     }  # fmt: skip
 
 
+PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "safety"
 ROWS = [
     saferlhf("q0", ("bad", "good"), (False, True), 1),
     saferlhf("q1", ("good", "bad"), (True, False), 0),
@@ -63,64 +64,88 @@ def ultrafeedback(question, answers, scores):
 
 
 H, A = "Human", "Assistant"
-PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "safety"
+GOOD_PAIR = hh_rlhf([(H, "q"), (A, "yes")], [(H, "q"), (A, "no")])
+BEFORE = [(H, "q0"), (A, "a0\n\nwith: two parts"), (H, " q1 ")]
 HALUEVAL_QA = {"knowledge": "k", "question": "q", "right_answer": "r", "hallucinated_answer": "h"}
+ULTRAFEEDBACK = [
+    ultrafeedback("q0", ("better", "worse"), (8.5, 3.0)),
+    ultrafeedback("q1", ("a", "b"), (7.0, 7.0)),
+    ultrafeedback("q2", (" ", "b"), (7.0, 6.0)),
+    ultrafeedback("q3", ("a", "b"), (9.0, 8.0)) | {"rejected": user("q4") + assistant("b")},
+]
+LONG = user("q5") + assistant("a") + user("q6") + assistant("c")
+XSTEST = [
+    {"id": "1", "prompt": "q0", "type": "homonyms", "label": "safe"},
+    {"id": "2", "prompt": "q1", "type": "contrast_homonyms", "label": "unsafe"},
+]
 
 
-@pytest.fixture(params=[False, True], ids=["map", "stream"])
-def convert(request):
-    def run(name, rows):
-        dataset = Dataset.from_list(rows)
-        converted = CONVERSIONS[name](dataset.to_iterable_dataset() if request.param else dataset)
-        return list(converted)
-
-    return run
+def answered(question, answer):
+    return {"prompt": user(question), "completion": assistant(answer)}
 
 
-def test_sft_takes_the_safer_answer_where_it_is_safe(convert):
-    assert convert("pku_saferlhf_sft", ROWS) == [
-        {"prompt": user("q0"), "completion": assistant("good")},
-        {"prompt": user("q1"), "completion": assistant("good")},
-        {"prompt": user("q3"), "completion": assistant("finer")},
-    ]
+def preferred(question, chosen, rejected):
+    return {
+        "prompt": user(question), "chosen": assistant(chosen), "rejected": assistant(rejected),
+    }  # fmt: skip
 
 
-def test_dpo_takes_the_pairs_of_which_one_is_safe(convert):
-    assert convert("pku_saferlhf_dpo", ROWS) == [
-        {"prompt": user("q0"), "chosen": assistant("good"), "rejected": assistant("bad")},
-        {"prompt": user("q1"), "chosen": assistant("good"), "rejected": assistant("bad")},
-    ]
+def halueval_general(number, label, spans):
+    return {
+        "ID": str(number), "user_query": f"q{number}", "chatgpt_response": f"a{number}",
+        "hallucination": label, "hallucination_spans": spans,
+    }  # fmt: skip
 
 
-def test_beavertails_takes_the_safe_answers(convert):
-    rows = [beavertails("q0", "a0", True), beavertails("q0", "a1", False)]
-    rows.append(beavertails("q1", "a2", True))
-    assert convert("beavertails_sft", rows) == [
-        {"prompt": user("q0"), "completion": assistant("a0")},
-        {"prompt": user("q1"), "completion": assistant("a2")},
-    ]
+# Rows, and what is made of them.
+CONVERTED = {
+    "pku_saferlhf_sft": (
+        ROWS, [answered("q0", "good"), answered("q1", "good"), answered("q3", "finer")]),
+    "pku_saferlhf_dpo": (ROWS, [preferred("q0", "good", "bad"), preferred("q1", "good", "bad")]),
+    "beavertails_sft": (
+        [beavertails("q0", "a0", True), beavertails("q0", "a1", False),
+         beavertails("q1", "a2", True)],
+        [answered("q0", "a0"), answered("q1", "a2")]),
+    "hh_rlhf_dpo": (
+        [hh_rlhf([*BEFORE, (A, "good")], [*BEFORE, (A, "bad")]), GOOD_PAIR],
+        [preferred("q1", "good", "bad")
+         | {"prompt": user("q0") + assistant("a0\n\nwith: two parts") + user("q1")},
+         preferred("q", "yes", "no")]),
+    "ultrafeedback_dpo": (ULTRAFEEDBACK, [preferred("q0", "better", "worse")]),
+    "ultrafeedback_sft": (
+        [*ULTRAFEEDBACK[:3], ULTRAFEEDBACK[0] | {"messages": LONG},
+         ULTRAFEEDBACK[0] | {"messages": LONG[:-1]}],
+        [answered("q0", "better"), answered("q1", "a"),
+         {"prompt": LONG[:-1], "completion": LONG[-1:]}]),
+    "halueval_qa": ([HALUEVAL_QA], [answered("k\n\nq", "r")]),
+    "halueval_qa_dpo": ([HALUEVAL_QA], [preferred("k\n\nq", "r", "h")]),
+    "halueval_general": (
+        [halueval_general(0, "no", []), halueval_general(1, "yes", ["a1"])],
+        [answered("q0", "a0")]),
+    "xstest_safe": (XSTEST, [{"prompt": user("q0")}]),
+    "xstest_unsafe": (XSTEST, [{"prompt": user("q1")}]),
+    "gsm8k": (
+        [{"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}],
+        [answered("1 + 1 ?", "1 + 1 = 2\n#### 2")]),
+}  # fmt: skip
 
 
-def test_hh_rlhf_keeps_all_turns_before_the_last_answer(convert):
-    before = [(H, "q0"), (A, "a0\n\nwith: two parts"), (H, " q1 ")]
-    rows = [hh_rlhf([*before, (A, "good")], [*before, (A, "bad")])]
-    rows.append(hh_rlhf([(H, "q"), (A, "yes")], [(H, "q"), (A, "no")]))
-    assert convert("hh_rlhf_dpo", rows) == [
-        {
-            "prompt": user("q0") + assistant("a0\n\nwith: two parts") + user("q1"),
-            "chosen": assistant("good"),
-            "rejected": assistant("bad"),
-        },
-        {"prompt": user("q"), "chosen": assistant("yes"), "rejected": assistant("no")},
-    ]
+def convert(name, rows, *, as_stream=False):
+    dataset = Dataset.from_list(rows)
+    return list(CONVERSIONS[name](dataset.to_iterable_dataset() if as_stream else dataset))
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_rows_of_use_are_converted_and_the_others_left_out(name, as_stream):
+    rows, expected = CONVERTED[name]
+    assert convert(name, rows, as_stream=as_stream) == expected
 
 
 USELESS_PAIRS = {
     "other questions": ([(H, "q0"), (A, "a")], [(H, "q1"), (A, "b")]),
     "another answer before": (
-        [(H, "q"), (A, "a"), (H, "q"), (A, "c")],
-        [(H, "q"), (A, "b"), (H, "q"), (A, "d")],
-    ),
+        [(H, "q"), (A, "a"), (H, "q"), (A, "c")], [(H, "q"), (A, "b"), (H, "q"), (A, "d")]),
     "other lengths": ([(H, "q"), (A, "a")], [(H, "q"), (A, "a"), (H, "q"), (A, "b")]),
     "the same answer": ([(H, "q"), (A, "a")], [(H, "q"), (A, "a ")]),
     "a question last": ([(H, "q"), (A, "a"), (H, "r")], [(H, "q"), (A, "b"), (H, "r")]),
@@ -129,24 +154,21 @@ USELESS_PAIRS = {
     "two questions in a row": ([(H, "p"), (H, "q"), (A, "a")], [(H, "p"), (H, "q"), (A, "b")]),
     "no question": ([(H, ""), (A, "a")], [(H, ""), (A, "b")]),
     "no turns": ([], []),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("pair", USELESS_PAIRS.values(), ids=USELESS_PAIRS)
-def test_hh_rlhf_leaves_out(convert, pair):
-    good = hh_rlhf([(H, "q"), (A, "yes")], [(H, "q"), (A, "no")])
-    [converted] = convert("hh_rlhf_dpo", [hh_rlhf(*pair), good])
-    assert converted["prompt"] == user("q")
-    assert converted["chosen"] == assistant("yes")
+def test_hh_rlhf_leaves_out(pair):
+    assert convert("hh_rlhf_dpo", [hh_rlhf(*pair), GOOD_PAIR]) == [preferred("q", "yes", "no")]
 
 
-def test_hh_rlhf_leaves_out_texts_that_do_not_begin_with_a_turn(convert):
-    good = hh_rlhf([(H, "q"), (A, "yes")], [(H, "q"), (A, "no")])
-    assert len(convert("hh_rlhf_dpo", [{k: f"Once. {v}" for k, v in good.items()}, good])) == 1
+def test_hh_rlhf_leaves_out_texts_that_do_not_begin_with_a_turn():
+    late = {side: f"Once. {text}" for side, text in GOOD_PAIR.items()}
+    assert len(convert("hh_rlhf_dpo", [late, GOOD_PAIR])) == 1
 
 
 @pytest.mark.skipif(not PAIRS.is_dir(), reason="no data in ../shared/data")
-def test_hh_rlhf_gives_back_real_conversations(convert):
+def test_hh_rlhf_gives_back_real_conversations():
     """Pairs of HH-RLHF that were taken apart elsewhere, put together as they are published."""
     file = PAIRS / "hh_harmless_pairs_test.jsonl"
     pairs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -162,64 +184,12 @@ def test_hh_rlhf_gives_back_real_conversations(convert):
     assert convert("hh_rlhf_dpo", rows) == pairs
 
 
-ULTRAFEEDBACK = [
-    ultrafeedback("q0", ("better", "worse"), (8.5, 3.0)),
-    ultrafeedback("q1", ("a", "b"), (7.0, 7.0)),
-    ultrafeedback("q2", (" ", "b"), (7.0, 6.0)),
-    ultrafeedback("q3", ("a", "b"), (9.0, 8.0)) | {"rejected": user("q4") + assistant("b")},
-]
-
-
-def test_ultrafeedback_takes_the_better_answers(convert):
-    assert convert("ultrafeedback_dpo", ULTRAFEEDBACK) == [
-        {"prompt": user("q0"), "chosen": assistant("better"), "rejected": assistant("worse")}
-    ]
-
-
-def test_ultrafeedback_for_sft_takes_the_last_answer_of_the_conversation(convert):
-    long = ultrafeedback("q5", ("a", "b"), (9.0, 8.0))
-    long["messages"] = [*long["messages"], *user("q6"), *assistant("c")]
-    unanswered = long | {"messages": long["messages"][:-1]}
-    assert convert("ultrafeedback_sft", [*ULTRAFEEDBACK[:3], long, unanswered]) == [
-        {"prompt": user("q0"), "completion": assistant("better")},
-        {"prompt": user("q1"), "completion": assistant("a")},
-        {"prompt": user("q5") + assistant("a") + user("q6"), "completion": assistant("c")},
-    ]
-
-
-def test_halueval_takes_the_right_answer(convert):
-    [converted] = convert("halueval_qa", [HALUEVAL_QA])
-    assert converted == {"prompt": user("k\n\nq"), "completion": assistant("r")}
-
-
-def test_halueval_prefers_the_right_answer(convert):
-    [converted] = convert("halueval_qa_dpo", [HALUEVAL_QA])
-    assert converted == {
-        "prompt": user("k\n\nq"), "chosen": assistant("r"), "rejected": assistant("h"),
-    }  # fmt: skip
-
-
-def test_halueval_general_takes_responses_without_a_hallucination(convert):
-    rows = [
-        {
-            "ID": str(i), "user_query": f"q{i}", "chatgpt_response": f"a{i}",
-            "hallucination": label, "hallucination_spans": spans,
-        }
-        for i, (label, spans) in enumerate([("no", []), ("yes", ["a1"])])
-    ]  # fmt: skip
-    assert convert("halueval_general", rows) == [
-        {"prompt": user("q0"), "completion": assistant("a0")}
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "row"),
     [
-        ("pku_saferlhf_sft", ROWS[0]),
+        *((name, CONVERTED[name][0][0]) for name in CONVERSIONS if name.endswith("sft")),
         ("pku_saferlhf_dpo", ROWS[0]),
-        ("beavertails_sft", beavertails("q", "a", True)),
         ("hh_rlhf_dpo", hh_rlhf([(H, "q"), (A, "a")], [(H, "q"), (A, "b")])),
-        ("ultrafeedback_sft", ULTRAFEEDBACK[0]),
         ("ultrafeedback_dpo", ULTRAFEEDBACK[0]),
         ("halueval_qa_dpo", HALUEVAL_QA),
     ],
@@ -234,17 +204,3 @@ def test_what_comes_out_can_be_capability_data(name, row):
         num_samples=1, num_parts=1, batch_size=1, seed=0,
     )  # fmt: skip
     assert group.num_tokens == 2
-
-
-def test_xstest_is_told_apart_by_its_labels(convert):
-    rows = [
-        {"id": "1", "prompt": "q0", "type": "homonyms", "label": "safe"},
-        {"id": "2", "prompt": "q1", "type": "contrast_homonyms", "label": "unsafe"},
-    ]
-    assert convert("xstest_safe", rows) == [{"prompt": user("q0")}]
-    assert convert("xstest_unsafe", rows) == [{"prompt": user("q1")}]
-
-
-def test_gsm8k_takes_the_worked_answer(convert):
-    [converted] = convert("gsm8k", [{"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}])
-    assert converted == {"prompt": user("1 + 1 ?"), "completion": assistant("1 + 1 = 2\n#### 2")}

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
-from ogpsa_trl.data.groups import Preparation, named_groups, prepare_group
+from ogpsa_trl.data.groups import named_groups
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 from runs import WORLD, make_trainer, paper, to_messages
 
 TOKENIZER = toy_tokenizer()
@@ -151,25 +152,23 @@ def test_tokens_and_labels_are_those_of_trl(setting, tmp_path):
         assert len(first.samples) < len(ROWS), "some prompts are meant to fill `max_length`"
 
 
-def test_a_text_column_of_another_name_is_tokenised_as_trl_does(tmp_path):
-    rows = dataset("text").rename_column("text", "body")
-    assert_same_as_trl({"facts": rows}, tmp_path, dataset_text_field="body")
-
-
-def test_a_tokenizer_without_padding_gets_that_of_trl(tmp_path):
-    tokenizer = toy_tokenizer()
-    tokenizer.pad_token = None
-    groups = {"facts": dataset("prompt-completion")}
-    assert_same_as_trl(groups, tmp_path, tokenizer=tokenizer)
-
-
-def test_arguments_of_the_chat_template_are_those_of_trl(tmp_path):
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
-    rows = [row | {"chat_template_kwargs": {"polite": "please"}} for row in dataset("messages")]
-    groups = {"facts": Dataset.from_list(rows)}
-    [made] = assert_same_as_trl(groups, tmp_path, tokenizer=tokenizer)
-    assert all(TOKENIZER.decode(ids).startswith("please") for ids, _ in samples(made))
+@pytest.mark.parametrize("case", ["another text column", "no padding", "arguments of a template"])
+def test_less_usual_data_and_tokenizers_are_those_of_trl(case, tmp_path):
+    tokenizer, rows, settings = toy_tokenizer(), dataset("prompt-completion"), {}
+    if case == "another text column":
+        rows, settings = (
+            dataset("text").rename_column("text", "body"),
+            {"dataset_text_field": "body"},
+        )
+    elif case == "no padding":
+        tokenizer.pad_token = None
+    else:
+        tokenizer.chat_template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
+        polite = {"chat_template_kwargs": {"polite": "please"}}
+        rows = Dataset.from_list([row | polite for row in dataset("messages")])
+    [made] = assert_same_as_trl({"facts": rows}, tmp_path, tokenizer=tokenizer, **settings)
+    if case == "arguments of a template":
+        assert all(TOKENIZER.decode(ids).startswith("please") for ids, _ in samples(made))
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
@@ -186,96 +185,77 @@ def test_capability_data_of_dpo_is_tokenised_as_that_of_sft(base_model_path, tmp
 
 
 def test_a_chat_template_of_its_own_replaces_that_of_the_tokenizer():
-    template = "{{ 'please ' }}" + CHAT_TEMPLATE
-    tokenizer = toy_tokenizer()
+    template, tokenizer = "{{ 'please ' }}" + CHAT_TEMPLATE, toy_tokenizer()
     tokenizer.chat_template = template
-    expected = group(
-        dataset("messages"), preparation(processing_class=tokenizer, tokenizer=tokenizer)
-    )
-    actual = group(dataset("messages"), preparation(chat_template=template))
-    assert samples(actual) == samples(expected) != samples(group(dataset("messages")))
+    own = preparation(processing_class=tokenizer, tokenizer=tokenizer)
+    actual = samples(group(dataset("messages"), preparation(chat_template=template)))
+    assert actual == samples(group(dataset("messages"), own)) != samples(group(dataset("messages")))
 
 
-def test_assistant_only_loss_holds_for_every_way_to_write_a_conversation():
-    """TRL itself refuses this for from/value conversations; in a group they are meant the same."""
+def test_assistant_only_loss_is_about_conversations_however_they_are_written():
+    """TRL itself refuses it for from/value conversations. A group of plain text has none."""
     only = preparation(assistant_only_loss=True)
-    assert samples(group(dataset("conversations"), only)) == samples(
-        group(dataset("messages"), only)
-    )
-
-
-def test_assistant_only_loss_leaves_groups_without_a_conversation_alone():
-    """The safety data is conversational then; a group of plain text beside it is not."""
-    only = preparation(assistant_only_loss=True)
+    conversations, messages = (group(dataset(n), only) for n in ("conversations", "messages"))
+    assert samples(conversations) == samples(messages)
     for name in ("text", "prompt-completion", "tokenised"):
         assert samples(group(dataset(name), only)) == samples(group(dataset(name)))
 
 
-class TestPreferences:
-    """Of a preference row the prompt and the chosen completion are used."""
+REJECTED = " can help"  # these words are in no row
+PREFERRED = [
+    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": REJECTED} for row in ROWS
+]
 
-    # `help` and `can` occur in no row.
-    REJECTED = " can help"
 
-    def assert_same_as_completions(self, rows, format_name="prompt-completion", **settings):
-        prepared = preparation(**settings)
-        taken = samples(group(rows, prepared))
-        assert taken == samples(group(dataset(format_name), prepared))
-        rejected = set(TOKENIZER(self.REJECTED)["input_ids"])
-        assert rejected.isdisjoint(token for ids, _ in taken for token in ids)
-
-    def standard(self, **more):
-        return [
-            {"prompt": r["prompt"], "chosen": r["completion"], "rejected": self.REJECTED, **more}
-            for r in ROWS
-        ]
-
-    def conversational(self, *, implicit, **more):
-        rows = []
-        for prompt, chosen in map(conversation, ROWS):
-            rejected = {"role": "assistant", "content": self.REJECTED.strip()}
-            before = [prompt] if implicit else []
-            row = {"chosen": [*before, chosen], "rejected": [*before, rejected], **more}
-            rows.append(row if implicit else row | {"prompt": [prompt]})
-        return rows
-
-    def test_are_their_prompt_and_chosen_completion(self):
-        self.assert_same_as_completions(self.standard(score_chosen=8.0, source="unknown"))
-        self.assert_same_as_completions(self.standard(), completion_only_loss=False)
-
-    @pytest.mark.parametrize("implicit", [False, True])
-    def test_may_be_conversational(self, implicit):
-        self.assert_same_as_completions(
-            self.conversational(implicit=implicit), "conversational completion"
+def preferred_turns(*, implicit, **more):
+    """Preferences between conversations, which begin with the prompt if it is `implicit`."""
+    rows = []
+    for prompt, chosen in map(conversation, ROWS):
+        before, rejected = (
+            [prompt] if implicit else [],
+            {"role": "assistant", "content": "can help"},
         )
+        row = {"chosen": [*before, chosen], "rejected": [*before, rejected], **more}
+        rows.append(row if implicit else row | {"prompt": [prompt]})
+    return rows
 
-    def test_may_have_the_prompt_in_both_texts(self):
-        rows = [
-            {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + self.REJECTED}
-            for r in ROWS
-        ]
-        self.assert_same_as_completions(rows)
 
-    def test_may_repeat_a_text_prompt_beside_conversations(self):
-        """The form of HuggingFaceH4/ultrafeedback_binarized."""
-        rows = [
-            row | {"prompt": row["chosen"][0]["content"], "messages": row["chosen"]}
-            for row in self.conversational(implicit=True)
-        ]
-        self.assert_same_as_completions(rows, "conversational completion")
+POLITE = {"chat_template_kwargs": {"polite": "please"}}
+# Rows, those of which they are to be the tokens, and settings.
+PREFERENCES = {
+    "texts": (
+        [row | {"score_chosen": 8.0, "source": "unknown"} for row in PREFERRED],
+        dataset("prompt-completion"), {}),
+    "loss on the prompt too": (
+        PREFERRED, dataset("prompt-completion"), {"completion_only_loss": False}),
+    "a stream": (
+        Dataset.from_list(PREFERRED).to_iterable_dataset(), dataset("prompt-completion"), {}),
+    "texts with the prompt in both": (
+        [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in PREFERRED],
+        dataset("prompt-completion"), {}),
+    "conversations": (
+        preferred_turns(implicit=False), dataset("conversational completion"), {}),
+    "conversations with the prompt in both": (
+        preferred_turns(implicit=True), dataset("conversational completion"), {}),
+    # The form of HuggingFaceH4/ultrafeedback_binarized.
+    "a text prompt beside conversations": (
+        [row | {"prompt": row["chosen"][0]["content"], "messages": row["chosen"]}
+         for row in preferred_turns(implicit=True)],
+        dataset("conversational completion"), {}),
+    "arguments of the chat template": (  # TRL's DPO reads this column too
+        preferred_turns(implicit=False, **POLITE),
+        [row | POLITE for row in dataset("conversational completion")],
+        {"chat_template": "{{ polite + ' ' }}" + CHAT_TEMPLATE}),
+}  # fmt: skip
 
-    def test_keep_the_arguments_of_the_chat_template(self):
-        """TRL's DPO reads this column too."""
-        template = "{{ polite + ' ' }}" + CHAT_TEMPLATE
-        rows = self.conversational(implicit=False, chat_template_kwargs={"polite": "please"})
-        expected = dataset("conversational completion").map(
-            lambda row: {"chat_template_kwargs": {"polite": "please"}}
-        )
-        prepared = preparation(chat_template=template)
-        assert samples(group(rows, prepared)) == samples(group(expected, prepared))
 
-    def test_of_a_stream(self):
-        self.assert_same_as_completions(Dataset.from_list(self.standard()).to_iterable_dataset())
+@pytest.mark.parametrize(("rows", "completions", "settings"), PREFERENCES.values(), ids=PREFERENCES)
+def test_of_preferences_the_prompt_and_the_chosen_completion_are_used(rows, completions, settings):
+    prepared = preparation(**settings)
+    taken = samples(group(rows, prepared))
+    assert taken == samples(group(completions, prepared))
+    rejected = set(TOKENIZER(REJECTED)["input_ids"])
+    assert rejected.isdisjoint(token for ids, _ in taken for token in ids)
 
 
 @pytest.mark.parametrize("num_parts", [1, 3, 10])
@@ -312,10 +292,8 @@ def test_the_batch_size_does_not_change_samples_or_token_counts(batch_size):
 
 
 def test_a_batch_holds_samples_of_similar_length():
-    [part] = divided().parts()
-    batches = part.batches_of(0, 1)
-    lengths = [batch.inputs["attention_mask"].sum(dim=1).tolist() for batch in batches]
-    lengths = [length for batch in lengths for length in batch]
+    batches = divided().whole().batches_of(0, 1)
+    lengths = [n for b in batches for n in b.inputs["attention_mask"].sum(dim=1).tolist()]
     assert lengths == sorted(lengths)
 
 
@@ -344,28 +322,18 @@ def test_a_spare_batch_has_no_trainable_token():
     assert (real.inputs["labels"] != -100).any()
 
 
-class TestDraws:
-    def names(self, *args):
+def test_a_draw_has_a_name_and_reaches_all_samples_equally_often():
+    def names(*args):
         parts = divided(num_parts=2).parts(*args)
         return [sample.name for part in parts for sample in part.samples]
 
-    def test_a_draw_has_a_name(self):
-        assert self.names(4, "seed 1") == self.names(4, "seed 1")
-        assert self.names(4, "seed 1") != self.names(4, "seed 2")
-
-    def test_it_holds_some_samples_once(self):
-        names = self.names(4, "seed 1")
-        assert len(set(names)) == len(names) == 4
-        assert set(names) < set(self.names())
-
-    def test_draws_reach_all_samples_equally_often(self):
-        counts = collections.Counter(name for i in range(400) for name in self.names(4, str(i)))
-        # 160 of 400 are expected for each of ten; the standard deviation is 10.
-        assert len(counts) == 10
-        assert all(120 < count < 200 for count in counts.values())
-
-    def test_there_are_no_more_than_all(self):
-        assert sorted(self.names(99, "seed 1")) == sorted(self.names())
+    assert names(4, "seed 1") == names(4, "seed 1") != names(4, "seed 2")
+    assert len(set(names(4, "seed 1"))) == len(names(4, "seed 1")) == 4
+    assert sorted(names(99, "seed 1")) == sorted(names())
+    counts = collections.Counter(name for i in range(400) for name in names(4, str(i)))
+    # 160 of 400 are expected for each of ten; the standard deviation is 10.
+    assert counts.keys() == set(names())
+    assert all(120 < count < 200 for count in counts.values())
 
 
 def test_samples_without_a_trainable_token_are_left_out():
@@ -378,18 +346,14 @@ def test_samples_without_a_trainable_token_are_left_out():
 
 def test_the_seed_decides_which_samples_are_chosen():
     rows = [{"text": f"{a} {b} {c}"} for a, b, c in itertools.product("ABCDE", repeat=3)]
-    first, again, other = (samples(group(rows, seed=seed)) for seed in (0, 0, 1))
+    given = Dataset.from_list(rows)
+    first, again, other = (samples(group(given, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
+    assert given.to_list() == rows  # their order is left alone
     everything = samples(group(rows, num_samples=len(rows)))
     for choice in (first, other):
         assert len({tuple(ids) for ids, _ in choice}) == 10
         assert all(sample in everything for sample in choice)
-
-
-def test_the_choice_leaves_the_order_of_the_users_data_alone():
-    rows = Dataset.from_list(ROWS)
-    group(rows, num_samples=5)
-    assert rows.to_list() == ROWS
 
 
 def test_a_stream_gives_its_first_samples_and_is_read_no_further():
@@ -417,7 +381,7 @@ def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(as_stream, cap
 
 
 def test_the_log_says_what_a_group_is_made_of(caplog):
-    caplog.set_level(logging.INFO, "ogpsa_trl.data.groups")
+    caplog.set_level(logging.INFO, "ogpsa_trl.data.preparation")
     prepared = group(ROWS, seed=5)
     chosen, made = [record.getMessage() for record in caplog.records]
     start, end = "Capability group 'facts': seed 5 chooses the rows ", " of 10"
@@ -446,9 +410,9 @@ class TestNamedGroups:
             (DatasetDict(train=ROWS, test=ROWS),
              r"got splits \(train, test\). Choose one: `capability_dataset\[split\]`"),
             (IterableDatasetDict(train=ROWS.to_iterable_dataset()), r"got splits \(train\)"),
-            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of them, but got "
-             r"str. Make one with `Dataset.from_list\(rows\)`"),
-            ({}, "at least one group, but got an empty dict. .* leave it out"),
+            ("facts.json", "must be a `Dataset`, an `IterableDataset` or a dict of at least one "
+             r"group of them, but got str. Make one with `Dataset.from_list\(rows\)`"),
+            ({}, "at least one group of them, but got an empty dict. .* leave it out"),
             ({"": ROWS}, "name must be a text on one line, but got ''"),
             ({3: ROWS}, "name must be a text on one line, but got 3"),
             ({"a\nb": ROWS}, r"name must be a text on one line, but got 'a\\nb'"),
@@ -509,14 +473,15 @@ def test_what_is_no_capability_data_is_refused(rows, settings, message):
 def test_fewer_samples_than_parts_are_refused():
     with pytest.raises(ValueError, match=r"at least 4 samples .*lower `gradients_per_"):
         group(ROWS[:3], num_parts=4)
-    long = {"prompt": "add " * 9, "completion": "A"}
-    message = r"at least 2 samples .* but has 1: the others of its 2 have none"
-    with pytest.raises(ValueError, match=message):
-        group([ROWS[0], long], preparation(max_length=9), num_parts=2, num_samples=2)
+    rows = [ROWS[0], {"prompt": "add " * 9, "completion": "A"}]
+    with pytest.raises(
+        ValueError, match=r"least 2 samples .* has 1: the others of its 2 have none"
+    ):
+        group(rows, preparation(max_length=9), num_parts=2, num_samples=2)
 
 
 def test_the_rows_are_what_these_tests_assume():
     assert len(ROWS) == 10
     assert max(map(prompt_length, ROWS)) > 8
     words = {word for row in ROWS for word in (row["prompt"] + row["completion"]).split()}
-    assert words.isdisjoint(TestPreferences.REJECTED.split())
+    assert words.isdisjoint(REJECTED.split())

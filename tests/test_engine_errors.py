@@ -1,6 +1,5 @@
 """What is refused by name: the message says the rule, the value and the way out."""
 
-import logging
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,9 +18,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.training_args import OptimizerNames
 
 from ogpsa_trl import CapabilityGate
-from ogpsa_trl.engines.backend import TorchBackend
 from ogpsa_trl.engines.choose import make_backend
 from ogpsa_trl.engines.supported import check_supported
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from runs import capability_groups, make_trainer
 
 
@@ -161,35 +160,31 @@ def test_a_trainer_refuses_before_it_trains(base_model_path, tmp_path):
         make_trainer("sft", base_model_path, tmp_path, capability=capability_groups(), optim="lomo")
 
 
-class TestBFloat16Gradients:
-    """They are no error, as training goes on as DeepSpeed does it: a warning says what is lost."""
-
-    def messages(self, caplog, data_types, **bf16):
-        config = {"zero_optimization": {"stage": 2}, "bf16": bf16, **data_types}
-        with caplog.at_level(logging.WARNING, logger="ogpsa_trl.engines.supported"):
-            check_supported(deepspeed(**config), "adamw_torch")
-        return [r.getMessage() for r in caplog.records if r.name == "ogpsa_trl.engines.supported"]
-
-    @pytest.mark.parametrize("data_types", [{}, {"data_types": {"grad_accum_dtype": "bf16"}}])
-    def test_a_warning(self, data_types, caplog):
-        (message,) = self.messages(caplog, data_types, enabled=True)
+@pytest.mark.parametrize(
+    ("is_bf16", "dtype", "is_warned"),
+    [(True, None, True), (True, "bf16", True), (True, "fp32", False), (False, "bf16", False)],
+)
+def test_gradients_in_bfloat16_are_a_warning(is_bf16, dtype, is_warned, caplog):
+    """No error, as training goes on as DeepSpeed does it: it says what is lost."""
+    types = {"data_types": {"grad_accum_dtype": dtype}} if dtype else {}
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": is_bf16}, **types}
+    check_supported(deepspeed(**config), "adamw_torch")
+    messages = [r.getMessage() for r in caplog.records if r.name == "ogpsa_trl.engines.supported"]
+    assert len(messages) == is_warned
+    for message in messages:
         assert "keeps gradients in bfloat16" in message
         assert "cosines of 5e-4 with the capability directions" in message
         assert 'Set `"data_types": {"grad_accum_dtype": "fp32"}`' in message
 
-    def test_updates_of_zero1_with_whole_gradients_are_refused(self):
-        config = {
-            "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-        }  # fmt: skip
-        check_supported(deepspeed(**config), "adamw_torch", "gradient")
-        with pytest.raises(ValueError, match=r"`target: update` needs .* Set the stage to 2"):
-            check_supported(deepspeed(**config), "adamw_torch", "update")
 
-    @pytest.mark.parametrize(("enabled", "dtype"), [(True, "fp32"), (False, "bf16")])
-    def test_none_with_gradients_or_parameters_in_float32(self, enabled, dtype, caplog):
-        data_types = {"data_types": {"grad_accum_dtype": dtype}}
-        assert self.messages(caplog, data_types, enabled=enabled) == []
+def test_updates_of_zero1_with_whole_gradients_are_refused():
+    config = {
+        "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }  # fmt: skip
+    check_supported(deepspeed(**config), "adamw_torch", "gradient")
+    with pytest.raises(ValueError, match=r"`target: update` needs .* Set the stage to 2"):
+        check_supported(deepspeed(**config), "adamw_torch", "update")
 
 
 class TestMakeBackend:
@@ -228,26 +223,17 @@ class TestMakeBackend:
         assert [(shard.size, shard.total) for shard in backend.shards] == [(4, 4), (2, 2)]
 
 
-class TestTheFirstThatIsNotTheSame:
+@pytest.mark.parametrize("kind", ["capability", "gate"])
+def test_what_processes_do_not_share_is_named(kind, base_model_path, tmp_path, monkeypatch):
     """Two processes played by one: the second has fewer samples than the first."""
 
-    @pytest.fixture
-    def another(self, monkeypatch):
-        def gather(values):
-            (mine,) = values
-            others = {name: "3 samples" if "group '" in name else v for name, v in mine.items()}
-            return [mine, others]
+    def gather(values):
+        (mine,) = values
+        return [mine, {n: "3 samples" if f"{kind} group '" in n else v for n, v in mine.items()}]
 
-        return lambda: monkeypatch.setattr("ogpsa_trl.engines.supported.gather_object", gather)
-
-    def test_is_named_by_the_trainer(self, another, base_model_path, tmp_path):
-        another()
-        message = r"same capability group 'skills', but process 0 has 6 samples .* process 1 has 3 "
-        with pytest.raises(ValueError, match=message):
-            make_trainer("sft", base_model_path, tmp_path, capability=capability_groups())
-
-    def test_is_named_by_the_gate(self, another, base_model_path, tmp_path):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        another()
-        with pytest.raises(ValueError, match=r"same gate group 'skills', but process 0 has 7 "):
-            CapabilityGate(trainer, capability_groups(7))
+    monkeypatch.setattr("ogpsa_trl.engines.supported.gather_object", gather)
+    groups = capability_groups()
+    message = rf"same {kind} group 'skills', but process 0 has 6 samples .* process 1 has 3 "
+    trainer = partial(make_trainer, "sft", base_model_path, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        trainer(capability=groups) if kind == "capability" else CapabilityGate(trainer(), groups)

@@ -111,7 +111,8 @@ def one_process(base_model_path, tmp_path_factory):
     return result_of
 
 
-def load(folder, name):
+def load(folder, job):
+    name = job if isinstance(job, str) else name_of(job)
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
@@ -126,7 +127,7 @@ def test_the_quick_cells_hold_every_method_and_every_pair_of_the_other_choices()
 @every_cell
 def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, record_property):
     expected, expected_log = one_process(cell)
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine), cell)
     assert result["num_processes"] == NUM_PROCESSES[engine]
     assert (result["engine"], result["backend"]) == RUNS_AS[engine]
     difference = max_difference(expected, result["weights"])
@@ -150,14 +151,14 @@ def test_processes_take_the_steps_of_one(engine, cell, launched, one_process, re
 
 @on_engines([cell for cell in CELLS if cell[2] in RESUMED_METHODS], "cell")
 def test_resume_on_several_processes_is_bitwise(engine, cell, launched):
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine), cell)
     assert max_difference(result["weights"], result["resumed"]) == 0
 
 
 @every_cell
 def test_the_basis_is_stored_in_the_shards_of_the_gradient(engine, cell, launched):
     """Memory per process is rank x trained parameters x 4 bytes / shards."""
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine), cell)
     held, basis_bytes = result["held_entries_and_basis_bytes"].T
     if engine == "ddp":
         assert held.tolist() == [result["num_entries"]] * 2
@@ -198,7 +199,7 @@ def messages(engine, config, rank, num_parameters):
 
 @every_cell
 def test_a_step_sends_a_table_and_what_replicas_must_agree_on(engine, cell, launched):
-    result = load(launched(engine), name_of(cell))
+    result = load(launched(engine), cell)
     config, bytes_per_number = config_of(cell), 4
     # The divergence has no gradient at the start, and so no direction.
     ranks = [0 if config.capability_loss == "kl" else 2, 2, 2]
@@ -334,14 +335,10 @@ def test_a_group_at_rate_zero_is_frozen(
     """Bit for bit; all else takes the steps of one process."""
     result = load(launched(engine), job)
     assert max_difference(result, one_process_with_rates) < 2e-6
-    before = weights_before(base_model_path)
+    before = dict(AutoModelForCausalLM.from_pretrained(base_model_path).named_parameters())
     distances = {name: (value - before[name]).abs().max() for name, value in result.items()}
     assert distances.pop("model.embed_tokens.weight") == 0
     assert min(distances.values()) > 1e-5
-
-
-def weights_before(model_path):
-    return dict(AutoModelForCausalLM.from_pretrained(model_path).named_parameters())
 
 
 @on_engines(["roundings"], engines=("ddp", "hsdp"))
@@ -365,7 +362,7 @@ def test_8_bit_states_give_the_second_moment_of_adamw(engine, job, package, laun
 @on_engines(["signs"])
 def test_processors_that_differ_in_signs_make_one_basis(engine, job, launched):
     folder = launched(engine)
-    expected = load(folder, name_of(SIGNS_CELL))["weights"]
+    expected = load(folder, SIGNS_CELL)["weights"]
     assert max_difference(expected, load(folder, job)) == 0
 
 
@@ -386,8 +383,8 @@ def test_fsdp2_resumes_on_another_number_of_processes(launched, base_model_path,
     arguments = ("fsdp2", base_model_path, tmp_path, "quick", launched("fsdp2"))
     launch(4, main, *arguments, folder=tmp_path)
     for cell in RESUMED_ELSEWHERE:
-        expected = load(launched("fsdp2"), name_of(cell))["weights"]
-        assert max_difference(expected, load(tmp_path, name_of(cell))) < 2e-6
+        expected = load(launched("fsdp2"), cell)["weights"]
+        assert max_difference(expected, load(tmp_path, cell)) < 2e-6
 
 
 @pytest.mark.parametrize("cell", RESUMED_ELSEWHERE, ids=name_of)
@@ -395,5 +392,5 @@ def test_one_process_resumes_what_ddp_began(cell, launched, base_model_path, tmp
     folder = launched("ddp")
     trainer = make("one", cell, base_model_path, tmp_path, 1, save_strategy="no")
     trainer.train(resume_from_checkpoint=str(folder / name_of(cell) / "checkpoint-1"))
-    expected = load(folder, name_of(cell))["weights"]
+    expected = load(folder, cell)["weights"]
     assert max_difference(expected, weights(trainer)) < 2e-6

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ogpsa_trl import OGPSAConfig
-from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from runs import (
     SaveAfter,
     assert_same_run,

@@ -16,7 +16,7 @@ from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokeniz
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.rows import choose_rows, known_prompts
 from ogpsa_trl.data.columns import Source
-from ogpsa_trl.data.groups import Preparation, context_of, prepare_group
+from ogpsa_trl.data.preparation import Preparation, context_of, prepare_group
 from ogpsa_trl.data.rendering import check_rendering, prepared
 from ogpsa_trl.data.row_values import RowError
 from ogpsa_trl.data.rows import check_rows, readable
@@ -59,24 +59,17 @@ TOKENS = {"input_ids", "labels"}
 
 # What is no text, and no conversation either.
 WRONG = {
-    "null": None,
-    "number": 3,
-    "fraction": 0.5,
-    "truth": True,
-    "texts": ["add 1 2"],
-    "nothing": [],
-    "mapping": {"a": 1},
-    "JSON": json.dumps([ASKED, ANSWER]),
+    "null": None, "number": 3, "fraction": 0.5, "truth": True, "texts": ["add 1 2"], "nothing": [],
+    "mapping": {"a": 1}, "JSON": json.dumps([ASKED, ANSWER]), "message that is text": [ASKED, "3"],
     "message without a role": [{"content": "add"}],
     "role without a name": [{"role": "", "content": "add"}],
+    "number as a role": [{"role": 3, "content": "add"}],
     "message without content": [ASKED, {"role": "assistant"}],
     "null content": [ASKED, {"role": "assistant", "content": None}],
     "number as content": [ASKED, {"role": "assistant", "content": 3}],
-    "number as a role": [{"role": 3, "content": "add"}],
     "no parts": [{"role": "user", "content": []}],
     "parts without a type": [{"role": "user", "content": ["add"]}],
-    "message that is text": [ASKED, "3"],
-}
+}  # fmt: skip
 
 
 @st.composite
@@ -84,10 +77,8 @@ def wrong_rows(draw):
     """Good rows, of which one has a wrong value in one column; its place, and what it is for."""
     form, use = draw(st.sampled_from(READ))
     good = FORMS[form][0]
-    columns = [  # a text prompt beside a pair may be left out, whatever stands in it
-        c for c in good if c != "prompt" or "chosen" not in good or use == "dpo"
-    ]
-    column = draw(st.sampled_from(columns))
+    columns = [c for c in good if c != "prompt" or "chosen" not in good or use == "dpo"]
+    column = draw(st.sampled_from(columns))  # a text prompt beside a pair may be left out
     has_meaning = {"JSON"} if column in MAY_BE_TEXT else {"nothing"} if column in TOKENS else set()
     has_meaning |= {"null"} if use == "set" else set()  # a row of other columns, or unanswered
     value = WRONG[draw(st.sampled_from(sorted(WRONG.keys() - has_meaning)))]
@@ -105,11 +96,17 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def from_file(rows, folder):
-    """Rows as a user's file gives them, with whatever types `datasets` finds in them."""
+def written(rows, folder):
+    """An entry of a list of data sets that holds these rows."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_dataset("json", data_files=str(path), split="train")
+    return [{"path": str(path), "group": "facts"}]
+
+
+def from_file(rows, folder):
+    """Rows as a user's file gives them, with whatever types `datasets` finds in them."""
+    [entry] = written(rows, folder)
+    return load_dataset("json", data_files=entry["path"], split="train")
 
 
 def names(error, number, where=WHERE):
@@ -151,18 +148,13 @@ def test_a_wrong_value_in_any_row_at_any_place_is_named(wrong):
     assert f"`{column}`" in message or "all be text or all be conversations" in message
 
 
+# What each rule says; the kinds of wrong messages are those above.
 RULES = {
     "text": ({"text": 3}, r"`text` in .* must be text, but row 1 has 3\. Write .* in quotes"),
     "null": ({"text": None}, r"`text` in .* has None\. Remove such rows"),
     "no messages": ({"messages": []}, r"`messages` in .* must be a list of messages .* has \[\]"),
     "JSON": ({"messages": WRONG["JSON"]}, r"`messages` in .* `json\.loads`"),
     "message": ({"messages": [ASKED, "3"]}, r"but message 1 of row 1 has '3'"),
-    "role": ({"messages": [ASKED, {"role": 3, "content": "a"}]}, "but message 1 of row 1 has"),
-    "no role": ({"messages": [{"role": "", "content": "a"}]}, "but message 0 of row 1 has"),
-    "content": ({"messages": [{"role": "user", "content": 3}]}, "but message 0 of row 1 has"),
-    "no content": ({"messages": [{"role": "user", "content": None}]}, "but message 0 of row 1"),
-    "parts": ({"messages": [{"role": "user", "content": ["a"]}]}, "but message 0 of row 1 has"),
-    "no parts": ({"messages": [{"role": "user", "content": []}]}, "but message 0 of row 1 has"),
     "other keys": ({"conversations": [ASKED, 3]}, "messages with `from` and `value`, but message"),
     "turns": ({"prompt": {"a": 1}, "completion": "b"}, "must be text, or a list of messages"),
     "two forms": (
@@ -170,15 +162,12 @@ RULES = {
     "two forms in a row": (
         {"prompt": [ASKED], "completion": "b"}, r"in row 1 \['completion'\] are text"),
     "token that is text": ({"input_ids": [3, "4"]}, "`input_ids` .* list of numbers of tokens"),
-    "token below zero": ({"input_ids": [3, -1]}, "`input_ids` .* from 0 to"),
-    "tokens that are text": ({"input_ids": "3 4"}, "`input_ids` .* has '3 4'"),
     "lengths": ({"input_ids": [3, 4], "labels": [3]}, r"of one length, .* \[2, 1\]"),
     "tools": ({"messages": [ASKED], "tools": 3}, "`tools` .* has 3"),
-    "syntax of tools": ({"messages": [ASKED], "tools": "[{'a'}]"}, "`tools` .* JSON text"),
     "tool": ({"messages": [ASKED], "tools": ["add"]}, "`tools` .* has"),
+    "tools of a text": ({"text": "add", "tools": "[{'a'}]"}, "`tools` .* JSON text"),
     "settings of a template": (
         {"messages": [ASKED], "chat_template_kwargs": "a"}, "`chat_template_kwargs` .* mapping"),
-    "tools of a text": ({"text": "add", "tools": "[{'a'}]"}, "`tools` .* JSON text"),
     "long value": ({"text": ["a" * 10_000] * 100}, r"`text` in .* \.\.\."),
 }  # fmt: skip
 
@@ -196,10 +185,7 @@ def test_every_rule_has_its_words(row, message):
     names(error, 1)
 
 
-@pytest.mark.parametrize(
-    ("place", "kind"),
-    [(0, "number"), (1001, "null"), (1499, "texts"), (0, "mapping"), (1499, "number as content")],
-)
+@pytest.mark.parametrize(("place", "kind"), [(0, "number"), (1001, "null"), (1499, "texts")])
 def test_whatever_types_datasets_finds_the_row_is_named(place, kind, tmp_path):
     """A file of mixed types is read as JSON, one of numbers as numbers."""
     rows = [{"messages": [ASKED, {"role": "assistant", "content": "yes"}]} for _ in range(1500)]
@@ -234,100 +220,90 @@ def test_an_answer_that_calls_tools_may_say_nothing():
 
 
 def group_of(dataset, *, seed=1, **settings):
-    preparation = Preparation(
-        **{"processing_class": TOKENIZER, "tokenizer": TOKENIZER, "max_length": 64} | settings
-    )
+    preparation = Preparation(TOKENIZER, TOKENIZER, **{"max_length": 64, **settings})
     num_samples = len(dataset) if isinstance(dataset, Dataset) else 10
     return prepare_group(
-        "facts", dataset, preparation, num_samples=num_samples, num_parts=1, batch_size=2,
-        seed=seed,
-    )  # fmt: skip
+        "facts", dataset, preparation, num_samples=num_samples, num_parts=1, batch_size=2, seed=seed
+    )
 
 
-class TestGroups:
-    """The library: a group is checked where it is prepared."""
-
-    @pytest.mark.parametrize("as_stream", [False, True])
-    def test_a_wrong_value_is_named_by_group_and_row(self, as_stream, tmp_path):
-        rows = [{"messages": [ASKED, ANSWER]} for _ in range(5)]
-        rows[2]["messages"] = 3
-        dataset = IterableDataset.from_generator(lambda: iter(rows))
-        with pytest.raises(RowError) as error:
-            group_of(dataset if as_stream else from_file(rows, tmp_path))
-        names(error, 2, "capability group 'facts'")
-
-    def test_a_stream_of_other_types_in_a_column_of_no_use_is_refused(self):
-        rows = [{"text": "add", "source": source} for source in ("a", {"b": 1})]
-        with pytest.raises(ValueError, match="group 'facts' must have values of one type"):
-            group_of(IterableDataset.from_generator(lambda: iter(rows)))
-
-    def test_the_row_is_named_by_its_place_in_the_data_not_among_those_chosen(self):
-        rows = [{"text": "add"} for _ in range(20)]
-        rows[13]["text"] = None
-        for seed in range(3):
-            with pytest.raises(RowError, match="row 13 has None"):
-                group_of(Dataset.from_list(rows), seed=seed)
-
-    @pytest.mark.parametrize("token", [-1, len(TOKENIZER)])
-    def test_a_token_that_the_tokenizer_does_not_know_is_named(self, token):
-        rows = [{"input_ids": [3, 4, 5]} for _ in range(4)]
-        rows[2] = {"input_ids": [3, token]}
-        with pytest.raises(RowError, match=f"from 0 to {len(TOKENIZER) - 1}, but row 2 has"):
-            group_of(Dataset.from_list(rows))
-
-    def test_one_conversation_without_an_answer_under_assistant_only_loss(self):
-        rows = [{"messages": [ASKED, ANSWER]}] * 5 + [{"messages": [ASKED]}]
-        with pytest.raises(RowError, match=r"turn of the assistant, .* row 5 has none"):
-            group_of(Dataset.from_list(rows), assistant_only_loss=True)
-
-    def test_a_template_that_marks_no_answer_is_named_by_trl_and_the_row_by_us(self):
-        template = CHAT_TEMPLATE.replace(
-            "{% generation %}", "{% if message['content'] != '4' %}{% generation %}"
-        ).replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
-        rows = [{"messages": [ASKED, ANSWER]}] * 5 + [{"messages": [ASKED, OTHER]}]
-        with pytest.raises(RowError) as error:
-            group_of(Dataset.from_list(rows), assistant_only_loss=True, chat_template=template)
-        assert "no assistant tokens" in names(error, 5, "capability group 'facts'")
-
-    @pytest.mark.parametrize("form", ["messages", "pair"])
-    def test_columns_of_nulls_change_no_token(self, form):
-        row, _ = FORMS[form]
-        nulls = dict.fromkeys(
-            ("text", "messages", "conversations", "tools", "chat_template_kwargs")
-        )
-        [expected, features] = (
-            group_of(Dataset.from_list([made] * 3)).samples[0].features
-            for made in (row, nulls | row)
-        )
-        assert features == expected
-
-    def test_a_trainer_names_them(self, base_model_path, tmp_path):
-        rows = {"facts": Dataset.from_list([{"text": "add"}, {"text": None}])}
-        with pytest.raises(ValueError, match=r"`text` in capability group 'facts' .* row 1 has"):
-            make_trainer("sft", base_model_path, tmp_path, capability=rows)
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        with pytest.raises(ValueError, match=r"`text` in gate group 'facts' .* row 1 has None"):
-            CapabilityGate(trainer, rows)
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_group_names_a_wrong_value(as_stream, tmp_path):
+    rows = [{"messages": [ASKED, ANSWER]} for _ in range(5)]
+    rows[2]["messages"] = 3
+    dataset = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(RowError) as error:
+        group_of(dataset if as_stream else from_file(rows, tmp_path))
+    names(error, 2, "capability group 'facts'")
 
 
-# A template that refuses, one that divides by zero, one that looks for a key.
+def test_a_stream_of_other_types_in_a_column_of_no_use_is_refused():
+    rows = [{"text": "add", "source": source} for source in ("a", {"b": 1})]
+    with pytest.raises(ValueError, match="group 'facts' must have values of one type"):
+        group_of(IterableDataset.from_generator(lambda: iter(rows)))
+
+
+def test_the_row_is_named_by_its_place_in_the_data_not_among_those_chosen():
+    rows = [{"text": "add"}] * 13 + [{"text": None}] + [{"text": "add"}] * 6
+    for seed in range(3):
+        with pytest.raises(RowError, match="row 13 has None"):
+            group_of(Dataset.from_list(rows), seed=seed)
+
+
+@pytest.mark.parametrize("token", [-1, len(TOKENIZER)])
+def test_a_token_that_the_tokenizer_does_not_know_is_named(token):
+    rows = [{"input_ids": [3, 4, 5]}] * 2 + [{"input_ids": [3, token]}]
+    with pytest.raises(RowError, match=f"from 0 to {len(TOKENIZER) - 1}, but row 2 has"):
+        group_of(Dataset.from_list(rows))
+
+
+def test_one_conversation_without_an_answer_under_assistant_only_loss():
+    rows = [{"messages": [ASKED, ANSWER]}] * 5 + [{"messages": [ASKED]}]
+    with pytest.raises(RowError, match=r"turn of the assistant, .* row 5 has none"):
+        group_of(Dataset.from_list(rows), assistant_only_loss=True)
+
+
+def test_a_template_that_marks_no_answer_is_named_by_trl_and_the_row_by_us():
+    template = CHAT_TEMPLATE.replace(
+        "{% generation %}", "{% if message['content'] != '4' %}{% generation %}"
+    ).replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
+    rows = [{"messages": [ASKED, ANSWER]}] * 5 + [{"messages": [ASKED, OTHER]}]
+    with pytest.raises(RowError) as error:
+        group_of(Dataset.from_list(rows), assistant_only_loss=True, chat_template=template)
+    assert "no assistant tokens" in names(error, 5, "capability group 'facts'")
+
+
+@pytest.mark.parametrize("form", ["messages", "pair"])
+def test_columns_of_nulls_change_no_token(form):
+    row, _ = FORMS[form]
+    nulls = dict.fromkeys(("text", "messages", "conversations", "tools", "chat_template_kwargs"))
+    groups = [group_of(Dataset.from_list([made] * 3)) for made in (row, nulls | row)]
+    assert groups[0].samples[0].features == groups[1].samples[0].features
+
+
+def test_a_trainer_and_a_gate_name_them(base_model_path, tmp_path):
+    rows = {"facts": Dataset.from_list([{"text": "add"}, {"text": None}])}
+    with pytest.raises(ValueError, match=r"`text` in capability group 'facts' .* row 1 has"):
+        make_trainer("sft", base_model_path, tmp_path, capability=rows)
+    trainer = make_trainer("sft", base_model_path, tmp_path)
+    with pytest.raises(ValueError, match=r"`text` in gate group 'facts' .* row 1 has None"):
+        CapabilityGate(trainer, rows)
+
+
 REFUSING = "{% if messages[-1]['content'] == '4' %}{{ raise_exception('no four') }}{% endif %}x"
 PAIR = {"rejected": [ASKED, {**ANSWER, "content": "5"}]}
 
 
-@pytest.mark.parametrize(
-    ("template", "reason", "good", "bad", "place"),
-    [
-        (REFUSING, "no four", {"messages": [ASKED, ANSWER]}, {"messages": [ASKED, OTHER]}, 0),
-        (REFUSING.replace("raise_exception('no four')", "1 / 0"), "Zero",
-         {"prompt": [ASKED], "completion": [ANSWER]}, {"prompt": [ASKED], "completion": [OTHER]},
-         2),
-        (REFUSING.replace("raise_exception('no four')", "messages[-1]['a']['b']"), "'a'",
-         {"chosen": [ASKED, ANSWER], **PAIR}, {"chosen": [ASKED, OTHER], **PAIR}, 3),
-    ],
-    ids=["raises", "has a bug", "looks for a key"],
-)  # fmt: skip
-def test_what_a_chat_template_raises_is_named(template, reason, good, bad, place):
+@pytest.mark.parametrize(("raising", "reason", "good", "bad", "place"), [
+    ("raise_exception('no four')", "no four",
+     {"messages": [ASKED, ANSWER]}, {"messages": [ASKED, OTHER]}, 0),
+    ("1 / 0", "Zero",
+     {"prompt": [ASKED], "completion": [ANSWER]}, {"prompt": [ASKED], "completion": [OTHER]}, 2),
+    ("messages[-1]['a']['b']", "'a'",
+     {"chosen": [ASKED, ANSWER], **PAIR}, {"chosen": [ASKED, OTHER], **PAIR}, 3),
+])  # fmt: skip
+def test_what_a_chat_template_raises_is_named(raising, reason, good, bad, place):
+    template = REFUSING.replace("raise_exception('no four')", raising)
     rows = [good] * 4
     rows[place] = bad
     dataset = Dataset.from_list(rows)
@@ -357,147 +333,125 @@ def test_parts_are_refused_where_the_template_reads_text():
     assert check_rendering(dataset, source, TOKENIZER, READS_PARTS) is dataset
 
 
-class TestPreparation:
-    """What TRL raises in the middle of a map."""
+@pytest.mark.parametrize("bad", [[0], [9], [3, 7]])
+def test_the_first_row_that_fails_in_a_map_of_trl_is_named(bad):
+    def prepare(rows):
+        if set(bad) & set(rows["number"]):
+            raise KeyError("some\nkey")
+        return rows
 
-    @pytest.mark.parametrize("bad", [[0], [9], [3, 7]])
-    def test_names_the_first_row_that_fails(self, bad):
-        def prepare(rows):
-            if set(bad) & set(rows["number"]):
-                raise KeyError("some\nkey")
-            return rows
-
-        dataset = Dataset.from_dict({"number": range(10)})
+    dataset = Dataset.from_dict({"number": range(10)})
+    for numbers, named in ((None, bad[0]), (range(0, 100, 10), 10 * bad[0])):
         with pytest.raises(RowError, match="KeyError: 'some") as error:
-            prepared(dataset, prepare, WHERE)
-        names(error, bad[0])
-        with pytest.raises(RowError) as error:
-            prepared(dataset, prepare, WHERE, range(0, 100, 10))
-        names(error, 10 * bad[0])
-
-    def test_that_fails_on_no_row_alone_stays_what_it_is(self):
-        def prepare(rows):
-            if len(rows) > 1:
-                raise KeyError("bug")
-
-        with pytest.raises(KeyError, match="bug"):
-            prepared(Dataset.from_dict({"number": range(4)}), prepare, WHERE)
-
-    @pytest.mark.parametrize("stage", ["sft", "dpo"])
-    def test_of_a_trainer_names_its_training_data(self, stage, base_model_path, tmp_path):
-        rows = safety_data(stage).to_list()
-        rows[3]["completion" if stage == "sft" else "rejected"] = None
-        with pytest.raises(RowError, match="Row 3 of the training data"):
-            make_trainer(stage, base_model_path, tmp_path, data=Dataset.from_list(rows))
-        more = {"eval_dataset": Dataset.from_list(rows)}
-        with pytest.raises(RowError, match="Row 3 of the evaluation data"):
-            make_trainer(stage, base_model_path, tmp_path, more=more)
+            prepared(dataset, prepare, WHERE, numbers)
+        names(error, named)
 
 
-class TestStreams:
-    def stream(self, place, value):
-        rows = [{"messages": [ASKED, ANSWER]} for _ in range(6)]
-        rows[place]["messages"] = value
-        return IterableDataset.from_generator(lambda: iter(rows))
+def test_a_map_that_fails_on_no_row_alone_stays_what_it_is():
+    def prepare(rows):
+        if len(rows) > 1:
+            raise KeyError("bug")
 
-    def checked(self, stream):
+    with pytest.raises(KeyError, match="bug"):
+        prepared(Dataset.from_dict({"number": range(4)}), prepare, WHERE)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_trainer_names_the_row_of_its_training_and_evaluation_data(
+    stage, base_model_path, tmp_path
+):
+    rows = safety_data(stage).to_list()
+    rows[3]["completion" if stage == "sft" else "rejected"] = None
+    data = Dataset.from_list(rows)
+    kinds = {"training": {"data": data}, "evaluation": {"more": {"eval_dataset": data}}}
+    for name, keywords in kinds.items():
+        with pytest.raises(RowError, match=f"Row 3 of the {name} data"):
+            make_trainer(stage, base_model_path, tmp_path, **keywords)
+
+
+@pytest.mark.parametrize("value", [3, [ASKED, OTHER]], ids=["value", "template"])
+def test_the_first_row_of_a_stream_is_looked_at_now_the_others_when_they_are_read(value):
+    def checked(rows):
+        stream = IterableDataset.from_generator(lambda: iter(rows))
         source = Source(WHERE, "sft")
         return check_rendering(readable(stream, source), source, TOKENIZER, REFUSING)
 
-    @pytest.mark.parametrize("value", [3, [ASKED, OTHER]], ids=["value", "template"])
-    def test_the_first_row_is_looked_at_now_the_others_when_they_are_read(self, value):
-        with pytest.raises(RowError) as error:
-            self.checked(self.stream(0, value))
-        names(error, 0)
-        stream = self.checked(self.stream(4, value))
-        with pytest.raises(RowError) as error:
-            list(stream)
-        names(error, 4)
-
-    def test_good_rows_come_as_they_are(self):
-        assert list(self.checked(self.stream(2, [ASKED]))) == list(self.stream(2, [ASKED]))
+    good, bad = {"messages": [ASKED, ANSWER]}, {"messages": value}
+    with pytest.raises(RowError) as error:
+        checked([bad, good])
+    names(error, 0)
+    stream = checked([*[good] * 4, bad])
+    with pytest.raises(RowError) as error:
+        list(stream)
+    names(error, 4)
+    assert list(checked([good, {"messages": [ASKED]}])) == [good, {"messages": [ASKED]}]
 
 
-def written(rows, tmp_path):
-    """An entry of a list of data sets that holds these rows."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [{"path": str(path), "group": "facts"}]
+def evaluate(key, entries, tokenizer=TOKENIZER):
+    load_sets(EvaluationArguments(model_name_or_path="toy", **{key: entries}), [tokenizer])
 
 
-class TestEvaluation:
-    """`ogpsa evaluate`: every list of it, before a model is loaded."""
-
-    def refused(self, key, rows, tmp_path, tokenizer=TOKENIZER):
-        arguments = EvaluationArguments(model_name_or_path="toy", **{key: written(rows, tmp_path)})
-        with pytest.raises(RowError) as error:
-            load_sets(arguments, [tokenizer])
-        return error, f"group 'facts' of `{key}`"
-
-    @pytest.mark.parametrize(("key", "row", "column"), [
-        ("capability_datasets", {"prompt": "add =>", "completion": " A"}, "completion"),
-        ("harmful_datasets", {"prompt": "how to bake"}, "prompt"),
-        ("over_refusal_datasets", {"prompt": "how to bake"}, "prompt"),
-        ("preference_datasets", {"prompt": "add", "chosen": " A", "rejected": " B"}, "chosen"),
-    ])  # fmt: skip
-    def test_a_wrong_value_is_named(self, key, row, column, tmp_path):
-        error, where = self.refused(key, [row, row, row, row | {column: None}], tmp_path)
-        names(error, 3, where)
-
-    @pytest.mark.parametrize("key", ["harmful_datasets", "preference_datasets"])
-    def test_what_a_template_raises_is_named(self, key, tmp_path):
-        tokenizer = toy_tokenizer()
-        tokenizer.chat_template = REFUSING.replace("== '4'", "== 'bad'")
-        row = {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [OTHER]}
-        bad = row | {"prompt": [{"role": "user", "content": "bad"}]}
-        error, where = self.refused(key, [row, row, bad], tmp_path, tokenizer)
-        assert "no four" in names(error, 2, where)
+def make_set(key, entries):
+    arguments = CapabilitySetArguments(**{key: entries})
+    if key == "harmful_datasets":
+        known_prompts(arguments.harmful_datasets)
+    choose_rows(arguments, TOKENIZER)
 
 
-class TestCapabilitySets:
-    """`ogpsa capability`: each row in a form of its own."""
+ANSWERED, PREFERRED = {"prompt": "add", "completion": " A"}, {"chosen": " A", "rejected": " B"}
 
-    @pytest.mark.parametrize(("key", "bad"), [
-        ("capability_datasets", {"prompt": "add", "completion": {"a": 1}}),
-        ("capability_datasets", {"messages": [{"role": "user"}]}),
-        ("capability_datasets", {"prompt": None, "completion": None}),
-        ("look_alike_datasets", {"prompt": []}),
-        ("look_alike_datasets", {"text": ["a"]}),
-    ])  # fmt: skip
-    def test_a_wrong_value_is_named(self, key, bad, tmp_path):
-        rows = [{"prompt": "add", "completion": " A"}] * 2 + [bad]
-        arguments = CapabilitySetArguments(**{key: written(rows, tmp_path)})
-        with pytest.raises(RowError) as error:
-            choose_rows(arguments, TOKENIZER)
-        names(error, 2, f"group 'facts' of `{key}`")
 
-    def test_a_wrong_value_among_the_harmful_prompts_is_named(self, tmp_path):
-        entries = written([{"prompt": "add"}] * 2 + [{"prompt": 3}], tmp_path)
-        arguments = CapabilitySetArguments(harmful_datasets=entries)
-        with pytest.raises(RowError) as error:
-            known_prompts(arguments.harmful_datasets)
-        names(error, 2, "group 'facts' of `harmful_datasets`")
+@pytest.mark.parametrize(("command", "key", "row", "bad"), [
+    (evaluate, "capability_datasets", ANSWERED, ANSWERED | {"completion": None}),
+    (evaluate, "harmful_datasets", {"prompt": "how to bake"}, {"prompt": None}),
+    (evaluate, "over_refusal_datasets", {"prompt": "how to bake"}, {"prompt": None}),
+    (evaluate, "preference_datasets", PREFERRED, PREFERRED | {"chosen": None}),
+    (make_set, "capability_datasets", ANSWERED, ANSWERED | {"completion": {"a": 1}}),
+    (make_set, "capability_datasets", ANSWERED, {"messages": [{"role": "user"}]}),
+    (make_set, "capability_datasets", ANSWERED, {"prompt": None, "completion": None}),
+    (make_set, "look_alike_datasets", ANSWERED, {"prompt": []}),
+    (make_set, "look_alike_datasets", ANSWERED, {"text": ["a"]}),
+    (make_set, "harmful_datasets", {"prompt": "add"}, {"prompt": 3}),
+])  # fmt: skip
+def test_a_command_names_a_wrong_value_before_a_model_is_loaded(command, key, row, bad, tmp_path):
+    with pytest.raises(RowError) as error:
+        command(key, written([row, row, bad], tmp_path))
+    names(error, 2, f"group 'facts' of `{key}`")
 
-    def test_null_columns_do_not_matter(self, tmp_path):
-        rows = [{"messages": [ASKED, ANSWER], "text": None, "tools": None, "images": None}] * 3
-        arguments = CapabilitySetArguments(capability_datasets=written(rows, tmp_path))
-        [group] = choose_rows(arguments, TOKENIZER)
-        assert group.rows == [{"prompt": [ASKED], "completion": [ANSWER]}] * 3
+
+@pytest.mark.parametrize("key", ["harmful_datasets", "preference_datasets"])
+def test_an_evaluation_names_what_a_template_raises(key, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = REFUSING.replace("== '4'", "== 'bad'")
+    row = {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [OTHER]}
+    bad = row | {"prompt": [{"role": "user", "content": "bad"}]}
+    with pytest.raises(RowError) as error:
+        evaluate(key, written([row, row, bad], tmp_path), tokenizer)
+    assert "no four" in names(error, 2, f"group 'facts' of `{key}`")
+
+
+def test_null_columns_of_a_capability_set_do_not_matter(tmp_path):
+    rows = [{"messages": [ASKED, ANSWER], "text": None, "tools": None, "images": None}] * 3
+    arguments = CapabilitySetArguments(capability_datasets=written(rows, tmp_path))
+    [group] = choose_rows(arguments, TOKENIZER)
+    assert group.rows == [{"prompt": [ASKED], "completion": [ANSWER]}] * 3
 
 
 def short_model():
     """A GPT-2 with positions for 16 tokens."""
-    size = len(TOKENIZER)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=1, n_head=1, n_positions=16, vocab_size=size)
-    )
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOKENIZER), **size))
     model.config.eos_token_id = model.config.bos_token_id = TOKENIZER.eos_token_id
     return model
 
 
 def lengths(samples):
     return sorted(len(sample.features["input_ids"]) for sample in samples)
+
+
+def warned(caplog):
+    return [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
 
 
 class TestContext:
@@ -513,9 +467,8 @@ class TestContext:
     def test_samples_are_cut_with_a_warning(self, max_length, kept, caplog):
         group = group_of(self.ROWS, max_length=max_length, context=16)
         assert lengths(group.samples) == [6, kept]
-        warned = [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
-        assert len(warned) == (kept == 16)
-        for message in warned:
+        assert len(warned(caplog)) == (kept == 16)
+        for message in warned(caplog):
             assert message.startswith("Capability group")
             assert "1 of its 2 samples fill the 16 tokens" in message
 
@@ -528,10 +481,8 @@ class TestContext:
         gate = CapabilityGate(trainer, {"facts": self.ROWS})
         [group] = trainer.capability_groups
         assert lengths(group.samples) == lengths(gate.parts["facts"].samples) == [6, 16]
-        warned = [r.getMessage() for r in caplog.records if "can read" in r.getMessage()]
-        assert [message.partition(" '")[0] for message in warned] == [
-            "Capability group", "Gate group",
-        ]  # fmt: skip
+        kinds = [message.partition(" '")[0] for message in warned(caplog)]
+        assert kinds == ["Capability group", "Gate group"]
 
     def test_a_likelihood_is_taken_of_what_can_be_read(self):
         values = group_nll(short_model(), TOKENIZER, "facts", self.ROWS, max_length=1024)

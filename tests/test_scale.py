@@ -25,7 +25,7 @@ from laws import products_of
 from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.data.groups import Part, Sample
 from ogpsa_trl.engines import backend as engines_backend
-from ogpsa_trl.engines.backend import TorchBackend
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.method.projection import project
 from ogpsa_trl.method.saved_state import FILE_NAME

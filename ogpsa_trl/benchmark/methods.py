@@ -20,7 +20,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
-from ogpsa_trl.data.groups import Preparation, prepare_group
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (SFTConfig, OGPSASFTTrainer),

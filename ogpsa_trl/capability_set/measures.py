@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.rows import RowGroup
-from ogpsa_trl.data.groups import Batch, CapabilityGroup, Preparation, prepare_group
+from ogpsa_trl.data.groups import Batch, CapabilityGroup
+from ogpsa_trl.data.preparation import Preparation, prepare_group
 from ogpsa_trl.engines.choose import one_process_backend
 from ogpsa_trl.evaluation.capability import group_nll
 from ogpsa_trl.method.capability_gradients import capability_gradients

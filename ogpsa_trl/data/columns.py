@@ -1,6 +1,6 @@
 """The columns of data that are read, by what the data are for, in the order of TRL's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,10 @@ CONVERSATIONS = ("messages", "conversations")
 TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 IMAGES = {"image", "images"}  # TRL says whether it can read them
 BESIDE = ("tools", "chat_template_kwargs")  # read beside texts and conversations
+IGNORED = -100  # label of a token that is not trained on
 _OF_TRL = ("sft", "dpo", "group")  # what TRL prepares
+
+_IN_THE_FILE = "Rename its columns in the file, or name a `conversion`."
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,32 @@ class Source:
         return self.where[0].upper() + self.where[1:]
 
 
+# What each use asks for, and the way out.
+_ASKED: dict[Use, tuple[str, str]] = {
+    "sft": (
+        "a column `messages`, `{}` (`dataset_text_field`) or `input_ids`, or the columns `prompt` "
+        "and `completion`",
+        "Rename them, choose with `columns`, or add a `conversion`.",
+    ),
+    "dpo": (
+        "the columns `chosen` and `rejected`, because the stage is 'dpo'",
+        "Set `stage: sft`, if this is data for it; or rename them, choose with `columns`, or add a "
+        "`conversion`.",
+    ),
+    "group": (
+        "a column `messages`, `{}` or `input_ids`, or the columns `prompt` and `completion` (or "
+        "`chosen` and `rejected`)",
+        "Rename its columns with `Dataset.rename_column` (in YAML: add a `conversion`).",
+    ),
+    "prompts": ("the columns `prompt`", _IN_THE_FILE),
+    "pairs": ("the columns `chosen`, `rejected`", _IN_THE_FILE),
+    "set": (
+        "a column `messages`, `prompt` or `text`, or the columns `chosen` and `rejected`",
+        _IN_THE_FILE,
+    ),
+}
+
+
 def used_columns(row: Row, source: Source) -> list[str]:
     """
     The columns of a row that are read.
@@ -58,103 +87,46 @@ def used_columns(row: Row, source: Source) -> list[str]:
     Raises:
         ValueError: the columns are those of no known format.
     """
-    used = _FORMS[source.use](row, source)
-    if used[0] in TOKENS or source.use not in _OF_TRL:
-        return used
-    return [*used, *(column for column in BESIDE if column in row)]
-
-
-def _sft_columns(row: Row, source: Source) -> list[str]:
-    columns = set(row)
-    if "input_ids" in columns:
+    columns, use = row.keys(), source.use
+    used: list[str] | None = None
+    if use == "prompts":
+        used = ["prompt"] if "prompt" in columns else None
+    elif use != "sft" and {"chosen", "rejected"} <= columns:
+        used = [column for column in ("prompt", "chosen", "rejected") if column in columns]
+    elif use in ("sft", "group") and "input_ids" in columns:
         return [column for column in TOKENS if column in columns]
-    if {"chosen", "rejected"} <= columns:
+    elif use == "set" and _has_request(row):
+        used = ["prompt", *[c for c in ("chosen", "completion") if c in columns][:1]]
+    elif use == "set":
+        used = _language_columns({c: row[c] for c in columns - {"prompt"}}, source)
+    elif use == "sft" and {"chosen", "rejected"} <= columns:
         raise ValueError(
             f"{source.first} has the columns {sorted(columns)}, which are preferences, but the "
             "stage is 'sft'. Set `stage: dpo`, or rename `chosen` to `completion` and remove "
             "`rejected`."
         )
-    used = _language_columns(row, source)
+    elif use in ("sft", "group"):
+        used = _language_columns(row, source)
     if used is None:
+        asked, way_out = _ASKED[use]
+        if use == "group" and "prompt" in columns and columns & {*CONVERSATIONS, source.text_field}:
+            way_out = (
+                "Add a `completion` to `prompt`, or leave `prompt` out with "
+                "`Dataset.remove_columns` (in YAML: `columns: [messages]`)."
+            )
         raise ValueError(
-            f"{source.first} must have a column `messages`, `{source.text_field}` "
-            "(`dataset_text_field`) or `input_ids`, or the columns `prompt` and `completion`, but "
-            f"has {sorted(columns)}. Rename them, choose with `columns`, or add a `conversion`."
+            f"{source.first} must have {asked.format(source.text_field)}, but has "
+            f"{sorted(columns)}. {way_out}"
         )
+    if use in _OF_TRL:
+        used += [column for column in BESIDE if column in columns]
     return used
 
 
-def _dpo_columns(row: Row, source: Source) -> list[str]:
-    columns = set(row)
-    pair = _pair_columns(row)
-    if pair is not None:
-        return pair
-    way_out = "Rename them, choose with `columns`, or add a `conversion`."
-    if columns & {"completion", "messages", "text", "input_ids"}:
-        way_out = f"Set `stage: sft`, if this is data for it. {way_out}"
-    raise ValueError(
-        f"{source.first} must have the columns `chosen` and `rejected`, because the stage is "
-        f"'dpo', but has {sorted(columns)}. {way_out}"
-    )
-
-
-def _group_columns(row: Row, source: Source) -> list[str]:
-    columns = set(row)
-    pair = _pair_columns(row)
-    if pair is not None:
-        return pair
-    if "input_ids" in columns:
-        return [column for column in TOKENS if column in columns]
-    used = _language_columns(row, source)
-    if used is not None:
-        return used
-    if "prompt" in columns and columns & {"messages", "conversations", source.text_field}:
-        raise ValueError(
-            f"{source.first} has a column `prompt` but no `completion`. Add one, or "
-            "leave `prompt` out with `Dataset.remove_columns` (in YAML: `columns: [messages]`)."
-        )
-    raise ValueError(
-        f"{source.first} must have a column `messages`, `{source.text_field}` or "
-        "`input_ids`, or the columns `prompt` and `completion` (or `chosen` and `rejected`), "
-        f"but has {sorted(columns)}. Rename its columns with `Dataset.rename_column` (in YAML: "
-        "add a `conversion`)."
-    )
-
-
-def _set_columns(row: Row, source: Source) -> list[str]:
-    columns = set(row)
-    pair = _pair_columns(row)
-    if pair is not None:
-        return pair
-    if "prompt" in columns:
-        answers = [column for column in ("chosen", "completion") if column in columns]
-        if answers or not columns & set(CONVERSATIONS):
-            return ["prompt", *answers[:1]]
-    used = _language_columns({c: row[c] for c in columns - {"prompt"}}, source)
-    if used is None:
-        raise ValueError(
-            f"{source.first} must have a column `messages`, `prompt` or `text`, or the columns "
-            f"`chosen` and `rejected`, but has {sorted(columns)}. Rename its columns in the file, "
-            "or name a `conversion`."
-        )
-    return used
-
-
-def _measured_columns(row: Row, source: Source) -> list[str]:
-    columns = set(row)
-    needed = ["prompt"] if source.use == "prompts" else ["chosen", "rejected"]
-    if not set(needed) <= columns:
-        raise ValueError(
-            f"{source.first} must have the columns {', '.join(f'`{c}`' for c in needed)}, but has "
-            f"{sorted(columns)}. Rename its columns in the file, or name a `conversion`."
-        )
-    return needed if source.use == "prompts" else _pair_columns(row) or needed
-
-
-def _pair_columns(row: Row) -> list[str] | None:
-    if not {"chosen", "rejected"} <= row.keys():
-        return None
-    return [column for column in ("prompt", "chosen", "rejected") if column in row]
+def _has_request(row: Row) -> bool:
+    """Whether a row of a capability set is a prompt, answered or not, and no conversation."""
+    is_answered = "chosen" in row or "completion" in row
+    return "prompt" in row and (is_answered or not row.keys() & set(CONVERSATIONS))
 
 
 def _language_columns(row: Row, source: Source) -> list[str] | None:
@@ -171,16 +143,6 @@ def _language_columns(row: Row, source: Source) -> list[str] | None:
     if "conversations" in row and not others and not has_role:
         return ["conversations"]
     return others[:1] or None
-
-
-_FORMS: dict[Use, Callable[[Row, Source], list[str]]] = {
-    "sft": _sft_columns,
-    "dpo": _dpo_columns,
-    "group": _group_columns,
-    "prompts": _measured_columns,
-    "pairs": _measured_columns,
-    "set": _set_columns,
-}
 
 
 def known_columns(dataset: Dataset, source: Source) -> list[str]:

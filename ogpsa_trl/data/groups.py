@@ -1,33 +1,20 @@
 """
-Capability groups: chosen, tokenised and batched once, by TRL's own data preparation.
+Capability groups: named samples of general capability, divided into parts and batches.
 
-A capability group is a named data set of general-capability samples in any format that
-`SFTTrainer` accepts (language modeling or prompt-completion, standard or conversational, or
-tokenised), or in a preference format, of which only the prompt and the chosen completion are used.
+`preparation` makes them of data sets.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
-import pyarrow
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from torch import Tensor
-from trl.data_utils import maybe_extract_prompt
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from ogpsa_trl.data.columns import Source
-from ogpsa_trl.data.rendering import check_rendering, prepared
-from ogpsa_trl.data.rows import check_rows, readable
-
-logger = logging.getLogger(__name__)
-
-_IGNORED = -100  # label of a token that is not trained on
+from ogpsa_trl.data.columns import IGNORED, AnyDataset
 
 Features = dict[str, Any]
 
@@ -65,7 +52,7 @@ class Batch:
 
 def trained_labels(labels: Tensor) -> Tensor:
     """Where the next token is one to learn, bool, shape [rows, length - 1]."""
-    return labels[:, 1:] != _IGNORED
+    return labels[:, 1:] != IGNORED
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ class Part:
     def _batch(self, samples: list[Sample]) -> Batch:
         inputs = self.collate([sample.features for sample in samples or self.samples[:1]])
         if not samples:
-            inputs["labels"] = torch.full_like(inputs["labels"], _IGNORED)
+            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
         return Batch(inputs, samples)
 
 
@@ -131,7 +118,7 @@ class CapabilityGroup:
     @property
     def num_tokens(self) -> int:
         """Tokens that count in the loss."""
-        return sum(sample.num_tokens for sample in self.samples)
+        return self.whole().num_tokens
 
     def parts(self, num_samples: int | None = None, draw: str = "") -> list[Part]:
         """
@@ -155,63 +142,7 @@ class CapabilityGroup:
         return Part(self.name, by_length, self.batch_size, self.collate)
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """
-    How samples become tokens: what TRL's data preparation reads from its trainer and arguments.
-
-    Attributes:
-        processing_class: Tokenizer or processor of the run.
-        tokenizer: The tokenizer, also where `processing_class` is a processor.
-        max_length: Tokens kept per sample; `None` keeps all.
-        truncation_mode: `keep_start` or `keep_end`.
-        completion_only_loss: `None`: the loss is on the completion where there is one.
-        assistant_only_loss: In conversations without a separate prompt, the loss is on the
-            assistant's turns only.
-        chat_template: Overrides the tokenizer's chat template.
-        dataset_text_field: Column of plain text.
-        dataset_num_proc: Worker processes.
-        context: Tokens that the model has positions for; `None` where nothing limits them.
-        vocabulary_size: Tokens that the model knows; `None`: those that the tokenizer does.
-    """
-
-    processing_class: Any
-    tokenizer: Any
-    max_length: int | None
-    truncation_mode: str = "keep_start"
-    completion_only_loss: bool | None = None
-    assistant_only_loss: bool = False
-    chat_template: str | None = None
-    dataset_text_field: str = "text"
-    dataset_num_proc: int | None = None
-    context: int | None = None
-    vocabulary_size: int | None = None
-
-    @property
-    def num_tokens_kept(self) -> int | None:
-        """The most tokens of a sample; `None` keeps all."""
-        limits = [limit for limit in (self.max_length, self.context) if limit is not None]
-        return min(limits, default=None)
-
-
-def context_of(config: Any) -> int | None:
-    """
-    How many tokens a model can read: as many as it has positions in a table.
-
-    With rotary positions it can read on, for better or worse, and TRL lets it.
-
-    Args:
-        config: The model's configuration.
-    """
-    config = config.get_text_config()
-    if getattr(config, "rope_parameters", None):
-        return None
-    return getattr(config, "max_position_embeddings", None)
-
-
-def named_groups(
-    data: Any, argument: str = "capability_dataset"
-) -> dict[str, Dataset | IterableDataset]:
+def named_groups(data: Any, argument: str = "capability_dataset") -> dict[str, AnyDataset]:
     """
     Bring the user's data into the form {group name: data set}.
 
@@ -222,22 +153,19 @@ def named_groups(
     Raises:
         ValueError: it is neither a data set nor a dict of them, or it is empty.
     """
-    if isinstance(data, (Dataset, IterableDataset)):
+    if isinstance(data, AnyDataset):
         return {"capability": data}
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise ValueError(
             f"`{argument}` must be a data set or a dict of groups, but got splits "
             f"({', '.join(map(str, data))}). Choose one: `{argument}[split]`."
         )
-    if not isinstance(data, Mapping):
+    if not isinstance(data, Mapping) or not data:
+        got = "an empty dict" if data == {} else type(data).__name__
         raise ValueError(
-            f"`{argument}` must be a `Dataset`, an `IterableDataset` or a dict of them, but "
-            f"got {type(data).__name__}. Make one with `Dataset.from_list(rows)`."
-        )
-    if not data:
-        raise ValueError(
-            f"`{argument}` must hold at least one group, but got an empty dict. Add a "
-            "group, or leave it out."
+            f"`{argument}` must be a `Dataset`, an `IterableDataset` or a dict of at least one "
+            f"group of them, but got {got}. Make one with `Dataset.from_list(rows)`, or leave it "
+            "out."
         )
     for name, dataset in data.items():
         if not isinstance(name, str) or not name or not name.isprintable():
@@ -245,179 +173,9 @@ def named_groups(
                 f"A capability group's name must be a text on one line, but got {name!r}. It stands"
                 " in logs and tables: choose another."
             )
-        if not isinstance(dataset, (Dataset, IterableDataset)):
+        if not isinstance(dataset, AnyDataset):
             raise ValueError(
                 f"Capability group {name!r} must be a `Dataset` or an `IterableDataset`, but got "
                 f"{type(dataset).__name__}. Make one with `Dataset.from_list(rows)`."
             )
     return dict(data)
-
-
-def prepare_group(
-    name: str,
-    dataset: Dataset | IterableDataset,
-    preparation: Preparation,
-    *,
-    num_samples: int,
-    num_parts: int,
-    batch_size: int,
-    seed: int,
-    where: str | None = None,
-) -> CapabilityGroup:
-    """
-    Choose, tokenise and batch the samples of a group.
-
-    Args:
-        name: The group.
-        dataset: Its samples. Of a stream the first `num_samples` are taken, of a `Dataset` a
-            random choice.
-        preparation: How samples become tokens.
-        num_samples: Samples taken; all if there are fewer.
-        num_parts: Disjoint parts, each of which gives one gradient.
-        batch_size: Largest number of sequences in a batch.
-        seed: Of the random choice.
-        where: What the user knows the group as. `None`: a capability group of this name.
-
-    Raises:
-        ValueError: no samples, no known format, a row that cannot be read or that the chat template
-            refuses, or fewer samples with a trainable token than parts.
-    """
-    where = where or f"capability group {name!r}"
-    source = Source(
-        where,
-        "group",
-        preparation.dataset_text_field,
-        preparation.assistant_only_loss,
-        preparation.vocabulary_size or len(preparation.tokenizer),
-    )
-    chosen, numbers = _choose(source, dataset, num_samples, seed)
-    tokenizer = preparation.tokenizer
-    # Padding is masked, so any token does where TRL has set none (with a collator of the user's).
-    has_pad = tokenizer.pad_token_id is not None
-    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id if has_pad else 0)
-    samples = []
-    features: Features
-    tokenised: Any = _tokenise(source, chosen, numbers, preparation)
-    for index, features in enumerate(tokenised):
-        num_tokens = int(trained_labels(collate([features])["labels"]).sum())
-        if num_tokens > 0:
-            ids = features["input_ids"]
-            used = {"input_ids": ids, "labels": features.get("labels", ids)}
-            samples.append(Sample(f"{name}/{index}", used, num_tokens))
-    if len(samples) < num_parts:
-        raise ValueError(
-            f"{source.first} must have at least {num_parts} samples with a token to "
-            f"learn from (`gradients_per_group`), but has {len(samples)}: the others of its "
-            f"{len(chosen)} have none within `max_length` {preparation.num_tokens_kept}. Raise "
-            "`max_length` or `num_samples`, lower `gradients_per_group`, or look for empty "
-            "completions."
-        )
-    group = CapabilityGroup(name, samples, num_parts, batch_size, collate)
-    logger.info(
-        "%s: %d samples, %d tokens in the loss", source.first, len(samples), group.num_tokens
-    )
-    _warn_of_cut_samples(source, samples, preparation)
-    return group
-
-
-def _warn_of_cut_samples(source: Source, samples: list[Sample], preparation: Preparation) -> None:
-    """TRL cuts training data at `max_length` only, and lets the model fail beyond its context."""
-    if preparation.context is None or preparation.max_length == preparation.num_tokens_kept:
-        return
-    is_full = [len(sample.features["input_ids"]) >= preparation.context for sample in samples]
-    if any(is_full):
-        logger.warning(
-            "%s: %d of its %d samples fill the %d tokens that the model can read, and are cut there"
-            " if they are longer. Take shorter texts, or cut them where it makes sense.",
-            source.first, sum(is_full), len(samples), preparation.context,
-        )  # fmt: skip
-
-
-def _choose(
-    source: Source, dataset: Dataset | IterableDataset, num_samples: int, seed: int
-) -> tuple[Dataset, list[int]]:
-    """The samples used, in random order (a stream: the first ones, in order), and their places."""
-    if isinstance(dataset, IterableDataset):
-        rows = list(dataset.take(num_samples))
-        numbers = list(range(len(rows)))
-        chosen = _of_stream(rows, source)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
-        chosen = dataset.select(numbers)
-        logger.info(
-            "%s: seed %d chooses the rows %s%s of %d",
-            source.first, seed, str(numbers[:10]).strip("[]"), ", ..." * (len(numbers) > 10),
-            len(dataset),
-        )  # fmt: skip
-        logger.debug("%s: all rows chosen: %s", source.first, numbers)
-    if len(chosen) == 0:
-        raise ValueError(
-            f"{source.first} must have at least one sample, but it is empty. Check its "
-            "file or split, or remove the group."
-        )
-    if len(chosen) < num_samples:
-        logger.warning(
-            "%s has %d samples, fewer than `num_samples` (%d). All are used.",
-            source.first, len(chosen), num_samples,
-        )  # fmt: skip
-    return chosen, numbers
-
-
-def _of_stream(rows: list[Any], source: Source) -> Dataset:
-    """A table of rows, whose values must be of one type in each column."""
-    check_rows(rows, source)
-    try:
-        return Dataset.from_list(rows)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:  # in a column of no use
-        raise ValueError(
-            f"{source.first} must have values of one type in each column, but Arrow makes no table "
-            f"of its rows: {error}. Correct them, or leave the column out."
-        ) from error
-
-
-def _tokenise(
-    source: Source, dataset: Dataset, numbers: list[int], preparation: Preparation
-) -> Dataset:
-    """Tokens and labels, exactly as `SFTTrainer` makes them."""
-    rows = readable(dataset, source, numbers)
-    processing_class, template = preparation.processing_class, preparation.chat_template
-    check_rendering(rows, source, processing_class, template, numbers)
-    where = source.where
-    return prepared(rows, lambda some: _prepare(some, preparation, where), where, numbers)
-
-
-def _prepare(dataset: Dataset, preparation: Preparation, where: str) -> Dataset:
-    if {"chosen", "rejected"} <= set(dataset.column_names):
-        # Also where a text prompt stands beside conversations that contain it.
-        dataset = dataset.map(maybe_extract_prompt)
-        used = ("prompt", "chosen", "tools", "chat_template_kwargs")
-        others = [c for c in dataset.column_names if c not in used]
-        dataset = dataset.remove_columns(others).rename_column("chosen", "completion")
-    columns = set(dataset.column_names)
-    # `SFTTrainer._prepare_dataset` needs a few attributes of its trainer and its arguments, not a
-    # trainer; DPO has none. `tests/test_data.py` holds the result against a real `SFTTrainer`.
-    completion_only_loss = preparation.completion_only_loss
-    if completion_only_loss is None:
-        completion_only_loss = "completion" in columns
-    stand_in: Any = SimpleNamespace(
-        _tokenizer=preparation.tokenizer,
-        chat_template=preparation.chat_template,
-        completion_only_loss=completion_only_loss,
-        assistant_only_loss=preparation.assistant_only_loss,
-        max_length=preparation.num_tokens_kept,
-        truncation_mode=preparation.truncation_mode,
-        dataset_text_field=preparation.dataset_text_field,
-        dataset_num_proc=preparation.dataset_num_proc,
-        shuffle_dataset=False,
-    )
-    prepare: Any = SFTTrainer._prepare_dataset
-    return prepare(
-        stand_in,
-        dataset,
-        preparation.processing_class,
-        stand_in,
-        packing=False,
-        formatting_func=None,
-        dataset_name=where,
-    )

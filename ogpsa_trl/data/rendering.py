@@ -1,10 +1,10 @@
 """What chat templates and TRL make of rows; where they cannot, the row is named."""
 
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -24,8 +24,8 @@ from ogpsa_trl.data.columns import (
     used_columns,
     without_nulls,
 )
-from ogpsa_trl.data.row_values import RowError, reason_of, row_named, short
-from ogpsa_trl.data.rows import checked_stream, rows_of
+from ogpsa_trl.data.row_values import RowError, reason_of, row_named, shown
+from ogpsa_trl.data.rows import checked
 
 
 @dataclass
@@ -59,13 +59,11 @@ class TemplateCheck:
             values: Row = {**row, **maybe_extract_prompt(maybe_convert_to_chatml(row))}
         prompt = values["prompt"] if isinstance(values.get("prompt"), list) else []
         sides = ("messages", "completion", "chosen") + ("rejected",) * (source.use != "group")
-        conversations: list[tuple[list[Any], bool]] = [
-            ([*prompt, *values[side]], False)
-            for side in sides
-            if isinstance(values.get(side), list)
+        conversations: list[list[Any]] = [
+            [*prompt, *values[side]] for side in sides if isinstance(values.get(side), list)
         ]
         if prompt:
-            conversations.append((prompt, True))
+            conversations.append(prompt)
         if not conversations:
             return
         if not (self.chat_template or self.processing_class.chat_template):
@@ -81,8 +79,9 @@ class TemplateCheck:
             "tools": json.loads(tools) if isinstance(tools, str) else tools,
             **(values.get("chat_template_kwargs") or {}),
         }
-        for conversation, is_prompt in conversations:
+        for conversation in conversations:
             self._check_parts(conversation, number)
+            is_prompt = conversation is prompt
             self._render(conversation, number, options | {"add_generation_prompt": is_prompt})
 
     def _render(self, conversation: list[Any], number: int, options: Mapping[str, Any]) -> None:
@@ -104,24 +103,21 @@ class TemplateCheck:
             if isinstance(message.get("content"), list) and not self._takes_parts():
                 raise RowError(
                     f"The chat template of the tokenizer reads content that is text, but message "
-                    f"{index} of row {number} of {self.source.where} has parts: "
-                    f"{short(message)}. Make one text of them, or take a model "
-                    "whose template reads parts."
+                    f"{index} of row {number} of {self.source.where} has parts: {shown(message)}. "
+                    "Make one text of them, or take a model whose template reads parts."
                 )
 
     def _takes_parts(self) -> bool:
         if isinstance(self.processing_class, ProcessorMixin):
             return True
         contents: list[Any] = ["word", [{"type": "text", "text": "word"}]]
+        render = partial(
+            self.processing_class.apply_chat_template,
+            tokenize=False,
+            chat_template=self.chat_template,
+        )
         try:
-            one, other = (
-                self.processing_class.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    tokenize=False,
-                    chat_template=self.chat_template,
-                )
-                for content in contents
-            )
+            one, other = (render([{"role": "user", "content": content}]) for content in contents)
         except Exception:  # see `_render`
             return False
         return one == other
@@ -141,14 +137,9 @@ def check_rendering(
     Args:
         dataset: What `readable` gives. Of a stream the first row is looked at now, each of the
             others when it is read.
-        source: What they are.
-        processing_class: Tokenizer or processor.
-        chat_template: Instead of its own.
+        source, processing_class, chat_template: As for `TemplateCheck`.
         numbers: What the rows are known by; their places if `None`.
         num_rows: Rows looked at, from the first on; all if `None`.
-
-    Returns:
-        The data; a stream with the check.
 
     Raises:
         RowError: a row and the template do not go together.
@@ -156,13 +147,10 @@ def check_rendering(
     """
     check = TemplateCheck(source, processing_class, chat_template)
     if isinstance(dataset, IterableDataset):
-        row = next(iter(dataset))
-        return dataset if row.keys() & IMAGES else checked_stream(dataset, check)
+        return dataset if next(iter(dataset)).keys() & IMAGES else checked(dataset, check)
     if IMAGES & set(dataset.column_names):
         return dataset
-    for place, row in itertools.islice(rows_of(dataset, known_columns(dataset, source)), num_rows):
-        check(row, place if numbers is None else numbers[place])
-    return dataset
+    return checked(dataset, check, known_columns(dataset, source), numbers, num_rows)
 
 
 def prepared(
@@ -172,7 +160,7 @@ def prepared(
     numbers: Sequence[int] | None = None,
 ) -> Any:
     """
-    What TRL prepares of data; where it cannot, the row is looked for.
+    What TRL prepares of data; where it cannot, the first row of which it cannot is looked for.
 
     Args:
         dataset: The data. A stream is prepared while it is read, and not searched.
@@ -186,29 +174,14 @@ def prepared(
     """
     try:
         return prepare(dataset)
-    except Exception as error:
-        if not isinstance(dataset, Dataset) or isinstance(error, RowError):
-            raise
-        start, stop = 0, len(dataset)
-        while stop - start > 1:
-            middle = (start + stop) // 2
-            if _failure(prepare, dataset, start, middle) is not None:
-                stop = middle
-            else:
-                start = middle
-        failure = _failure(prepare, dataset, start, stop)
-        if failure is None:
-            raise
-        with row_named(where, start if numbers is None else numbers[start]):
-            raise failure from error
-
-
-def _failure(
-    prepare: Callable[[Any], Any], dataset: Dataset, start: int, stop: int
-) -> Exception | None:
-    """What is wrong with some of the rows, if anything."""
-    try:
-        prepare(dataset.select(range(start, stop)))
     except Exception as error:  # whatever a row makes it raise
-        return error
-    return None
+        if not isinstance(dataset, Dataset) or not len(dataset) or isinstance(error, RowError):
+            raise
+        numbers = range(len(dataset)) if numbers is None else numbers
+        if len(dataset) == 1:
+            with row_named(where, numbers[0]):
+                raise
+        middle = len(dataset) // 2
+        for places in (range(middle), range(middle, len(dataset))):
+            prepared(dataset.select(places), prepare, where, [numbers[place] for place in places])
+        raise

@@ -9,9 +9,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ogpsa_trl.data.columns import CONVERSATIONS, TOKENS, TURNS, Row, Source
+from ogpsa_trl.data.columns import CONVERSATIONS, IGNORED, TOKENS, TURNS, Row, Source
 
-_IGNORED = -100  # label of a token that is not trained on
 _ASKING = {"system", "developer", "user", "human", "tool"}  # a template may know other answerers
 _MESSAGES = "a list of messages with `role` and `content`"
 _LONGEST = 300  # characters of a value or a reason in a message
@@ -25,12 +24,43 @@ _short.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a message, cut where it is long."""
-    return _short.repr(value)
+    """A value as it stands in a message: on one line, cut where it is long."""
+    return _on_one_line(_short.repr(value))
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, as it stands in a message."""
+    reason = _on_one_line(str(error).rstrip().rstrip(".!"))
+    is_said = isinstance(error, ValueError | TemplateError)
+    return reason if is_said else f"{type(error).__name__}: {reason}"
+
+
+def _on_one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) < _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 class RowError(ValueError):
     """A row that cannot be read; the message names its data set, its number and the way out."""
+
+
+@contextmanager
+def row_named(where: str, number: int | str) -> Iterator[None]:
+    """
+    Name the row that cannot be made into tokens.
+
+    Raises:
+        RowError: it cannot.
+    """
+    try:
+        yield
+    except RowError:
+        raise
+    except Exception as error:  # of a template, a tokenizer or TRL
+        raise RowError(
+            f"Row {number} of {where} cannot be made into tokens: {reason_of(error)}. Correct the "
+            "row, or remove it."
+        ) from error
 
 
 class RowCheck:
@@ -55,141 +85,83 @@ class RowCheck:
         Raises:
             RowError: it cannot be read.
         """
-        values = {column: row.get(column) for column in self.used}
-        self._leave_out_prompt(values)
+        where, use = self.source.where, self.source.use
+        values: dict[str, Any] = {column: row.get(column) for column in self.used}
+        is_pair = use != "dpo" and {"prompt", "rejected"} <= values.keys()
+        if is_pair and isinstance(values["prompt"], list) != isinstance(values["chosen"], list):
+            del values["prompt"]  # a text beside conversations, which contain it
         for column, value in values.items():
             self._check(column, value, number)
-        self._check_lengths(values, number)
+        lengths = {column: len(values[column]) for column in TOKENS if column in values}
+        if len(set(lengths.values())) > 1:  # TRL pads tokens and labels apart
+            raise RowError(
+                f"The columns {list(lengths)} of {where} must be of one length, but in row "
+                f"{number} theirs are {list(lengths.values())}. Correct the data."
+            )
         turns = {column: values[column] for column in TURNS if column in values}
         texts = [column for column, value in turns.items() if isinstance(value, str)]
-        if 0 < len(texts) < len(turns) and self.source.use != "set":
+        if 0 < len(texts) < len(turns) and use != "set":
             others = [column for column in turns if column not in texts]
             raise RowError(
-                f"The columns of {self.source.where} must all be text or all be conversations, but "
-                f"in row {number} {texts} are text and {others} are not. Leave one out with "
-                "`columns`, such as a `prompt` that `chosen` and `rejected` hold already."
+                f"The columns of {where} must all be text or all be conversations, but in row "
+                f"{number} {texts} are text and {others} are not. Leave one out with `columns`, "
+                "such as a `prompt` that `chosen` and `rejected` hold already."
             )
         messages = [
             message
             for column in (*TURNS, *CONVERSATIONS)
             if isinstance(values.get(column), list) and column != "rejected"
-            for message in values[column] or ()
+            for message in values[column]
         ]
-        self._check_form(bool(messages), number)
-        if messages and self.source.assistant_only_loss:
-            self._check_assistant(messages, number)
-
-    def _leave_out_prompt(self, values: dict[str, Any]) -> None:
-        """A text prompt beside conversations that contain it is taken from them."""
-        if self.source.use == "dpo" or not {"prompt", "rejected"} <= values.keys():
+        first, form = self.form = self.form or (number, bool(messages))
+        if form != bool(messages) and use != "set":
+            words = ("text", "a conversation")
+            raise RowError(
+                f"The rows of {where} must all be text or all be conversations, but row {first} is "
+                f"{words[form]} and row {number} {words[not form]}. Bring them into one form, or "
+                "put them into data sets of their own."
+            )
+        if not self.source.assistant_only_loss or not messages:
             return
-        if isinstance(values["prompt"], list) != isinstance(values["chosen"], list):
-            del values["prompt"]
+        if all((message.get("role") or message.get("from")) in _ASKING for message in messages):
+            raise RowError(
+                f"Every conversation of {where} must have a turn of the assistant, because "
+                f"`assistant_only_loss` is true, but row {number} has none: {shown(messages)}. "
+                "Remove such rows, or set `assistant_only_loss: false`."
+            )
 
     def _check(self, column: str, value: Any, number: int) -> None:
-        place, words = f"row {number}", "text"
+        place = f"row {number}"
         if column in TOKENS:
             end = self.source.vocabulary_size or math.inf
             words = f"a list of numbers of tokens, from 0 to {end - 1}"
-            if column == "labels":
-                words += f", or {_IGNORED} where nothing is to be learned"
+            is_label = column == "labels"
+            words += f", or {IGNORED} where nothing is to be learned" * is_label
             is_right = isinstance(value, list) and all(
-                isinstance(v, int) and (0 <= v < end or (v == _IGNORED and column == "labels"))
-                for v in value
+                isinstance(v, int) and (0 <= v < end or (is_label and v == IGNORED)) for v in value
             )
         elif column == "tools":
-            words = "a list of tools, or JSON text of one"
-            is_right = value is None or _is_tools(value)
+            words, is_right = "a list of tools, or JSON text of one", _is_tools(value)
         elif column == "chat_template_kwargs":
-            words = "a mapping"
-            is_right = isinstance(value, dict)
+            words, is_right = "a mapping", isinstance(value, dict)
+        elif isinstance(value, str) and column not in CONVERSATIONS:
+            return
         elif column in TURNS or column in CONVERSATIONS:
             words = f"text, or {_MESSAGES}" if column in TURNS else _MESSAGES
             if column == "conversations":
                 words = "a list of messages with `from` and `value`"
-            is_right = isinstance(value, str) and column in TURNS
-            if not is_right:
-                index = _first_wrong_message(value)
-                is_right = index is None
-                if index is not None and index >= 0:
-                    place, value = f"message {index} of {place}", value[index]
+            is_right = isinstance(value, list) and len(value) > 0
+            for index, message in enumerate(value if is_right else ()):
+                if not _is_message(message):
+                    is_right, value, place = False, message, f"message {index} of {place}"
+                    break
         else:
-            is_right = isinstance(value, str)
+            words, is_right = "text", False
         if not is_right:
             raise RowError(
                 f"`{column}` in {self.source.where} must be {words}, but {place} has "
-                f"{short(value)}. {_way_out(value)}"
+                f"{shown(value)}. {_way_out(value)}"
             )
-
-    def _check_lengths(self, values: Row, number: int) -> None:
-        """TRL pads tokens and labels apart."""
-        lengths = {column: len(values[column]) for column in TOKENS if column in values}
-        if len(set(lengths.values())) > 1:
-            raise RowError(
-                f"The columns {list(lengths)} of {self.source.where} must be of one length, but "
-                f"in row {number} theirs are {list(lengths.values())}. Correct the data."
-            )
-
-    def _check_form(self, is_conversation: bool, number: int) -> None:
-        first, form = self.form = self.form or (number, is_conversation)
-        if form != is_conversation and self.source.use != "set":
-            words = {False: "text", True: "a conversation"}
-            raise RowError(
-                f"The rows of {self.source.where} must all be text or all be conversations, but "
-                f"row {first} is {words[form]} and row {number} {words[is_conversation]}. Bring "
-                "them into one form, or put them into data sets of their own."
-            )
-
-    def _check_assistant(self, messages: list[Any], number: int) -> None:
-        if all((m.get("role") or m.get("from")) in _ASKING for m in messages):
-            raise RowError(
-                f"Every conversation of {self.source.where} must have a turn of the assistant, "
-                f"because `assistant_only_loss` is true, but row {number} has none: "
-                f"{short(messages)}. Remove such rows, or set `assistant_only_loss: "
-                "false`."
-            )
-
-
-@contextmanager
-def row_named(where: str, number: int | str) -> Iterator[None]:
-    """
-    Name the row that cannot be made into tokens.
-
-    Raises:
-        RowError: it cannot.
-    """
-    try:
-        yield
-    except RowError:
-        raise
-    except Exception as error:  # of a template, a tokenizer or TRL
-        raise RowError(
-            f"Row {number} of {where} cannot be made into tokens: {reason_of(error)}. Correct the "
-            "row, or remove it."
-        ) from error
-
-
-def reason_of(error: Exception) -> str:
-    reason = _on_one_line(str(error)).rstrip(".!")
-    reason = reason if len(reason) < _LONGEST else f"{reason[:_LONGEST]} ..."
-    is_said = isinstance(error, ValueError | TemplateError)
-    return reason if is_said else f"{type(error).__name__}: {reason}"
-
-
-def short(value: Any) -> str:
-    text = _on_one_line(shown(value))
-    return text if len(text) < _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _first_wrong_message(value: Any) -> int | None:
-    """The place of the first message that is none; -1 where there are no messages at all."""
-    if not isinstance(value, list) or not value:
-        return -1
-    return next((i for i, message in enumerate(value) if not _is_message(message)), None)
 
 
 def _is_message(message: Any) -> bool:
@@ -213,7 +185,8 @@ def _is_tools(value: Any) -> bool:
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return False
-    return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    is_list = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    return value is None or is_list
 
 
 def _way_out(value: Any) -> str:
@@ -224,9 +197,5 @@ def _way_out(value: Any) -> str:
             "Write numbers that are text in quotes, in JSON lines or Parquet: in CSV they are read "
             "as numbers all the same. Or choose other columns (in YAML: `columns`)."
         )
-    if isinstance(value, str):
-        return (
-            "If it is JSON, make lists of it with `json.loads`; otherwise correct the data, or "
-            "choose other columns (in YAML: `columns`)."
-        )
-    return "Correct the data, or choose other columns (in YAML: `columns`)."
+    json_text = "If it is JSON, make lists of it with `json.loads`. " * isinstance(value, str)
+    return f"{json_text}Correct the data, or choose other columns (in YAML: `columns`)."

@@ -5,6 +5,7 @@ Training, capability, gate and evaluation data are all read here. TRL itself loo
 and stops in the middle of a map at a value of another type, without a name.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -44,41 +45,29 @@ def readable(
         RowError: a value of the columns in use is of another type.
         ValueError: the columns are those of no known format.
     """
+    known, nulls = [], {}
     if isinstance(dataset, IterableDataset):
         row = without_nulls(next(iter(dataset)))
-        if source.use in ("sft", "dpo") and row.keys() & IMAGES:
-            return dataset
-        check = RowCheck(source, used_columns(row, source))
-        return checked_stream(dataset, check)
-    known = known_columns(dataset, source)
-    nulls = {column: _nulls(dataset, column) for column in known}
-    columns = [column for column in dataset.column_names if nulls.get(column) != "all"]
-    if source.use in ("sft", "dpo") and IMAGES & set(columns):
+    else:
+        known = known_columns(dataset, source)
+        nulls = {column: _nulls(dataset, column) for column in known}
+        columns = [column for column in dataset.column_names if nulls.get(column) != "all"]
+        first = rows_of(dataset, [column for column in known if column in columns])
+        row = {**dict.fromkeys(columns), **next(first, (0, {}))[1]}
+    if source.use in ("sft", "dpo") and row.keys() & IMAGES:
         return dataset
-    _, first = next(rows_of(dataset, [column for column in known if column in columns]), (0, {}))
-    used = used_columns({**dict.fromkeys(columns), **first}, source)
-    check = RowCheck(source, used)
-    for place, row in rows_of(dataset, used):
-        check(row, place if numbers is None else numbers[place])
-    return dataset.remove_columns([c for c in known if nulls[c] and c not in used])
+    used = used_columns(row, source)
+    unused = [column for column in known if nulls[column] and column not in used]
+    dataset = checked(dataset, RowCheck(source, used), used, numbers)
+    return dataset.remove_columns(unused) if unused else dataset
 
 
 def check_rows(rows: Sequence[Row], source: Source) -> None:
-    """
-    Refuse rows that cannot be read, as `readable` does.
-
-    Args:
-        rows: The rows, which need not fit into a table; the first one has all columns.
-        source: What they are.
-
-    Raises:
-        RowError: a value of the columns in use is of another type.
-        ValueError: the columns are those of no known format.
-    """
+    """Refuse rows as `readable` does. They need not fit into a table; the first has all columns."""
     if not rows:
         return
-    held = [c for c in rows[0] if any(row.get(c) is not None for row in rows)]
-    check = RowCheck(source, used_columns({column: rows[0][column] for column in held}, source))
+    held = {c: value for c, value in rows[0].items() if any(row.get(c) is not None for row in rows)}
+    check = RowCheck(source, used_columns(held, source))
     for place, row in enumerate(rows):
         check(row, place)
 
@@ -107,12 +96,10 @@ def rows_of(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, Row
     if not columns:
         return
     batches: Any = dataset.with_format(None).select_columns(list(columns)).iter(_ROWS_AT_ONCE)
-    start = 0
+    places = itertools.count()
     for batch in batches:
-        values = list(zip(*batch.values(), strict=True))
-        for index, row in enumerate(values):
-            yield start + index, dict(zip(batch, row, strict=True))
-        start += len(values)
+        for values in zip(*batch.values(), strict=True):
+            yield next(places), dict(zip(batch, values, strict=True))
 
 
 def _nulls(dataset: Dataset, column: str) -> Literal["", "some", "all"]:
@@ -123,12 +110,32 @@ def _nulls(dataset: Dataset, column: str) -> Literal["", "some", "all"]:
     return "all" if has <= {True} else "some" if True in has else ""
 
 
-def checked_stream(dataset: IterableDataset, check: Callable[[Row, int], None]) -> IterableDataset:
-    """The rows as they are, each looked at when it is read."""
+def checked(
+    dataset: AnyDataset,
+    check: Callable[[Row, int], None],
+    columns: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+    num_rows: int | None = None,
+) -> AnyDataset:
+    """
+    The data as they are, every row looked at: of a stream the first one now, each of the others
+    when it is read.
 
-    def checked(row: dict[str, Any], number: int) -> dict[str, Any]:
-        check(row, number)
-        return row
+    Args:
+        dataset: The data.
+        check: Called with each row and its number.
+        columns: What is read of each row; of a stream all.
+        numbers: What the rows are known by; their places if `None`.
+        num_rows: Rows looked at, from the first on; all if `None`, and of a stream.
+    """
+    if isinstance(dataset, IterableDataset):
 
-    check(next(iter(dataset)), 0)
-    return dataset.map(checked, with_indices=True, features=dataset.features)
+        def passed(row: dict[str, Any], number: int) -> dict[str, Any]:
+            check(row, number)
+            return row
+
+        check(next(iter(dataset)), 0)
+        return dataset.map(passed, with_indices=True, features=dataset.features)
+    for place, row in itertools.islice(rows_of(dataset, columns), num_rows):
+        check(row, place if numbers is None else numbers[place])
+    return dataset

@@ -8,7 +8,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ogpsa_trl.engines.backend import GradientBackend, TorchBackend
+from ogpsa_trl.engines.backend import GradientBackend
+from ogpsa_trl.engines.torch_engines import TorchBackend
 from ogpsa_trl.engines.zero import make_zero_backend
 
 

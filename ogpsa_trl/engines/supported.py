@@ -84,7 +84,13 @@ def check_supported(
         plugin = state.deepspeed_plugin
         assert plugin is not None
         _check_deepspeed(plugin.deepspeed_config, target)
-        _warn_of_bfloat16_gradients(plugin.deepspeed_config)
+        if _dtypes(plugin.deepspeed_config) == (True, False):
+            logger.warning(
+                "DeepSpeed keeps gradients in bfloat16, so that the projection leaves their "
+                "rounding: cosines of 5e-4 with the capability directions, instead of 1e-8. Set "
+                '`"data_types": {"grad_accum_dtype": "fp32"}` in the DeepSpeed configuration, as '
+                "configs/accelerate/*.json do."
+            )
     elif state.distributed_type not in _REPLICATED:
         raise ValueError(
             f"OGPSA supports one process, DDP, FSDP2 and DeepSpeed ZeRO, but the engine of this "
@@ -182,15 +188,14 @@ def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
             f"OGPSA supports DeepSpeed with ZeRO stage 1, 2 or 3, but `zero_optimization.stage` is "
             f"{stage!r}. Set it to 1, or launch with `configs/accelerate/ddp.yaml`."
         )
-    for setting in _OLD_OFFLOAD:
-        device = (zero.get(setting) or {}).get("device", "none")
-        if zero.get(_OLD_OFFLOAD[setting]):  # DeepSpeed still turns it into the setting
-            device = "cpu"
+    for setting, old in _OLD_OFFLOAD.items():
+        # DeepSpeed still turns the old one into the setting.
+        device = "cpu" if zero.get(old) else (zero.get(setting) or {}).get("device", "none")
         if device != "none":
             raise ValueError(
                 "OGPSA needs the gradients on the device, but `zero_optimization."
                 f"{setting}.device` is {device!r}. Set it to 'none', and leave out the old "
-                f"`{_OLD_OFFLOAD[setting]}`; with less memory train with LoRA."
+                f"`{old}`; with less memory train with LoRA."
             )
     for setting, off in _ZERO_OPTIONS.items():
         value = zero.get(setting, off)
@@ -199,9 +204,7 @@ def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
                 f"OGPSA is not tested with `zero_optimization.{setting}`, but it is {value!r}. "
                 f"Leave it out of the DeepSpeed configuration."
             )
-    is_bf16 = config.get("bf16", {}).get("enabled") in (True, "true")
-    is_fp32_accumulated = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if is_bf16 and is_fp32_accumulated and stage == 1 and target == "update":
+    if stage == 1 and target == "update" and _dtypes(config) == (True, True):
         raise ValueError(
             "`target: update` needs gradients that are sharded as the optimizer's weights are, but "
             "with `zero_optimization.stage` 1, bf16 and `grad_accum_dtype` 'fp32' DeepSpeed keeps "
@@ -209,13 +212,7 @@ def _check_deepspeed(config: dict[str, Any], target: Target) -> None:
         )
 
 
-def _warn_of_bfloat16_gradients(config: dict[str, Any]) -> None:
+def _dtypes(config: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether parameters are in bfloat16, and whether gradients are kept in float32."""
     is_bf16 = config.get("bf16", {}).get("enabled") in (True, "true")
-    is_fp32_accumulated = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if is_bf16 and not is_fp32_accumulated:
-        logger.warning(
-            "DeepSpeed keeps gradients in bfloat16, so that the projection leaves their rounding: "
-            "cosines of 5e-4 with the capability directions, instead of 1e-8. Set "
-            '`"data_types": {"grad_accum_dtype": "fp32"}` in the DeepSpeed configuration, as '
-            "configs/accelerate/*.json do."
-        )
+    return is_bf16, config.get("data_types", {}).get("grad_accum_dtype") == "fp32"

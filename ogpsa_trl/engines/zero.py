@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -91,30 +91,26 @@ class Zero12Backend(DeepSpeedBackend):
         }
         super().__init__(accelerator, engine)
 
-    def _shard(self, parameter: nn.Parameter) -> Shard:
-        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    def _shard(self, parameter: Any) -> Shard:
+        mapping = parameter._hp_mapping
         if mapping is None:
             return Shard(0, 0, parameter.numel())
         address = mapping.lp_fragment_address
         return Shard(address.start, address.numel, parameter.numel())
 
-    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:  # noqa: ARG002
+    def _shard_group(self, parameter: Any) -> ProcessGroup | None:  # noqa: ARG002
         return self.optimizer.dp_process_group
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
-        if (
-            mapping is None
-            or self.optimizer.averaged_gradients.get(mapping.param_group_index) is None
-        ):
+    def gradient(self, parameter: Any) -> Tensor | None:
+        mapping, gradients = parameter._hp_mapping, self.optimizer.averaged_gradients
+        if mapping is None or gradients.get(mapping.param_group_index) is None:
             return None
-        index = parameter._index_in_param_group  # pyright: ignore[reportAttributeAccessIssue]
-        gradient = mapping.get_lp_grad_fragment(index)
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
         assert gradient.numel() == mapping.lp_fragment_address.numel
         return gradient.view(-1)
 
-    def weights(self, parameter: nn.Parameter) -> Tensor:
-        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    def weights(self, parameter: Any) -> Tensor:
+        mapping = parameter._hp_mapping
         if mapping is None:
             return torch.zeros(0, device=self.device)
         return mapping.hp_fragment.data.view(-1)
@@ -122,11 +118,11 @@ class Zero12Backend(DeepSpeedBackend):
     def publish_weights(self) -> None:
         self.optimizer.update_lp_params()
 
-    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+    def _optimizer_group(self, parameter: Any) -> Mapping[str, Any]:
         return self.optimizer.param_groups[self._group_of[parameter]]
 
-    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
-        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    def _optimizer_state(self, parameter: Any) -> tuple[Mapping[str, Any], int]:
+        mapping = parameter._hp_mapping
         if mapping is None:
             return {}, 0
         flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -160,19 +156,19 @@ class Zero1BF16Backend(DeepSpeedBackend):
         }
         super().__init__(accelerator, engine)
 
-    def _shard(self, parameter: nn.Parameter) -> Shard:
+    def _shard(self, parameter: Any) -> Shard:
         return Shard(0, parameter.numel(), parameter.numel())
 
-    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:  # noqa: ARG002
+    def _shard_group(self, parameter: Any) -> ProcessGroup | None:  # noqa: ARG002
         return None
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def gradient(self, parameter: Any) -> Tensor | None:
         group, index = self._position[parameter]
         if not self.optimizer.fp32_groups_has_gradients[group][index]:
             return None
         return self.optimizer.fp32_groups_gradients[group][index].view(-1)
 
-    def weights(self, parameter: nn.Parameter) -> Tensor:
+    def weights(self, parameter: Any) -> Tensor:
         raise NotImplementedError("The weights of this optimizer are not sharded as its gradients.")
 
     publish_weights = _optimizer_state = _optimizer_group = weights  # pyright: ignore[reportAssignmentType]
@@ -184,16 +180,16 @@ class Zero1BF16Backend(DeepSpeedBackend):
 class Zero3Backend(DeepSpeedBackend):
     """ZeRO-3: each process holds one range of every parameter; the last ranges may be short."""
 
-    def _shard(self, parameter: nn.Parameter) -> Shard:
-        total: int = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
-        per_process: int = parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]
+    def _shard(self, parameter: Any) -> Shard:
+        total: int = parameter.ds_numel
+        per_process: int = parameter.partition_numel()
         start = min(dist.get_rank(self._shard_group(parameter)) * per_process, total)
         return Shard(start, min(per_process, total - start), total)
 
-    def _shard_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
-        return parameter.ds_process_group  # pyright: ignore[reportAttributeAccessIssue]
+    def _shard_group(self, parameter: Any) -> ProcessGroup | None:
+        return parameter.ds_process_group
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def gradient(self, parameter: Any) -> Tensor | None:
         if not self.optimizer._epilogue_ran_this_backward:
             return None  # the buffers are there, but hold what an earlier step left
         buffer, _ = self.optimizer._get_fp32_grad_state_partition(
@@ -201,7 +197,7 @@ class Zero3Backend(DeepSpeedBackend):
         )
         return buffer.narrow(0, 0, self._shard(parameter).size)
 
-    def weights(self, parameter: nn.Parameter) -> Tensor:
+    def weights(self, parameter: Any) -> Tensor:
         weights, _ = self.optimizer._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False
         )
@@ -221,26 +217,27 @@ class Zero3Backend(DeepSpeedBackend):
     def other_passes(self) -> Iterator[None]:
         """
         DeepSpeed gathers parameters ahead in the order of the last pass. What a pass of another
-        order is given ahead is taken from it again before its backward pass.
+        order is given ahead is taken from it again before its backward pass. Where the order is
+        forgotten the next pass gathers as it goes, and is recorded.
         """
-        self._forget_order()
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+
+        def forget_order() -> None:
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
+        forget_order()
         try:
             yield
         finally:
-            self._forget_order()
+            forget_order()
 
-    def _forget_order(self) -> None:
-        """The next pass gathers as it goes, and is recorded."""
-        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
-
-    def _optimizer_state(self, parameter: nn.Parameter) -> tuple[Mapping[str, Any], int]:
+    def _optimizer_state(self, parameter: Any) -> tuple[Mapping[str, Any], int]:
         group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         return self.optimizer.optimizer.state.get(flat, {}), start
 
-    def _optimizer_group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+    def _optimizer_group(self, parameter: Any) -> Mapping[str, Any]:
         group, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         return self.optimizer.param_groups[self.optimizer.sub_group_to_group_id[group]]
 

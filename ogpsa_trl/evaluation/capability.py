@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.data.groups import Preparation, context_of, prepare_group
+from ogpsa_trl.data.preparation import Preparation, context_of, prepare_group
 from ogpsa_trl.evaluation.intervals import SampleValues, ratio_of
 from ogpsa_trl.evaluation.measures import evaluating
 

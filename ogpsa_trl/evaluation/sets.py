@@ -15,7 +15,7 @@ from trl.data_utils import maybe_extract_prompt
 
 from ogpsa_trl.data.columns import Source
 from ogpsa_trl.data.entries import load_groups
-from ogpsa_trl.data.groups import context_of
+from ogpsa_trl.data.preparation import context_of
 from ogpsa_trl.data.rendering import check_rendering
 from ogpsa_trl.data.row_checks import check_data, first_row
 from ogpsa_trl.data.row_values import row_named

@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ogpsa_trl.config import GateConfig
-from ogpsa_trl.data.groups import Part, Sample, named_groups, prepare_group
+from ogpsa_trl.data.groups import Part, Sample, named_groups
+from ogpsa_trl.data.preparation import prepare_group
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.engines.choose import make_backend
 from ogpsa_trl.engines.supported import check_same_on_all, check_supported

@@ -13,7 +13,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data.files import replace_text
-from ogpsa_trl.data.groups import Batch, CapabilityGroup, Preparation, context_of, trained_labels
+from ogpsa_trl.data.groups import Batch, CapabilityGroup, trained_labels
+from ogpsa_trl.data.preparation import Preparation, context_of
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.method.capability_loss import CapabilityLoss
 from ogpsa_trl.method.subspace import CapabilitySubspace

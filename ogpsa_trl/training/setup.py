@@ -9,8 +9,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.training_args import OptimizerNames
 
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.group_warnings import warn_of_samples_in_training, warn_of_uneven_groups
-from ogpsa_trl.data.groups import CapabilityGroup, named_groups, prepare_group
+from ogpsa_trl.data.groups import CapabilityGroup, named_groups
+from ogpsa_trl.data.preparation import (
+    prepare_group,
+    warn_of_samples_in_training,
+    warn_of_uneven_groups,
+)
 from ogpsa_trl.engines.supported import check_same_on_all, check_supported
 from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.model_kind import check_no_encoder

@@ -11,7 +11,8 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ogpsa_trl.data.groups import Batch, Preparation
+from ogpsa_trl.data.groups import Batch
+from ogpsa_trl.data.preparation import Preparation
 from ogpsa_trl.data.rendering import prepared
 from ogpsa_trl.training.mixin import OGPSAMixin
 
