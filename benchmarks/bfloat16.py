@@ -37,7 +37,7 @@ from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
 from ogpsa_trl.engines.backend import TorchBackend
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.tables import markdown_table
 
 REFUSAL = " Sorry, but I can't assist with that."
 # Name: whether it is OGPSA, and in bfloat16.

@@ -36,7 +36,7 @@ from ogpsa_trl.evaluation.measures import (
     exact_match,
     mean_probability,
 )
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (8, 16, 32, 64, 128, 200)

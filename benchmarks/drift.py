@@ -41,7 +41,7 @@ from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 from ogpsa_trl.evaluation.measures import completion_scores, mean_probability
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SAMPLES = 64  # of each capability group

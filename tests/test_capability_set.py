@@ -17,11 +17,10 @@ from trl.trainer.model_config import ModelConfig
 
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.capability_set.checks import warnings_of
-from ogpsa_trl.capability_set.measures import GradientCosines, gradient_cosines, measure_group
-from ogpsa_trl.capability_set.report import training_entries
-from ogpsa_trl.capability_set.rows import (
+from ogpsa_trl.capability_set.group_measures import GradientCosines, gradient_cosines, measure_group
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_report import training_entries, warnings_of
+from ogpsa_trl.capability_set.set_rows import (
     RowGroup,
     choose_rows,
     complete_rows,

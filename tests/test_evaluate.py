@@ -25,12 +25,13 @@ from ogpsa_trl.evaluation import (
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.figures import change_figure
+from ogpsa_trl.evaluation.likelihoods import group_nll
 from ogpsa_trl.evaluation.refusal import REFUSALS
-from ogpsa_trl.evaluation.report import change_figure, result_rows
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
+from ogpsa_trl.evaluation.tables import result_rows
 from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from ogpsa_trl.evaluation import comparison_figure, markdown_table, report
+from ogpsa_trl.evaluation import comparison_figure, figures, markdown_table
 
 RUNS = {
     "untuned": {"p_refuse": 0.21, "general": 0.99, "bits per character": 1.4},
@@ -47,7 +47,7 @@ def test_a_table_is_aligned_and_numbers_stand_on_the_right():
     table = markdown_table([{"a": "long name", "b": 1}, {"a": None, "b": 20.5}], ["a", "b"])
     assert table.split("\n") == [
         "| a         |      b |",
-        "| --------- | -----: |",
+        "|:----------|-------:|",
         "| long name |      1 |",
         "| -         | 20.500 |",
     ]
@@ -59,7 +59,7 @@ def test_text_cannot_break_a_table():
 
 
 def test_a_table_needs_a_column_but_no_rows():
-    assert markdown_table([], ["run"]).split("\n") == ["| run |", "| --- |"]
+    assert markdown_table([], ["run"]).split("\n") == ["| run   |", "|-------|"]
     with pytest.raises(ValueError, match="`columns` must name at least one column, but got none"):
         markdown_table([{"a": 1}], [])
 
@@ -97,6 +97,6 @@ def test_a_figure_needs_measures_and_knows_their_names(tmp_path):
 
 def test_only_drawing_needs_matplotlib():
     # On its own and in a new process: other tests have imported matplotlib into this one.
-    run = f"runpy.run_path({report.__file__!r})"
+    run = f"runpy.run_path({figures.__file__!r})"
     code = f"import runpy, sys; {run}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

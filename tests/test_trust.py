@@ -23,7 +23,7 @@ from ogpsa_trl.cli import train
 from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.evaluate import load_model, load_tokenizer
 from ogpsa_trl.data.groups import named_groups
-from ogpsa_trl.evaluation.arguments import EvaluationArguments
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.method.saved_state import FILE_NAME, START_FILE_NAME
 from ogpsa_trl.training.whole_checkpoints import mark
 from runs import capability_groups, make_trainer, safety_data, weights

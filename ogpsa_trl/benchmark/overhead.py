@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from ogpsa_trl.benchmark.comparison import console, package_versions, write_json
 from ogpsa_trl.benchmark.overhead_cell import SIZES, Cell
 from ogpsa_trl.data.files import find_config, shipped_configs
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.tables import markdown_table
 
 # The option of each field of a cell.
 OPTIONS = {

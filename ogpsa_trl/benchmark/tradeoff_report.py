@@ -8,13 +8,13 @@ from typing import Any
 from ogpsa_trl.benchmark.comparison import console, package_versions, write_json
 from ogpsa_trl.benchmark.methods import METHODS, Run
 from ogpsa_trl.benchmark.testbeds import Testbed
-from ogpsa_trl.evaluation.report import markdown_table
-from ogpsa_trl.evaluation.tradeoff import (
+from ogpsa_trl.evaluation.equal_safety import (
     Spread,
     at_safety,
     paired_difference,
     tradeoff_figure,
 )
+from ogpsa_trl.evaluation.tables import markdown_table
 
 
 def report(

@@ -342,8 +342,7 @@ def _choose(
         numbers = list(range(len(rows)))
         chosen = _of_stream(rows, source)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
+        numbers = places_by_seed(len(dataset), num_samples, seed)
         chosen = dataset.select(numbers)
         logger.info(
             "%s: seed %d chooses the rows %s%s of %d",
@@ -362,6 +361,12 @@ def _choose(
             source.first, len(chosen), num_samples,
         )  # fmt: skip
     return chosen, numbers
+
+
+def places_by_seed(num_rows: int, num_samples: int | None, seed: int) -> list[int]:
+    """The places of the rows that a seed chooses, in random order; `None` chooses all."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_rows, generator=generator)[:num_samples].tolist()
 
 
 def _of_stream(rows: list[Any], source: Source) -> Dataset:

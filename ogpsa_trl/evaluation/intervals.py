@@ -69,12 +69,8 @@ def ratio_of(
     ids: Sequence[str], numerators: ArrayLike, denominators: ArrayLike, *, exp: bool = False
 ) -> SampleValues:
     """
-    Values whose ratio of sums is reported, as of log-probabilities to tokens.
-
-    Args:
-        ids: Names of the samples.
-        numerators, denominators: One of each per sample.
-        exp: Whether to report the exponential of the ratio, as for a perplexity.
+    Values whose ratio of sums is reported, as of log-probabilities to tokens; with `exp` the
+    exponential of it, as for a perplexity.
     """
     columns = (np.asarray(numerators, float), np.asarray(denominators, float))
     statistic, form = (_exp_ratio, "exp(ratio)") if exp else (_ratio, "ratio")
@@ -84,14 +80,7 @@ def ratio_of(
 def statistic_of(
     ids: Sequence[str], items: Sequence[Any], aggregate: Callable[[list[Any]], float]
 ) -> SampleValues:
-    """
-    Items of any kind, of which a function makes a number; slow, for what has no other form.
-
-    Args:
-        ids: Names of the samples.
-        items: One per sample.
-        aggregate: Takes a list of items.
-    """
+    """Items of any kind, of which a function makes a number; slow, for what has no other form."""
 
     def of_places(places: Any) -> Any:
         def of_one(row: Any) -> float:
@@ -110,14 +99,13 @@ def interval(
     Confidence interval of a statistic, by the bootstrap over the samples.
 
     Args:
-        values (`SampleValues`): The samples and the statistic.
-        num_bootstrap (`int`, *optional*, defaults to `2000`): Number of resamples.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of intervals, in (0, 1), that
-            are to hold the statistic of the population.
-        seed (`int`, *optional*, defaults to `0`): Of the resampling.
+        values: The samples and the statistic.
+        num_bootstrap: Number of resamples.
+        confidence: Share of intervals, in (0, 1), that are to hold the statistic of the population.
+        seed: Of the resampling.
 
     Returns:
-        `Interval`, or `None` where there are fewer than two samples.
+        The interval, or `None` where there are fewer than two samples.
 
     The percentile interval: its ends are quantiles of the statistic over the resamples. So it holds
     possible values only, turns with a transform (a perplexity's interval is that of the logarithm),

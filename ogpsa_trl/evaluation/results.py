@@ -94,14 +94,10 @@ def compare(
     Values, changes and their intervals.
 
     Args:
-        before (`Mapping[str, Measured]`, *optional*): Measures of the model before, by name. It may
-            lack some. Only samples that both models have count: with other tokens, some texts may
-            have nothing to score.
-        after (`Mapping[str, Measured]`): Those of the model after.
+        before: Measures of the model before, by name. It may lack some. Only samples that both
+            models have count: with other tokens, some texts may have nothing to score.
+        after: Those of the model after, whose order the results have.
         num_bootstrap, confidence, seed: As for `intervals.interval`.
-
-    Returns:
-        `list[Result]`: In the order of `after`.
 
     Raises:
         ValueError: two models have no sample of a measure in common.
@@ -123,17 +119,8 @@ def compare(
             delta = Estimate(
                 values.value - old_values.value, paired_interval(old_values, values, **options)
             )
-        results.append(
-            Result(
-                name,
-                measured.unit,
-                measured.higher_is_better,
-                len(values.ids),
-                old,
-                Estimate(values.value, interval(values, **options)),
-                delta,
-            )
-        )
+        new = Estimate(values.value, interval(values, **options))
+        results.append(Result(name, *measured[:2], len(values.ids), old, new, delta))
     return results
 
 

@@ -1,12 +1,13 @@
 """What a run has left in its folder: its log and its settings."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ogpsa_trl.evaluation.json_files import read_json
 
 RUN_SETTINGS = "run_settings.json"
 _STATE = "trainer_state.json"
@@ -128,22 +129,6 @@ class RunLog:
         if total == 0:
             return None
         return sum(w * value for w, value in zip(weights, series.values, strict=True)) / total
-
-
-def read_json(path: str | Path) -> Any:
-    """
-    The content of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} must be JSON, but is not ({error}). If it was cut off while it was "
-            "written, remove it."
-        ) from error
 
 
 def _of_checkpoints(folder: Path) -> list[Path]:

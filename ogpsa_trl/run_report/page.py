@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ogpsa_trl.evaluation.report import result_rows
+from ogpsa_trl.evaluation.json_files import read_json
 from ogpsa_trl.evaluation.results import Result
+from ogpsa_trl.evaluation.tables import result_rows
 from ogpsa_trl.run_report import contents
 from ogpsa_trl.run_report.charts import MOST_POINTS, style, svg
-from ogpsa_trl.run_report.log import RunLog, read_json
+from ogpsa_trl.run_report.log import RunLog
 
 _DIGITS = 4  # of probabilities and likelihoods, as in the report of an evaluation
 

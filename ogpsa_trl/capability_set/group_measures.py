@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.capability_set.rows import RowGroup
-from ogpsa_trl.data.groups import Batch, CapabilityGroup, Preparation, prepare_group
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_rows import RowGroup
+from ogpsa_trl.data.groups import CapabilityGroup, Preparation, prepare_group
 from ogpsa_trl.engines.choose import one_process_backend
-from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.likelihoods import batch_nll, group_nll
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.tensors import matrices, vectors
 
@@ -65,14 +64,10 @@ class GradientCosines:
         What the cosine of a pair would be if both were drawn from the same data: less than one by
         the noise of both. `None` where the halves of one do not agree at all.
         """
-        expected = [_of_two_wholes(self.halves[name]) for name in (first, second)]
-        return None if None in expected else math.sqrt(math.prod(e for e in expected if e))
-
-
-def _of_two_wholes(half_cosine: float | None) -> float | None:
-    if half_cosine is None or half_cosine <= 0:
-        return None
-    return 2 * half_cosine / (1 + half_cosine)
+        halves = [self.halves[name] or 0.0 for name in (first, second)]
+        if min(halves) <= 0:
+            return None
+        return math.sqrt(math.prod(2 * half / (1 + half) for half in halves))
 
 
 def measure_group(
@@ -88,14 +83,9 @@ def measure_group(
         ValueError: it has no sample with a token to learn.
     """
     values = group_nll(
-        model,
-        tokenizer,
-        group.name,
-        Dataset.from_list(group.rows),
-        max_length=arguments.max_length,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-    )
+        model, tokenizer, group.name, Dataset.from_list(group.rows), seed=arguments.seed,
+        max_length=arguments.max_length, batch_size=arguments.batch_size,
+    )  # fmt: skip
     whole = _prepared(group, tokenizer, arguments, max_length=None)
     lengths = [len(sample.features["input_ids"]) for sample in whole.samples]
     return GroupMeasures(
@@ -127,7 +117,10 @@ def gradient_cosines(
     ]
     backend = one_process_backend(model)
     gradients = capability_gradients(
-        backend, parts, lambda batch: _sum_loss(model, batch), [None] * len(backend.parameters)
+        backend,
+        parts,
+        lambda batch: torch.stack(batch_nll(model, batch)).sum(),
+        [None] * len(backend.parameters),
     )
     if any(gradients.is_kept):
         name = gradients.names[gradients.is_kept.index(True)]
@@ -167,15 +160,6 @@ def _prepared(
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
-
-
-def _sum_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed loss over the tokens of a batch that count."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
-    labels = inputs.pop("labels")
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 def _cosine(gram_HH: Tensor, first_H: Tensor, second_H: Tensor) -> float | None:
