@@ -17,8 +17,6 @@ one buffer for all gradients, in equal ranges, so that it is gathered in one cal
 Shapes: P tensors of N entries each, K basis rows, X = K + 1.
 """
 
-# ruff: noqa: T201 - scripts talk to the terminal
-
 import argparse
 import os
 import platform

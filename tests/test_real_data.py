@@ -9,7 +9,7 @@ import torch
 from datasets import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl.benchmark import comparison
+from ogpsa_trl.benchmark import demo
 from ogpsa_trl.benchmark import stories as testbed
 from ogpsa_trl.capability_set.set_report import group_rows
 from ogpsa_trl.cli import capability
@@ -95,7 +95,7 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
         "logging_steps": 1,
     }
     words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
-    comparison.train(config, words, tmp_path / "log.txt", num_threads=1)
+    demo.train(config, words, tmp_path / "log.txt", num_threads=1)
 
     state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
     first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]

@@ -63,14 +63,9 @@ class Phase:
 
 
 TASKS = {
-    "add": 0.26,
-    "reverse": 0.22,
-    "sort": 0.18,
-    "facts": 0.12,
-    "passive": 0.06,
-    "howto": 0.06,
+    "add": 0.26, "reverse": 0.22, "sort": 0.18, "facts": 0.12, "passive": 0.06, "howto": 0.06,
     "judge": 0.03,
-}
+}  # fmt: skip
 LEARN_TASKS = Phase(
     num_steps=700,
     batch_size=192,
@@ -106,17 +101,13 @@ def pretrain(
     the initial parameters and the batches; the global generators are left as they were.
 
     Args:
-        world (`ToyWorld`):
-            Where the samples are drawn from. Evaluation prompts are never drawn unless their task
-            is memorised.
-        phases (`Sequence[Phase]`, *optional*, defaults to `PHASES`):
-            What to train on, in this order; each phase starts a new optimizer.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to draw a progress bar.
+        world: Where the samples are drawn from. Evaluation prompts are never drawn unless their
+            task is memorised.
+        phases: What to train on, in this order; each phase starts a new optimizer.
+        show_progress: Whether to draw a progress bar.
 
     Returns:
-        `LlamaForCausalLM`:
-            The trained model, float32, in evaluation mode.
+        The trained model, float32, in evaluation mode.
     """
     tokenizer = toy_tokenizer()
     rng = random.Random(f"pretraining {world.seed}")
@@ -190,16 +181,9 @@ def base_model_folder(seed: int = 0, cache_dir: str | Path | None = None) -> Pat
     leaves none, and of calls at the same time the first to finish provides it.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the world.
-        cache_dir (`str` or `Path`, *optional*):
-            Where such folders are kept. `None` means `$OGPSA_CACHE` or, if that is not set,
+        seed: Of the world.
+        cache_dir: Where such folders are kept. `None` means `$OGPSA_CACHE` or, if that is not set,
             `~/.cache/ogpsa_trl`.
-
-    Returns:
-        `Path`:
-            A folder to pass to `AutoModelForCausalLM.from_pretrained` and
-            `AutoTokenizer.from_pretrained`.
     """
     if cache_dir is None:
         cache_dir = os.environ.get("OGPSA_CACHE") or Path.home() / ".cache" / "ogpsa_trl"

@@ -45,6 +45,11 @@ class Spread:
             raise ValueError("`values` must hold at least one value, but is empty.")
         return cls(mean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
 
+    def __format__(self, form: str) -> str:
+        """Mean and standard deviation, both in a form of numbers; the mean alone of one value."""
+        sd = f" +- {self.sd:{form.removeprefix('+')}}" if self.num > 1 else ""
+        return f"{self.mean:{form}}{sd}"
+
     @property
     def standard_error(self) -> float:
         """Standard error of the mean; 0 for one value, of which nothing is known."""
