@@ -1,4 +1,4 @@
-"""Models that say what they are told to, with known probabilities."""
+"""Models that say what they are told to, with known probabilities; figures that are looked at."""
 
 import math
 from itertools import pairwise
@@ -43,3 +43,14 @@ def scripted_model(*chains, p_step=P_STEP):
 def p_other():
     """Probability of a token that is not the next one in the chain."""
     return (1 - P_STEP) / (len(TOKENIZER) - 1)
+
+
+def saved_figures(monkeypatch):
+    """The figures of matplotlib as they are when they are saved."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+    )
+    return figures

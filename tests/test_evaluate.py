@@ -32,7 +32,7 @@ from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
 from ogpsa_trl.evaluation.tables import result_rows
-from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
+from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, saved_figures, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ToyWorld(0)
@@ -461,12 +461,7 @@ class TestReport:
     def test_a_figure_has_a_panel_per_unit_and_no_label_on_another(
         self, results, monkeypatch, tmp_path
     ):
-        from matplotlib.figure import Figure
-
-        figures, savefig = [], Figure.savefig
-        monkeypatch.setattr(
-            Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
-        )
+        figures = saved_figures(monkeypatch)
         change_figure(results, tmp_path / "new" / "changes.png", title="a title")
         [figure] = figures
         drawn = [result for result in results if result.delta is not None]
