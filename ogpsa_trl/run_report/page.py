@@ -71,15 +71,7 @@ def _html(log: RunLog, evaluation: str | Path | None) -> str:
         has_means=any(
             len(line.series.steps) > MOST_POINTS for chart in charts for line in chart.lines
         ),
-        tables=[
-            rows
-            for rows in (
-                contents.metric_rows(log),
-                contents.group_rows(log),
-                contents.gate_rows(log),
-            )
-            if rows
-        ],
+        tables=list(filter(None, (table(log) for table in contents.TABLES))),
         evaluation=None if evaluation is None else _evaluation(evaluation),
         settings=contents.settings(log),
         source=log.state_file.relative_to(log.folder).as_posix(),
