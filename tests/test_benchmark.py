@@ -29,16 +29,10 @@ from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
 from ogpsa_trl.benchmark.tradeoff_tables import Tables
 from runs import literal_nll
-from scripted import REFUSING, TOKENIZER, scripted_model
+from scripted import REFUSING, TOKENIZER, save, scripted_model
 
 WORLD = ToyWorld(0)
 BATCH_SIZE = 4
-
-
-def save(model, folder):
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
