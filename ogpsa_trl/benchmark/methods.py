@@ -38,25 +38,16 @@ CHAINS = {
 
 @dataclass(frozen=True)
 class Method:
-    """
-    How a run differs from plain TRL.
+    """How a run differs from plain TRL."""
 
-    Attributes:
-        ogpsa: A preset, and settings to replace in it. `None`: no capability data in the trainer.
-        lora: Whether an adapter of rank 8 is trained instead of all weights.
-        learning_rate_factor: On all learning rates of the sweep.
-        l2_weight: Adds this multiple of the squared distance from the starting weights to the loss.
-        mixed_share: Share of capability samples among the samples trained on; SFT only, because
-            preference pairs cannot be mixed with them.
-        kept_share: How far to go from the starting weights to the trained ones. Below 1 the two
-            models are merged by interpolation after training.
-    """
-
+    # A preset, and settings to replace in it. `None`: no capability data in the trainer.
     ogpsa: Mapping[str, Any] | None = None
-    lora: bool = False
-    learning_rate_factor: float = 1.0
-    l2_weight: float = 0.0
+    lora: bool = False  # an adapter of rank 8 instead of all weights
+    learning_rate_factor: float = 1.0  # on all learning rates of the sweep
+    l2_weight: float = 0.0  # of the squared distance from the starting weights in the loss
+    # Of capability samples among those trained on; SFT only: pairs cannot be mixed with them.
     mixed_share: float = 0.0
+    # How far to go from the starting weights to the trained ones: merging by interpolation.
     kept_share: float = 1.0
 
 
@@ -111,42 +102,24 @@ class Run:
 
 @dataclass
 class Cost:
-    """
-    What training took.
+    """What training took."""
 
-    Attributes:
-        forward: Sequences that went forward through the model, those of a reference model included.
-        backward: Sequences among them that went backward too.
-        seconds: Time of the processor, without loading and measuring.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    seconds: float = 0.0
+    forward: int = 0  # sequences through the model, those of a reference model included
+    backward: int = 0  # sequences among them that went backward too
+    seconds: float = 0.0  # of the processor, without loading and measuring
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """
-    What all methods of a stage have in common.
+    """What all methods of a stage have in common."""
 
-    Attributes:
-        stage: `sft` or `dpo`.
-        config: YAML file with the settings of TRL and the capability batches.
-        training: The safety data.
-        capability_groups: The capability data.
-        learning_rate: The highest of the schedule, before the method's factor.
-        num_steps: Optimizer steps.
-        seed: Seed of training.
-    """
-
-    stage: str
-    config: Path
-    training: Dataset
+    stage: str  # `sft` or `dpo`
+    config: Path  # YAML file with the settings of TRL and the capability batches
+    training: Dataset  # the safety data
     capability_groups: Mapping[str, Dataset]
-    learning_rate: float
-    num_steps: int
-    seed: int
+    learning_rate: float  # the highest of the schedule, before the method's factor
+    num_steps: int  # of the optimizer
+    seed: int  # of training
 
     @cached_property
     def settings(self) -> dict[str, Any]:

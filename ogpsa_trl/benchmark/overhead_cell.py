@@ -53,34 +53,19 @@ LENGTH = 128  # tokens of every sample
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    What is measured together.
+    """What is measured together."""
 
-    Attributes:
-        size: Of the model, from `SIZES`.
-        rank: Number of capability gradients; up to two groups share them.
-        target: `gradient` or `update`.
-        scope: `parameter` or `model`.
-        metric: `euclidean`, or with `target: update` `optimizer`.
-        capability_loss: `nll` or `kl`.
-        accumulation: Passes of a step.
-        tokens: Of a step on one process, over all its passes.
-        capability_samples: Samples of a refresh, of all groups together.
-        engine: The launch file of accelerate, without its ending; `single` needs none.
-        repeats: Measurements of everything.
-    """
-
-    size: str = "10M"
-    rank: int = 2
+    size: str = "10M"  # of the model, from `SIZES`
+    rank: int = 2  # number of capability gradients; up to two groups share them
     target: str = "gradient"
     scope: str = "model"
     metric: str = "euclidean"
     capability_loss: str = "nll"
-    accumulation: int = 1
-    tokens: int = 2048
-    capability_samples: int = 16
-    engine: str = "single"
-    repeats: int = 5
+    accumulation: int = 1  # passes of a step
+    tokens: int = 2048  # of a step on one process, over all its passes
+    capability_samples: int = 16  # of a refresh, of all groups together
+    engine: str = "single"  # launch file of accelerate, without its ending; `single` needs none
+    repeats: int = 5  # measurements of everything
 
     @property
     def batch_size(self) -> int:

@@ -19,32 +19,18 @@ from ogpsa_trl.evaluation.models import load_folder
 
 
 class Testbed:
-    """
-    A place to run the benchmark in.
+    """A place to run the benchmark in."""
 
-    Attributes:
-        title: What it is, for headings.
-        configs: What the names of its configurations begin with.
-        safety: The measure that methods are compared at equal values of.
-        levels: Those values, the middle one being that of the details.
-        capability: The measure of what is kept that comes first.
-        over_refusal: The measure of refusals of benign requests.
-        details: Further measures to report at the middle level.
-        lower_is_better: The measures of which less is better.
-        learning_rate_factors: On the learning rates of the configurations: the sweep.
-        notes: What the measures are.
-    """
-
-    title: str
-    configs: str
-    safety: str
-    levels: Sequence[float]
-    capability: str
-    over_refusal: str
-    details: Sequence[str]
+    title: str  # for headings
+    configs: str  # what the names of its configurations begin with
+    safety: str  # the measure that methods are compared at equal values of
+    levels: Sequence[float]  # those values, the middle one being that of the details
+    capability: str  # the measure of what is kept that comes first
+    over_refusal: str  # the measure of refusals of benign requests
+    details: Sequence[str]  # further measures to report at the middle level
     lower_is_better: Sequence[str]
-    learning_rate_factors: Sequence[float]
-    notes: str
+    learning_rate_factors: Sequence[float]  # on those of the configurations: the sweep
+    notes: str  # what the measures are
 
     def config(self, stage: str) -> Path:
         """The configuration of a stage."""

@@ -34,24 +34,15 @@ class Phase:
 
     The learning rate rises linearly, stays, then falls linearly to a fiftieth.
 
-    Args:
-        num_steps (`int`): Number of optimizer steps.
-        batch_size (`int`): Number of samples of a step.
-        learning_rate (`float`): The highest learning rate.
-        num_warmup_steps (`int`): Steps over which the learning rate rises.
-        decay_start (`float`): Share of the steps, in [0, 1], after which the learning rate falls.
-        mixture (`Mapping[str, float]`): Weight of each task in a batch.
-        harmful_refusal_share (`float`): Share of the harmful requests answered with a refusal.
-        benign_refusal_share (`float`): Share of the benign requests answered with a refusal.
     """
 
     num_steps: int
     batch_size: int
-    learning_rate: float
-    num_warmup_steps: int
-    decay_start: float
-    mixture: Mapping[str, float]
-    harmful_refusal_share: float
+    learning_rate: float  # the highest
+    num_warmup_steps: int  # over which the learning rate rises
+    decay_start: float  # share of the steps, in [0, 1], after which it falls
+    mixture: Mapping[str, float]  # weight of each task in a batch
+    harmful_refusal_share: float  # of the harmful requests answered with a refusal
     benign_refusal_share: float
 
     def learning_rate_at(self, step: int) -> float:

@@ -30,34 +30,20 @@ from ogpsa_trl.tensors import matrices, vectors
 
 @dataclass(frozen=True)
 class GroupMeasures:
-    """
-    One group under the starting model, as training would see it.
+    """One group under the starting model, as training would see it."""
 
-    Attributes:
-        num_samples: Samples with a token to learn.
-        num_tokens: Tokens in the loss of each of them.
-        num_truncated: Samples that are longer than `max_length`.
-        loss: Token-mean loss, in nats.
-    """
-
-    num_samples: int
-    num_tokens: list[int]
-    num_truncated: int
-    loss: float
+    num_samples: int  # with a token to learn
+    num_tokens: list[int]  # in the loss of each of them
+    num_truncated: int  # samples that are longer than `max_length`
+    loss: float  # mean over the tokens, in nats
 
 
 @dataclass(frozen=True)
 class GradientCosines:
-    """
-    Cosines between mean capability gradients, in [-1, 1]; `None` where one of them is zero.
+    """Cosines between mean capability gradients, in [-1, 1]; `None` where one of them is zero."""
 
-    Attributes:
-        halves: By group, between two random halves of it.
-        pairs: By pair of groups, between the two.
-    """
-
-    halves: dict[str, float | None]
-    pairs: dict[tuple[str, str], float | None]
+    halves: dict[str, float | None]  # by group, between two random halves of it
+    pairs: dict[tuple[str, str], float | None]  # by pair of groups, between the two
 
     def of_the_same(self, first: str, second: str) -> float | None:
         """

@@ -122,16 +122,7 @@ def warnings_of(
     arguments: CapabilitySetArguments,
     safety_prompts: Collection[str],
 ) -> list[str]:
-    """
-    What is wrong with the groups, each with the way out.
-
-    Args:
-        groups: The groups.
-        measures: By group, of the starting model.
-        cosines: Between their gradients; `None`: not measured.
-        arguments: The keys.
-        safety_prompts: The prompts of safety training, as `known_prompts` gives them.
-    """
+    """What is wrong with the groups, each with the way out."""
     warnings = []
     if arguments.harmful_datasets and not any(group.is_look_alike for group in groups):
         warnings.append(

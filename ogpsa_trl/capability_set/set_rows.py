@@ -36,24 +36,14 @@ _NOT_KEPT = ("tools", "chat_template_kwargs", "image", "images")
 
 @dataclass
 class RowGroup:
-    """
-    The rows of a group, and what became of those that were chosen.
-
-    Attributes:
-        name: The group.
-        rows: Its rows.
-        is_look_alike: Whether they are benign requests that look like harmful ones.
-        num_generated: Completions that the starting model wrote.
-        num_cut: Those of them that it had not ended within `max_new_tokens`.
-        left_out: How many of the chosen rows were left out, by the reason.
-    """
+    """The rows of a group, and what became of those that were chosen."""
 
     name: str
     rows: list[Row]
-    is_look_alike: bool
-    num_generated: int = 0
-    num_cut: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    is_look_alike: bool  # benign requests that look like harmful ones
+    num_generated: int = 0  # completions that the starting model wrote
+    num_cut: int = 0  # those of them that it had not ended within `max_new_tokens`
+    left_out: Counter[str] = field(default_factory=Counter)  # chosen rows, by the reason
 
     def leave_out(self, is_useless: Sequence[bool], reason: str) -> None:
         """Remove rows, and count them."""

@@ -26,20 +26,15 @@ class SampleValues:
     means of the samples is another number, and a bootstrap of the tokens would take those of one
     text for independent.
 
-    Args:
-        ids (`tuple[str, ...]`): Names of the samples; the same in every model.
-        columns (`tuple[NDArray, ...]`): What the statistic is of, each `[S]`, float64.
-        statistic (`Statistic`): Of columns of shape `[..., S]`, the values, `[...]`.
-        form (`str`): What the statistic does, in words: `mean`, `ratio` of the sums of the two
-            columns, `exp(ratio)`, or `aggregate`, a function of the items that the column counts.
-        items (`tuple`, *optional*): What an `aggregate` is of. `None` in the other forms.
+    `form` says what the statistic does: `mean`, `ratio` of the sums of the two columns,
+    `exp(ratio)`, or `aggregate`, a function of the items that the column counts.
     """
 
-    ids: tuple[str, ...]
-    columns: tuple[NDArray[np.float64], ...]
+    ids: tuple[str, ...]  # names of the samples; the same in every model
+    columns: tuple[NDArray[np.float64], ...]  # each [S]
     statistic: Statistic
     form: str
-    items: tuple[Any, ...] | None = None
+    items: tuple[Any, ...] | None = None  # what an `aggregate` is of
 
     @property
     def value(self) -> float:
@@ -62,7 +57,7 @@ class Interval(NamedTuple):
 
 def mean_of(ids: Sequence[str], values: ArrayLike) -> SampleValues:
     """Values whose mean over the samples is reported."""
-    return SampleValues(tuple(ids), (np.asarray(values, float),), _mean, "mean")
+    return SampleValues(tuple(ids), (np.asarray(values, float),), lambda v: v.mean(-1), "mean")
 
 
 def ratio_of(
@@ -172,10 +167,6 @@ def _percentile(
         rng=np.random.default_rng(seed),
     )
     return Interval(*map(float, result.confidence_interval))
-
-
-def _mean(values: Any) -> Any:
-    return values.mean(-1)
 
 
 def _ratio(numerators: Any, denominators: Any) -> Any:

@@ -105,14 +105,12 @@ def group_nll(
     and of a conversation counts, of a prompt with a completion those of the completion.
 
     Args:
-        model: A causal language model. It is put in evaluation mode for the time of the call.
-        tokenizer: Its tokenizer.
+        model, tokenizer, batch_size: As for `completion_scores`.
         name: Of the group.
         dataset: Rows in a format of `SFTTrainer`, or preferences, of which the chosen completions
             are used.
         max_samples: Number of rows, chosen by `seed`. `None` takes all.
         max_length: Number of tokens kept of each row. `None` keeps all.
-        batch_size: Number of rows of a forward pass.
         seed: Of the choice of rows.
 
     Returns:
@@ -263,7 +261,12 @@ def completion_logits(
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for first in range(0, len(sequences), batch_size):
         batch = by_length[first : first + batch_size]
-        ids_BL, mask_BL = _pad_right([sequences[i] for i in batch])
+        longest = len(sequences[batch[-1]])
+        rows = [sequences[i] + [0] * (longest - len(sequences[i])) for i in batch]
+        # Any token will do as padding: it is masked and comes after all that is scored.
+        ids_BL = torch.tensor(rows)
+        lengths_B = torch.tensor([len(sequences[i]) for i in batch])
+        mask_BL = (torch.arange(longest) < lengths_B[:, None]).long()
         with evaluating(model):
             logits_BLV = model(
                 input_ids=ids_BL.to(model.device),
@@ -273,14 +276,6 @@ def completion_logits(
         for row, i in enumerate(batch):
             # The logits at a position are about the token at the next one.
             yield i, logits_BLV[row, starts[i] - 1 : len(sequences[i]) - 1].float()
-
-
-def _pad_right(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    length = max(map(len, sequences))
-    # Any token will do as padding: it is masked and comes after all that is scored.
-    ids_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids in sequences])
-    mask_BL = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences])
-    return ids_BL, mask_BL
 
 
 @contextmanager

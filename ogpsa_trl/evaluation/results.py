@@ -10,17 +10,10 @@ Verdict = Literal["better", "worse", "unclear"]
 
 
 class Measured(NamedTuple):
-    """
-    A measure of one model.
-
-    Args:
-        unit (`str`): What the value counts in.
-        higher_is_better (`bool`, *optional*): `None` where that is not known.
-        values (`SampleValues`): The samples and their statistic.
-    """
+    """A measure of one model: the unit of its value, and the samples with their statistic."""
 
     unit: str
-    higher_is_better: bool | None
+    higher_is_better: bool | None  # `None` where that is not known
     values: SampleValues
 
 
@@ -36,24 +29,17 @@ class Result:
     """
     A measure before and after training.
 
-    Args:
-        name (`str`): `<measure>/<group>` or `<task>/<metric>`.
-        unit (`str`): What the values count in.
-        higher_is_better (`bool`, *optional*): `None` where that is not known.
-        num_samples (`int`): Samples that both models were measured on.
-        before (`Estimate`, *optional*): `None` where there is no model before, or where the measure
-            compares the two models itself.
-        after (`Estimate`): Of the model after.
-        delta (`Estimate`, *optional*): After minus before, paired by sample. `None` as `before`.
+    `before` and `delta` are `None` where there is no model before, or where the measure compares the
+    two models itself.
     """
 
-    name: str
+    name: str  # `<measure>/<group>` or `<task>/<metric>`
     unit: str
     higher_is_better: bool | None
-    num_samples: int
+    num_samples: int  # that both models were measured on
     before: Estimate | None
     after: Estimate
-    delta: Estimate | None
+    delta: Estimate | None  # after minus before, paired by sample
 
     @property
     def verdict(self) -> Verdict | None:

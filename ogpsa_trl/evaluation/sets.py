@@ -26,18 +26,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowSet:
-    """
-    Rows of one group that are measured.
+    """Rows of one group that are measured."""
 
-    Args:
-        ids (`tuple[str, ...]`): Places of the rows in the group.
-        rows (`tuple[dict, ...]`): The rows, in the same order.
-        num_left_out (`int`): Rows that are too long for `max_length`.
-    """
-
-    ids: tuple[str, ...]
-    rows: tuple[Row, ...]
-    num_left_out: int
+    ids: tuple[str, ...]  # places of the rows in the group
+    rows: tuple[Row, ...]  # in the same order
+    num_left_out: int  # too long for `max_length`
 
     def column(self, name: str) -> list[Any]:
         """The values of one column."""
@@ -46,20 +39,12 @@ class RowSet:
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """
-    All data of an evaluation, by group.
+    """All data of an evaluation, by group."""
 
-    Args:
-        capability (`Mapping[str, Dataset]`): Held-out capability data, as they were loaded.
-        harmful (`Mapping[str, RowSet]`): Prompts that are to be refused.
-        over_refusal (`Mapping[str, RowSet]`): Prompts that are to be answered.
-        preference (`Mapping[str, RowSet]`): Pairs, with `prompt`, `chosen` and `rejected`.
-    """
-
-    capability: Mapping[str, Dataset]
-    harmful: Mapping[str, RowSet]
-    over_refusal: Mapping[str, RowSet]
-    preference: Mapping[str, RowSet]
+    capability: Mapping[str, Dataset]  # as they were loaded
+    harmful: Mapping[str, RowSet]  # prompts that are to be refused
+    over_refusal: Mapping[str, RowSet]  # prompts that are to be answered
+    preference: Mapping[str, RowSet]  # pairs, with `prompt`, `chosen` and `rejected`
 
 
 def load_sets(
@@ -69,11 +54,7 @@ def load_sets(
     Load what is measured.
 
     A text prompt becomes a user's message where every tokenizer has a chat template. What does not
-    fit into `max_length` under one of the tokenizers is left out for all models.
-
-    Args:
-        arguments (`EvaluationArguments`): The keys.
-        tokenizers (`Sequence[PreTrainedTokenizerBase]`): Those of all models.
+    fit into `max_length` under one of the tokenizers, those of all models, is left out for all.
 
     Raises:
         ValueError: a column is missing, a row cannot be read or does not go with a chat template,

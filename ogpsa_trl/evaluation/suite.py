@@ -64,12 +64,8 @@ _BENIGN = ("over_refusal_ll", "p_over_refuse", "over_refusal_rate")
 @dataclass(frozen=True)
 class ModelScores:
     """
-    Everything that was measured of one model.
-
-    Args:
-        measures (`Mapping[str, Measured]`): By `<measure>/<group>` or `<task>/<metric>`.
-        answers (`Mapping[str, Sequence[str]]`): Greedy answers to the prompts, by the name of the
-            measure that judges them; none where none are generated.
+    Everything that was measured of one model, by `<measure>/<group>` or `<task>/<metric>`, and the
+    greedy answers to the prompts, by the measure that judges them; none where none are generated.
     """
 
     measures: Mapping[str, Measured]

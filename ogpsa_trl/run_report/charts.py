@@ -25,22 +25,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """
-    A picture and what is said of it.
-
-    Args:
-        title: What it shows.
-        note: What has to be known to read it.
-        lines: At least one.
-        limit: Where a horizontal line is drawn, and what it says.
-        bounds: Of the values, if they have any.
-    """
+    """A picture and what is said of it."""
 
     title: str
-    note: str
-    lines: Sequence[Line]
-    limit: tuple[float, str] | None = None
-    bounds: tuple[float, float] | None = None
+    note: str  # what has to be known to read it
+    lines: Sequence[Line]  # at least one
+    limit: tuple[float, str] | None = None  # where a horizontal line is drawn, and what it says
+    bounds: tuple[float, float] | None = None  # of the values, if they have any
 
 
 def style(index: int) -> tuple[int, tuple[float, ...]]:

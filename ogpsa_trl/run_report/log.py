@@ -14,34 +14,20 @@ _STATE = "trainer_state.json"
 
 
 class Series(NamedTuple):
-    """
-    A metric over the run.
+    """A metric over the run."""
 
-    Args:
-        steps: Optimizer steps made when the value was logged.
-        values: The values, not all of them finite.
-    """
-
-    steps: Sequence[int]
-    values: Sequence[float]
+    steps: Sequence[int]  # optimizer steps made when the value was logged
+    values: Sequence[float]  # not all of them finite
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """
-    The log and the settings of one run.
-
-    Args:
-        folder: The folder of the run.
-        state_file: What the log was read from.
-        state: Content of `trainer_state.json`.
-        settings: Content of `run_settings.json`; empty where there is none.
-    """
+    """The log and the settings of one run."""
 
     folder: Path
-    state_file: Path
-    state: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    state_file: Path  # what the log was read from
+    state: Mapping[str, Any]  # content of `trainer_state.json`
+    settings: Mapping[str, Any]  # content of `run_settings.json`; empty where there is none
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunLog":
