@@ -19,7 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
@@ -108,22 +108,14 @@ def run_all(runs: Sequence[Run], make_testbed: Any, folder: Path, num_processes:
         ProcessPoolExecutor(num_processes, get_context("spawn"), _prepare_process) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", smoothing=0.05) as bar,
     ):
-        # The runs of a seed wait for its base model.
-        starting = {pool.submit(start_seed, make_testbed, folder, s): s for s in seeds}
-        running: dict[Future[Any], Run] = {}
-        while starting or running:
-            done, _ = wait([*starting, *running], return_when=FIRST_COMPLETED)
-            for future in done:
-                if future in starting:
-                    future.result()
-                    seed = starting.pop(future)
-                    for run in (run for run in todo if run.seed == seed):
-                        running[pool.submit(make_run, run, make_testbed, folder)] = run
-                    continue
-                run = running.pop(future)
-                if error := future.exception():
-                    failed.append(f"{run.name} ({type(error).__name__}: {error})")
-                bar.update()
+        # First the base models, which the runs share.
+        for started in [pool.submit(start_seed, make_testbed, folder, s) for s in seeds]:
+            started.result()
+        running = {pool.submit(make_run, run, make_testbed, folder): run for run in todo}
+        for future in as_completed(running):
+            if error := future.exception():
+                failed.append(f"{running[future].name} ({type(error).__name__}: {error})")
+            bar.update()
     return failed
 
 

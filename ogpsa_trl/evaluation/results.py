@@ -29,8 +29,8 @@ class Result:
     """
     A measure before and after training.
 
-    `before` and `delta` are `None` where there is no model before, or where the measure compares the
-    two models itself.
+    `before` and `delta` are `None` where there is no model before, or where the measure compares
+    the two models itself.
     """
 
     name: str  # `<measure>/<group>` or `<task>/<metric>`
