@@ -7,7 +7,6 @@ It measures the projection of one float32 gradient, scope `parameter`, with the 
 
     whole    on the device of every process, as OGPSA has it under DDP
     sharded  divided over the processes: products summed over them, the projected gradient gathered
-    host     in pinned memory, copied in tensor by tensor in every step (GPU only)
 
 All in one run and interleaved, so that whatever else the machine does falls on all of them alike.
 `gathering` is the all-gather alone, a part of `sharded`. gloo on the CPU, nccl on GPUs. Every
@@ -16,8 +15,6 @@ one buffer for all gradients, in equal ranges, so that it is gathered in one cal
 
 Shapes: P tensors of N entries each, K basis rows, X = K + 1.
 """
-
-# ruff: noqa: T201 - scripts talk to the terminal
 
 import argparse
 import os
@@ -30,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ogpsa_trl.evaluation.tables import markdown_table
 from ogpsa_trl.tensors import matrices, vectors
 
 BYTES = 4  # of a float32
@@ -82,21 +80,16 @@ class Placements:
                 piece = rows_KN[:, start:end].clone(memory_format=torch.contiguous_format)
                 self.pieces.append((index, piece, gradient[start:end]))
         self.inverse_gram = matrices.inverse_gram(grams_PKK).float().to(device)
-        self.host = [r.cpu().pin_memory() for r in self.whole] if device.type == "cuda" else []
 
     def reset(self) -> None:
         self.gradient.copy_(self.original)
-
-    def products(self, rows_KN: Tensor, gradient_N: Tensor) -> Tensor:
-        """The square that the log needs, and with each row, shape [K + 1]."""
-        return vectors.products(rows_KN, gradient_N)
 
     def weights(self, products_PX: Tensor) -> Tensor:
         return (self.inverse_gram @ products_PX[:, 1:, None]).squeeze(-1)
 
     def project_whole(self) -> None:
         products_PX = torch.stack(
-            [self.products(r, g) for r, g in zip(self.whole, self.gradients, strict=True)]
+            [vectors.products(r, g) for r, g in zip(self.whole, self.gradients, strict=True)]
         )
         weights_PK = self.weights(products_PX)
         for rows, gradient, weights in zip(self.whole, self.gradients, weights_PK, strict=True):
@@ -105,7 +98,7 @@ class Placements:
     def project_sharded(self) -> None:
         products_PX = torch.zeros(len(self.gradients), self.rank + 1, device=self.device)
         for index, rows, gradient in self.pieces:
-            products_PX[index] = self.products(rows, gradient)
+            products_PX[index] = vectors.products(rows, gradient)
         dist.all_reduce(products_PX)
         weights_PK = self.weights(products_PX)
         for index, rows, gradient in self.pieces:
@@ -114,14 +107,6 @@ class Placements:
 
     def gather(self) -> None:
         dist.all_gather_into_tensor(self.gradient, self.range)
-
-    def project_from_host(self) -> None:
-        """A tensor's rows are copied once: its subspace is its own (scope `parameter`)."""
-        for host, inverse, gradient in zip(
-            self.host, self.inverse_gram, self.gradients, strict=True
-        ):
-            rows = host.to(self.device, non_blocking=True)
-            vectors.subtract_(gradient, rows, inverse @ self.products(rows, gradient)[1:])
 
 
 def measured(call: Callable[[], None], device: torch.device) -> float:
@@ -149,20 +134,14 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     placements = Placements(args, device)
-    whole_bytes = sum(rows.nbytes for rows in placements.whole)
-    piece_bytes = sum(rows.nbytes for _, rows, _ in placements.pieces)
-    largest_bytes = max(rows.nbytes for rows in placements.whole)
-    # Name: call, bytes of the basis on the device, and on the host.
-    table = {
-        "whole": (placements.project_whole, whole_bytes, 0),
-        "sharded": (placements.project_sharded, piece_bytes, 0),
+    calls = {
+        "whole": placements.project_whole,
+        "sharded": placements.project_sharded,
+        "gathering": placements.gather,
     }
-    if on_gpu:
-        table["host"] = (placements.project_from_host, largest_bytes, whole_bytes)
-    calls = {name: call for name, (call, _, _) in table.items()} | {"gathering": placements.gather}
 
     expected = None
-    for name in table:  # also the warm-up
+    for name in ("whole", "sharded"):  # also the warm-up
         placements.reset()
         calls[name]()
         if expected is None:
@@ -175,15 +154,12 @@ def main() -> None:
             seconds[name].append(measured(call, device))
 
     if dist.get_rank() == 0:
-        report(args, placements, seconds, {name: sizes for name, (_, *sizes) in table.items()})
+        report(args, placements, seconds)
     dist.destroy_process_group()
 
 
 def report(
-    args: argparse.Namespace,
-    placements: Placements,
-    seconds: dict[str, list[float]],
-    sizes: dict[str, list[int]],
+    args: argparse.Namespace, placements: Placements, seconds: dict[str, list[float]]
 ) -> None:
     num_processes, device = placements.num_processes, placements.device
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU"
@@ -193,21 +169,26 @@ def report(
         f", {torch.get_num_threads()} threads each; torch {torch.__version__}, seed {args.seed}, "
         f"median [quartiles] of {args.repeats}"
     )
-    print("| placement | ms | ratio to whole | basis on the device, MB | on the host, MB |")
-    print("|---|---|---|---|---|")
+    megabytes = {
+        "whole": sum(rows.nbytes for rows in placements.whole) / 1e6,
+        "sharded": sum(rows.nbytes for _, rows, _ in placements.pieces) / 1e6,
+    }
+    rows = []
     for name, values in seconds.items():
         low, middle, high = (1e3 * value for value in statistics.quantiles(values, n=4))
         # Of the ratios of one round each, which the machine's other work distorts less.
         ratios = [s / whole for s, whole in zip(values, seconds["whole"], strict=True)]
-        memory = " | ".join(f"{size / 1e6:.1f}" for size in sizes.get(name, [])) or "- | -"
-        print(
-            f"| {name} | {middle:.1f} [{low:.1f}, {high:.1f}] | {statistics.median(ratios):.2f} | "
-            f"{memory} |"
+        rows.append(
+            {
+                "placement": name,
+                "ms": f"{middle:.1f} [{low:.1f}, {high:.1f}]",
+                "ratio to whole": statistics.median(ratios),
+                "basis, MB": megabytes.get(name),
+            }
         )
+    print(markdown_table(rows, digits=2))
     gathered = BYTES * placements.num_entries * (num_processes - 1) / num_processes
     print(f"`sharded` makes every process receive {gathered / 1e6:.1f} MB in every step.")
-    if device.type != "cuda":
-        print("`host` is skipped: pinned memory needs a GPU.")
 
 
 if __name__ == "__main__":

@@ -18,26 +18,24 @@ import argparse
 import contextlib
 import copy
 import json
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
-from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
 from ogpsa_trl.engines.torch_engines import TorchBackend
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.equal_safety import Spread
+from ogpsa_trl.evaluation.json_files import in_words, package_versions
+from ogpsa_trl.evaluation.models import load_folder
+from ogpsa_trl.evaluation.tables import markdown_table
 
 REFUSAL = " Sorry, but I can't assist with that."
 # Name: whether it is OGPSA, and in bfloat16.
@@ -48,11 +46,6 @@ ARMS = {
     "preserve, bfloat16": (True, True),
     "preserve, rounded": (True, True),
 }
-
-console = Console(highlight=False, soft_wrap=True)
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
 
 
 def arguments() -> argparse.Namespace:
@@ -116,8 +109,8 @@ def passes_in_bfloat16(is_on: bool) -> Iterator[None]:
 
 def run(arm: str, seed: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     is_ours, is_bf16 = ARMS[arm]
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    start = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    start, tokenizer = load_folder(args.model)
+    start = start.float()
     prompts = read(args.safety, "prompt", args.max_steps * args.batch_size)
     texts = read(args.capability, "text", args.num_samples)
     ours = {}
@@ -166,26 +159,19 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
     for rate in args.learning_rates:
         for arm in args.arms:
             runs = [r for r in results if r["arm"] == arm and r["learning_rate"] == rate]
-            cells = {
-                name: _cell([r[name] for r in runs if name in r])
+            values = {
+                name: [r[name] for r in runs if name in r]
                 for name in ("divergence", "safety", "capped", "floor")
             }
+            cells = {n: f"{Spread.of(found):.2g}" if found else None for n, found in values.items()}
             rows.append({"learning rate": f"{rate:g}", "run": arm, **cells})
-    packages = ("ogpsa_trl", "trl", "transformers", "torch")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     settings = (
         f"{args.max_steps} steps of {args.batch_size}, {args.samples_per_refresh} capability "
         f"samples of up to {args.max_length} tokens a step; seeds {args.seeds}, mean +- standard "
-        f"deviation; {device}, {versions}."
+        f"deviation; {device}, {in_words(package_versions())}"
     )
-    return f"{markdown_table(rows, list(rows[0]))}\n\n{settings}\n"
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{fmean(values):.2g}" + (f" +- {stdev(values):.1g}" if len(values) > 1 else "")
+    return f"{markdown_table(rows)}\n\n{settings}\n"
 
 
 def main() -> None:
@@ -201,11 +187,11 @@ def main() -> None:
                 if (arm, seed, rate) in done:
                     continue
                 results.append(run(arm, seed, rate, args))
-                console.print(results[-1])
+                print(results[-1], flush=True)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[-1]) + "\n")
     text = report(results, args)
-    console.print(text)
+    print(text)
     (args.output / "table.md").write_text(text, encoding="utf-8")
 
 

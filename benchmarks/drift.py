@@ -18,32 +18,28 @@ Shapes: N trained weights.
 """
 
 import argparse
-import json
-import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import datasets
 import torch
-import transformers
-from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSASFTTrainer
+from ogpsa_trl.benchmark.testbeds import toy_measures
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import ToyWorld
-from ogpsa_trl.evaluation.measures import completion_scores, mean_probability
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.equal_safety import Spread
+from ogpsa_trl.evaluation.json_files import in_words, package_versions, write_json
+from ogpsa_trl.evaluation.models import load_folder
+from ogpsa_trl.evaluation.tables import markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_SAMPLES = 64  # of each capability group
 SETS = {"same": range(NUM_SAMPLES), "new": range(NUM_SAMPLES, 2 * NUM_SAMPLES)}
 # Name: target, scope.
@@ -55,10 +51,6 @@ ARMS = {
     "update, global": ("update", "model"),
 }
 
-console = Console(highlight=False, soft_wrap=True)
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -67,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--world", type=int, help="seed of world and base model; unset: each its")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "drift")
+    parser.add_argument("--output", type=Path, default=Path("runs/drift"))
     return parser.parse_args()
 
 
@@ -119,15 +111,15 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm; its measures, and the trainer's log."""
     world = ToyWorld(seed if args.world is None else args.world)
-    folder = base_model_folder(world.seed)
+    model, tokenizer = load_folder(base_model_folder(world.seed))
     # One sequence of draws: the first are what the subspace is estimated from.
     groups = world.capability_groups(2 * NUM_SAMPLES)
     samples = {n: {g: d.select(rows) for g, d in groups.items()} for n, rows in SETS.items()}
     target, scope = ARMS[arm]
     trainer = OGPSASFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder),
+        model,
         args=training_arguments(seed, args),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=tokenizer,
         train_dataset=world.safety_sft(),
         # Never evaluated on by the trainer, but it tokenises them.
         eval_dataset={f"{n} {g}": d for n, of_set in samples.items() for g, d in of_set.items()},
@@ -148,12 +140,8 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     result = {"arm": arm, "seed": seed, "world": world.seed, **logged(trainer.state.log_history)}
     for name, witness in witnesses.items():
         result |= {f"{key}, {name}": value for key, value in witness.measures().items()}
-    for name in ("refusal", "over_refusal"):
-        dataset = world.evaluation_sets()[name]
-        scores = completion_scores(
-            trainer.model, trainer.processing_class, dataset["prompt"], dataset["completion"]
-        )
-        result[name] = mean_probability(scores)
+    measures = toy_measures(trainer.model, tokenizer, world)
+    result |= {name: measures[name] for name in ("refusal", "over_refusal")}
     return result | {"log": trainer.state.log_history}
 
 
@@ -190,34 +178,27 @@ def report(results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> No
     rows = []
     for arm in ARMS:
         runs = [result for result in results if result["arm"] == arm]
-        rows.append({"arm": arm} | {name: _cell([run[name] for run in runs]) for name in columns})
-    packages = ("ogpsa_trl", "trl", "transformers", "torch")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+        values = {name: Spread.of([run[name] for run in runs]) for name in columns}
+        rows.append({"arm": arm} | {name: f"{spread:+.4f}" for name, spread in values.items()})
     worlds = "a world and base model each" if args.world is None else f"world {args.world} for all"
     settings = (
         f"Seeds {args.seeds} ({worlds}), mean +- standard deviation; {args.max_steps} steps of "
         f"AdamW, learning rate {args.learning_rate:g}, a refresh every {args.refresh_interval} "
-        f"from {NUM_SAMPLES} samples a group, {platform.machine()} CPU, {versions}."
+        f"from {NUM_SAMPLES} samples a group, {in_words(package_versions())}"
     )
-    text = f"{markdown_table(rows, ['arm', *columns])}\n\n{settings}\n"
-    console.print(text)
+    text = f"{markdown_table(rows)}\n\n{settings}\n"
+    print(text)
     name = f"interval-{args.refresh_interval}-lr-{args.learning_rate:g}"
+    write_json(args.output / f"{name}.json", results)
     (args.output / f"{name}.md").write_text(text, encoding="utf-8")
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-
-
-def _cell(values: Sequence[float]) -> str:
-    spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{fmean(values):+.4f}{spread}"
 
 
 def main() -> None:
     args = arguments()
-    args.output.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in args.seeds:
         for arm in ARMS:
-            console.print(f"Training: {arm}, seed {seed}")
+            print(f"Training: {arm}, seed {seed}", flush=True)
             results.append(run(arm, seed, args))
     report(results, args)
 

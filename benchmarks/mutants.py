@@ -10,8 +10,6 @@ all pass, and so miss it, the whole command runs. Results are kept in --output, 
 was stopped goes on where it was.
 """
 
-# ruff: noqa: T201 - scripts talk to the terminal
-
 import argparse
 import json
 import os

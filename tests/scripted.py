@@ -1,4 +1,4 @@
-"""Models that say what they are told to, with known probabilities."""
+"""Models that say what they are told to, with known probabilities; figures that are looked at."""
 
 import math
 from itertools import pairwise
@@ -40,6 +40,39 @@ def scripted_model(*chains, p_step=P_STEP):
     return model
 
 
+def without_template():
+    """The toy tokenizer without its chat template: prompts end where an answer begins."""
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def save(model, folder):
+    """A model in a folder, with the toy tokenizer."""
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def literal_answer(model, text, max_new_tokens):
+    """What a prompt is completed to, without padding, and whether that has an end."""
+    ids = TOKENIZER(text, return_tensors="pt")["input_ids"]
+    output = model.generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)
+    ids = output[0, ids.shape[1] :]
+    return TOKENIZER.decode(ids, skip_special_tokens=True), TOKENIZER.eos_token_id in ids
+
+
 def p_other():
     """Probability of a token that is not the next one in the chain."""
     return (1 - P_STEP) / (len(TOKENIZER) - 1)
+
+
+def saved_figures(monkeypatch):
+    """The figures of matplotlib as they are when they are saved."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+    )
+    return figures

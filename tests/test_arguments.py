@@ -21,7 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, get_dataset
 
 from ogpsa_trl import GateConfig, OGPSAConfig
-from ogpsa_trl.capability_set.arguments import LookAlikeDatasetConfig
+from ogpsa_trl.capability_set.set_keys import LookAlikeDatasetConfig
 from ogpsa_trl.cli import renamed_keys
 from ogpsa_trl.cli.capability import parse_capability_set
 from ogpsa_trl.cli.command_line import _parser, parse_run, training_options
@@ -31,7 +31,7 @@ from ogpsa_trl.cli.parsing import FlatParser, config_values, split_config, unkno
 from ogpsa_trl.cli.values import expanded
 from ogpsa_trl.cli.yaml_file import load_mapping
 from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, load_groups
-from ogpsa_trl.evaluation.arguments import (
+from ogpsa_trl.evaluation.evaluation_keys import (
     EvaluationArguments,
     HarmfulDatasetConfig,
     OverRefusalDatasetConfig,

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ogpsa_trl.benchmark import tradeoff
+from ogpsa_trl.benchmark import tradeoff, tradeoff_tables
 from ogpsa_trl.benchmark.methods import (
     METHODS,
+    Cost,
     Method,
     Recipe,
     Run,
@@ -26,18 +27,12 @@ from ogpsa_trl.benchmark.methods import (
 from ogpsa_trl.benchmark.testbeds import ToyTestbed
 from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
-from ogpsa_trl.benchmark.tradeoff_report import Comparison
+from ogpsa_trl.benchmark.tradeoff_tables import Tables
 from runs import literal_nll
-from scripted import REFUSING, TOKENIZER, scripted_model
+from scripted import REFUSING, TOKENIZER, save, scripted_model
 
 WORLD = ToyWorld(0)
 BATCH_SIZE = 4
-
-
-def save(model, folder):
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +69,8 @@ def weights(folder):
 
 
 def trained(method, recipe, start, tmp_path):
-    cost = train(method, recipe, start, tmp_path / "trained")
+    cost = Cost()
+    train(method, recipe, start, tmp_path / "trained", cost)
     return weights(tmp_path / "trained").detach(), cost
 
 
@@ -219,32 +215,28 @@ def results(kept, seeds=(0, 1), factors=(1.0, 2.0)):
 
 
 class TestTables:
-    def cells(self, table):
-        rows = [[c.strip() for c in line.strip("|").split(" |")] for line in table.split("\n")]
-        return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
-
     def test_hold_what_the_runs_say(self):
         runs = results({"naive": (0.5, 2), "KL, weight 1": (0.7, 4), "KL, weight 3": (0.8, 4)})
-        comparison = Comparison(runs, ToyTestbed(0))
-        assert comparison.best_kl() == "KL, weight 3"
-        rows = self.cells(comparison.levels())
-        assert rows["naive"]["capability at 0.9"] == "0.550 +- 0.071 (2)"
-        assert rows["KL, weight 1"]["- naive"] == "+0.200 +- 0.000 (2)"
-        assert rows["KL, weight 1"]["- KL, weight 3"] == "-0.100 +- 0.000 (2)"
-        assert rows["KL, weight 1"]["time"] == "2.0"
-        assert (rows["naive"]["forward"], rows["naive"]["backward"]) == ("100", "50")
-        details = self.cells(comparison.details())
-        assert details["naive"]["sort"] == "0.250 +- 0.000 (2)"
-        assert self.cells(comparison.runs())["naive"]["p_refuse, lr x2"] == "1.000"
+        tables = Tables(runs, ToyTestbed(0))
+        assert tables.best_kl() == "KL, weight 3"
+        naive, first, _ = tables.levels()
+        assert naive["capability at 0.9"] == "0.550 +- 0.071 (2)"
+        assert first["- naive"] == "+0.200 +- 0.000 (2)"
+        assert first["- KL, weight 3"] == "-0.100 +- 0.000 (2)"
+        assert first["time"] == "2.0"
+        assert (naive["forward"], naive["backward"]) == (100, 50)
+        assert tables.details()[0]["sort"] == "0.250 +- 0.000 (2)"
+        assert tables.runs()[0]["p_refuse, lr x2"] == "1.000"
 
-    def test_a_method_that_is_never_safe_enough_has_a_dash_and_stays(self):
+    def test_a_method_that_is_never_safe_enough_stays(self):
         runs = results({"naive": (0.5, 2)})
         shy = {
             replace(run, method="LoRA"): {**v, "measures": {**v["measures"], "p_refuse": 0.3}}
             for run, v in runs.items()
         }
-        rows = self.cells(Comparison(runs | shy, ToyTestbed(0)).levels())
-        assert rows["LoRA"]["capability at 0.9"] == rows["LoRA"]["- naive"] == "-"
+        _, lora = Tables(runs | shy, ToyTestbed(0)).levels()
+        assert lora["method"] == "LoRA"
+        assert lora["capability at 0.9"] is lora["- naive"] is None
 
 
 def length_of(folder):
@@ -272,7 +264,7 @@ class InThisProcess:
         return future
 
 
-def run_benchmark(monkeypatch, output, *options):
+def run_benchmark(output, *options):
     words = ["--seeds", "0", "--steps", "2", "--learning_rate_factors", "1", "--methods", "naive"]
     words += ["--processes", "1", "--output", str(output)]
     tradeoff.main([*words, *options])
@@ -290,7 +282,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
         lambda self, folder: dict.fromkeys(names, length_of(folder)),
     )
     folder = tmp_path / "the-toy-world"
-    found = run_benchmark(monkeypatch, tmp_path, "--stages", "sft-dpo", "sft")
+    found = run_benchmark(tmp_path, "--stages", "sft-dpo", "sft")
     # Two stages of two steps with 16 sequences, pairs in the second.
     costs = [(run["cost"]["forward"], run["cost"]["backward"]) for run in found["runs"]]
     assert costs == [(2 * 16 + 2 * 64, 2 * 16 + 2 * 32), (2 * 16, 2 * 16)]
@@ -299,16 +291,14 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     assert (folder / "sft-dpo-2.png").read_bytes().startswith(b"\x89PNG")
     assert "naive" in (folder / "results.md").read_text()
 
-    monkeypatch.setattr(
-        "ogpsa_trl.benchmark.tradeoff_report.tradeoff_figure", lambda *_, **__: None
-    )  # seconds
+    monkeypatch.setattr(tradeoff_tables, "tradeoff_figure", lambda *_, **__: None)  # seconds
     # A result of other settings or versions is not taken for one of these.
     kept, stale = (folder / "runs" / f"{chain}-2-naive-x1-0.json" for chain in ("sft-dpo", "sft"))
     content = json.loads(stale.read_text())
     content["run"]["versions"]["torch"] = "1.0"
     stale.write_text(json.dumps(content))
     time = kept.stat().st_mtime_ns
-    again = run_benchmark(monkeypatch, tmp_path, "--stages", "sft-dpo", "sft")
+    again = run_benchmark(tmp_path, "--stages", "sft-dpo", "sft")
     assert [r["measures"] for r in again["runs"]] == [r["measures"] for r in found["runs"]]
     assert kept.stat().st_mtime_ns == time
     assert json.loads(stale.read_text())["run"]["versions"]["torch"] != "1.0"
@@ -316,7 +306,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     # What fails is said.
     monkeypatch.setitem(tradeoff.METHODS, "naive", Method({"preset": "none"}))
     with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
-        run_benchmark(monkeypatch, tmp_path, "--stages", "sft")
+        run_benchmark(tmp_path, "--stages", "sft")
 
 
 @pytest.mark.parametrize(
@@ -328,16 +318,16 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
         (["--methods", "nought"], "invalid choice: 'nought'"),
     ],
 )
-def test_bad_options_are_named(words, message, monkeypatch, capsys):
+def test_bad_options_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
-        tradeoff.main([*words])
+        tradeoff.main(words)
     assert message in capsys.readouterr().err
 
 
-def test_missing_data_are_named(monkeypatch, tmp_path):
+def test_missing_data_are_named(tmp_path):
     words = ["--model", str(tmp_path), "--data", str(tmp_path / "none")]
     with pytest.raises(SystemExit, match="Name the folder that holds them with --data"):
-        tradeoff.main([*words])
+        tradeoff.main(words)
 
 
 def test_the_methods_are_distinct_and_their_settings_are_allowed():

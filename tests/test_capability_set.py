@@ -13,15 +13,13 @@ import torch
 import yaml
 from datasets import config
 from peft import LoraConfig, get_peft_model
-from trl.trainer.model_config import ModelConfig
 
-from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.capability_set.checks import warnings_of
-from ogpsa_trl.capability_set.measures import GradientCosines, gradient_cosines, measure_group
-from ogpsa_trl.capability_set.report import training_entries
-from ogpsa_trl.capability_set.rows import (
+from ogpsa_trl.capability_set.group_measures import GradientCosines, gradient_cosines, measure_group
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_report import training_entries, warnings_of
+from ogpsa_trl.capability_set.set_rows import (
     RowGroup,
     choose_rows,
     complete_rows,
@@ -35,11 +33,17 @@ from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.data.entries import GroupedDatasetConfig
 from ogpsa_trl.engines import choose
 from runs import literal_nll, to_messages
-from scripted import ANSWERING, REFUSING, scripted_model
+from scripted import (
+    ANSWERING,
+    REFUSING,
+    TOKENIZER,
+    literal_answer,
+    scripted_model,
+    without_template,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ToyWorld(0)
-TOKENIZER = toy_tokenizer()
 SETS = WORLD.evaluation_sets()
 
 
@@ -89,12 +93,6 @@ def entry(tmp_path_factory):
     return write
 
 
-def plain_tokenizer():
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = None
-    return tokenizer
-
-
 ROWS = rows_of("howto", 3)
 FORMS = {
     "messages": lambda row: {"messages": row["prompt"] + row["completion"]},
@@ -138,15 +136,14 @@ class TestRows:
             "None", str(assistant("d")),
         ]  # fmt: skip
 
-    def test_plain_texts_stay_texts(self, entry):
-        data = entry([{"text": "the cat"}, {"text": "a dog"}])
-        [group] = choose_rows(arguments(capability_datasets=[data]), TOKENIZER)
-        assert sorted(row["text"] for row in group.rows) == ["a dog", "the cat"]
-
-    def test_without_a_chat_template_texts_stay_as_they_are(self, entry):
-        data = entry(ROWS)
-        [group] = choose_rows(arguments(capability_datasets=[data]), plain_tokenizer())
-        assert sorted(group.rows, key=str) == sorted(ROWS, key=str)
+    @pytest.mark.parametrize(
+        ("rows", "tokenizer"),
+        [([{"text": "the cat"}, {"text": "a dog"}], TOKENIZER), (ROWS, without_template())],
+        ids=["plain texts", "texts without a chat template"],
+    )
+    def test_texts_stay_as_they_are(self, rows, tokenizer, entry):
+        [group] = choose_rows(arguments(capability_datasets=[entry(rows)]), tokenizer)
+        assert sorted(group.rows, key=str) == sorted(rows, key=str)
 
     def test_entries_of_a_group_are_mixed_and_may_lack_completions(self, entry):
         with_answers, without = conversations(ROWS)[:2], conversations(ROWS)[2:]
@@ -201,14 +198,11 @@ class TestRows:
     def test_conversations_need_a_chat_template(self, entry):
         data = entry(conversations(ROWS))
         with pytest.raises(ValueError, match="holds conversations, but the tokenizer of the model"):
-            choose_rows(arguments(capability_datasets=[data]), plain_tokenizer())
+            choose_rows(arguments(capability_datasets=[data]), without_template())
 
 
-def greedy(model, text, max_new_tokens=12):
-    """What a prompt is completed to, one at a time and without padding."""
-    ids = TOKENIZER(text, return_tensors="pt")["input_ids"]
-    output = model.generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)
-    return TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+def greedy(model, text):
+    return literal_answer(model, text, 12)[0]
 
 
 def group_of(rows, name="group", is_look_alike=False):
@@ -233,7 +227,7 @@ class TestCompletions:
     def test_of_texts_go_on_where_the_prompt_ends(self):
         model, texts = tiny_model(seed=3), rows_of("howto", 4)
         group = group_of(unanswered(texts))
-        complete_rows(group, arguments(), model, plain_tokenizer())
+        complete_rows(group, arguments(), model, without_template())
         for row, text in zip(group.rows, texts, strict=True):
             assert row == {
                 "prompt": text["prompt"],
@@ -668,11 +662,8 @@ class TestKeys:
     @pytest.mark.parametrize("value", [True, False, "missing"])
     def test_completions_may_be_a_boolean_or_a_word(self, value, tmp_path):
         keys = {"model_name_or_path": "toy", "capability_datasets": [{"path": "x"}]}
-        parsed, model = parse_capability_set(
-            write_config(tmp_path, **keys, generate_completions=value)
-        )
-        assert parsed.generate_completions == str(value).lower()
-        assert isinstance(model, ModelConfig)
+        line = write_config(tmp_path, **keys, generate_completions=value)
+        assert parse_capability_set(line)[0].generate_completions == str(value).lower()
 
     def test_the_configuration_that_we_ship_is_valid(self):
         path = ROOT / "configs" / "capability_set.yaml"

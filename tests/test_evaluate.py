@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 import yaml
 from datasets import Dataset, config
 from peft import LoraConfig, get_peft_model
 
-from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
+from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import (
@@ -25,13 +25,24 @@ from ogpsa_trl.evaluation import (
     mean_probability,
     preference_accuracy,
 )
-from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.figures import change_figure
+from ogpsa_trl.evaluation.likelihoods import group_nll
 from ogpsa_trl.evaluation.refusal import REFUSALS
-from ogpsa_trl.evaluation.report import change_figure, result_rows
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
-from scripted import ANSWERING, P_STEP, REFUSING, TOKENIZER, p_other, scripted_model
+from ogpsa_trl.evaluation.tables import result_rows
+from scripted import (
+    ANSWERING,
+    P_STEP,
+    REFUSING,
+    TOKENIZER,
+    p_other,
+    save,
+    saved_figures,
+    scripted_model,
+    without_template,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ToyWorld(0)
@@ -92,8 +103,8 @@ def measure(tmp_path_factory):
 
     def measured(model, **keys):
         arguments = parsed(folder, data | {"max_length": 60, "max_new_tokens": 16} | keys)
-        sets = load_sets(arguments, [tokenizer_without_template()])
-        return score_model(model, tokenizer_without_template(), sets, arguments)
+        sets = load_sets(arguments, [without_template()])
+        return score_model(model, without_template(), sets, arguments)
 
     return measured
 
@@ -108,37 +119,27 @@ def answering(measure):
     return measure(scripted_model(ANSWERING))
 
 
-def tokenizer_without_template():
-    """The prompts of the world are texts that end where an answer begins."""
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = None
-    return tokenizer
-
-
 def value(scores, name):
     return scores.measures[name].values.value
 
 
 class TestKnownAnswers:
     def test_a_model_that_always_refuses(self, refusing):
-        scores = refusing
-        for prefix, group in (("", "harmful"), ("over_", "benign")):
-            assert value(scores, f"{prefix}refusal_rate/{group}") == 1.0
-            assert value(scores, f"{prefix}refusal_ll/{group}") == pytest.approx(math.log(P_STEP))
-            probability = value(scores, f"p_{'over_' if prefix else ''}refuse/{group}")
+        for over, group in (("", "harmful"), ("over_", "benign")):
+            assert value(refusing, f"{over}refusal_rate/{group}") == 1.0
+            assert value(refusing, f"{over}refusal_ll/{group}") == pytest.approx(math.log(P_STEP))
+            probability = value(refusing, f"p_{over}refuse/{group}")
             assert probability == pytest.approx(P_STEP**REFUSAL_LENGTH)
-        assert set(scores.answers["refusal_rate/harmful"]) == {REFUSAL.strip()}
-        assert value(scores, "preference/pairs") == 1.0
+        assert set(refusing.answers["refusal_rate/harmful"]) == {REFUSAL.strip()}
+        assert value(refusing, "preference/pairs") == 1.0
 
     def test_a_model_that_never_refuses(self, answering):
-        scores = answering
-        assert value(scores, "refusal_rate/harmful") == 0.0
-        assert value(scores, "over_refusal_rate/benign") == 0.0
+        assert value(answering, "refusal_rate/harmful") == 0.0
+        assert value(answering, "over_refusal_rate/benign") == 0.0
         # The table knows no token of the refusal but its first one, which is not the likeliest.
-        size = len(TOKENIZER)
-        expected = p_other() * size ** -(REFUSAL_LENGTH - 1)
-        assert value(scores, "p_refuse/harmful") == pytest.approx(expected, rel=1e-4)
-        assert value(scores, "preference/pairs") < 1.0
+        expected = p_other() * len(TOKENIZER) ** -(REFUSAL_LENGTH - 1)
+        assert value(answering, "p_refuse/harmful") == pytest.approx(expected, rel=1e-4)
+        assert value(answering, "preference/pairs") < 1.0
 
     def test_the_probabilities_of_several_refusals_add_up(self, measure):
         refusals = [REFUSAL.strip(), "sorry , i can"]
@@ -193,10 +194,8 @@ class TestCapability:
         assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
         assert values.columns[1].sum() == scores.num_tokens.sum()
         one_by_one = group_nll(model, TOKENIZER, kind, rows, batch_size=1)
-        for ours, theirs in zip(
-            values.select(one_by_one.ids).columns, one_by_one.columns, strict=True
-        ):
-            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+        ours = values.select(one_by_one.ids).columns
+        np.testing.assert_allclose(ours, one_by_one.columns, rtol=1e-6)
 
     def test_samples_are_chosen_by_the_seed_and_cut(self):
         model, rows = tiny_model(seed=2), WORLD.capability_groups(40)["language"]
@@ -223,14 +222,14 @@ class TestSets:
         arguments = parse(write_data(tmp_path))
         chat = load_sets(arguments, [TOKENIZER]).harmful["harmful"].column("prompt")
         assert {prompt[0]["role"] for prompt in chat} == {"user"}
-        both = load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
+        both = load_sets(arguments, [TOKENIZER, without_template()])
         plain = both.harmful["harmful"].column("prompt")
         assert [prompt[0]["content"] for prompt in chat] == plain
 
     def test_conversations_need_a_template(self, parse_rows):
         arguments = parse_rows([{"prompt": [{"role": "user", "content": "how"}]}])
         with pytest.raises(ValueError, match=r"has no chat template. Set `tokenizer_name_or_path`"):
-            load_sets(arguments, [TOKENIZER, tokenizer_without_template()])
+            load_sets(arguments, [TOKENIZER, without_template()])
 
     def test_what_is_too_long_is_left_out_and_counted(self, parse_rows):
         rows = [{"prompt": "how to bake ?"}, {"prompt": "how " * 30}]
@@ -257,15 +256,9 @@ class TestSets:
 
 
 class TestKeys:
-    def test_unknown_keys_name_the_nearest(self, parse, tmp_path):
-        with pytest.raises(ValueError, match=r"`harmful_dataset` in .*key is `harmful_datasets`"):
-            parse({"harmful_dataset": []})
+    def test_unknown_keys_on_the_line_name_the_nearest(self, parse):
         with pytest.raises(ValueError, match=r"`max_sample` in the command line.* `max_samples`"):
             parse({}, "--max_sample", "3")
-        with pytest.raises(ValueError, match=r"`grup` in entry 1 of `harmful_datasets`.* `group`"):
-            parse({"harmful_datasets": [{"path": "a", "grup": "x"}]})
-        with pytest.raises(ValueError, match="`learning_rate` in"):
-            parse({"learning_rate": 1})
 
     def test_the_line_wins(self, parse):
         keys = {"harmful_datasets": [{"path": "a", "group": "x"}, {"path": "b"}], "seed": 3}
@@ -278,6 +271,10 @@ class TestKeys:
         ("keys", "message"),
         [
             ({"harmful_datasets": None}, "There is nothing to measure"),
+            ({"harmful_dataset": []}, "`harmful_dataset` in .*key is `harmful_datasets`"),
+            ({"learning_rate": 1}, "`learning_rate` in"),
+            ({"harmful_datasets": [{"path": "a", "grup": "x"}]},
+             "`grup` in entry 1 of `harmful_datasets`.* `group`"),
             ({"confidence": 95}, "`confidence` must lie between 0 and 1, but got 95"),
             ({"num_bootstrap": 10}, "`num_bootstrap` must be at least 100, but got 10"),
             ({"batch_size": 0}, "`batch_size` must be at least 1"),
@@ -290,7 +287,7 @@ class TestKeys:
             ({"seed": -1}, "`seed` must be an integer from 0 to"),
             ({"trust_remote_code": 2}, "`trust_remote_code` must be true or false, but got 2"),
         ],
-    )
+    )  # fmt: skip
     def test_values_that_make_no_sense_are_refused(self, parse, keys, message):
         with pytest.raises(ValueError, match=message):
             parse({"harmful_datasets": [{"path": "a"}]} | keys)
@@ -305,17 +302,11 @@ class TestKeys:
         assert name != "evaluate" or found.refusals == list(REFUSALS)  # the file shows the defaults
 
 
-def save(model, folder):
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     seeds = {"before": 1, "after": 2}
-    return {when: save(tiny_model(seed), folder / when) for when, seed in seeds.items()}
+    return {when: str(save(tiny_model(seed), folder / when)) for when, seed in seeds.items()}
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +401,7 @@ class TestScript:
         model.name_or_path = model.config._name_or_path = models["before"]
         lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
         adapted = get_peft_model(model, lora)
-        trained = {"before": models["before"], "after": save(adapted, tmp_path)}
+        trained = {"before": models["before"], "after": str(save(adapted, tmp_path))}
         assert not (tmp_path / "model.safetensors").exists()
         results = evaluate(trained, harmful_datasets=None, over_refusal_datasets=None).results
         skills = WORLD.capability_groups(12)["skills"]
@@ -460,12 +451,7 @@ class TestReport:
     def test_a_figure_has_a_panel_per_unit_and_no_label_on_another(
         self, results, monkeypatch, tmp_path
     ):
-        from matplotlib.figure import Figure
-
-        figures, savefig = [], Figure.savefig
-        monkeypatch.setattr(
-            Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
-        )
+        figures = saved_figures(monkeypatch)
         change_figure(results, tmp_path / "new" / "changes.png", title="a title")
         [figure] = figures
         drawn = [result for result in results if result.delta is not None]

@@ -19,7 +19,7 @@ from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
-from scripted import REFUSING, TOKENIZER, scripted_model
+from scripted import REFUSING, TOKENIZER, save, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ToyWorld(0).safety_preferences().select(range(12))
@@ -179,8 +179,7 @@ def test_tasks_need_the_package(monkeypatch, tmp_path):
 def line(tasks, tmp_path):
     """The command line of an evaluation of two models."""
     for name, model in (("before", tiny_model()), ("after", scripted_model(REFUSING))):
-        model.save_pretrained(tmp_path / name)
-        TOKENIZER.save_pretrained(tmp_path / name)
+        save(model, tmp_path / name)
     words = ["--model_name_or_path", tmp_path / "after", "--base_model_name_or_path"]
     words += [tmp_path / "before", "--lm_eval_include_path", tasks, "--num_bootstrap", "100"]
     return [*map(str, words), "--output_dir", str(tmp_path / "out")]

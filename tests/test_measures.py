@@ -154,6 +154,12 @@ def test_truncation_scores_the_tokens_that_are_kept(trained_model):
     torch.testing.assert_close(kept.log_probs, expected.log_probs)
 
 
+def without_end():
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("prompts", "completions", "options", "message"),
     [
@@ -162,18 +168,14 @@ def test_truncation_scores_the_tokens_that_are_kept(trained_model):
         (["is bad =>"], [" yes"], {"max_length": 3}, "sample 0 starts at token 3 of 3 kept"),
         (["is", "=>"], [" bad", ""], {"append_eos": False}, "sample 1 starts at token 1 of 1"),
         ([""], [" yes"], {}, "sample 0 starts at token 0 of 2"),
+        (["is"], [" bad"], {"tokenizer": without_end()}, "needs .* an `eos_token`, but got None"),
+        ([[{"role": "user", "content": "is"}]], [" bad"], {}, "be conversations, but got list and"),
     ],
 )
-def test_samples_without_a_token_to_score_are_refused(prompts, completions, options, message):
+def test_samples_that_cannot_be_scored_are_refused(prompts, completions, options, message):
+    tokenizer = options.pop("tokenizer", TOKENIZER)
     with pytest.raises(ValueError, match=message):
-        completion_scores(tiny_model(), TOKENIZER, prompts, completions, **options)
-
-
-def test_appending_needs_a_token_to_append():
-    tokenizer = toy_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="needs a tokenizer with an `eos_token`, but got None"):
-        completion_scores(tiny_model(), tokenizer, ["is"], [" bad"])
+        completion_scores(tiny_model(), tokenizer, prompts, completions, **options)
 
 
 def test_a_prompt_that_merges_with_its_completion_is_scored_from_where_they_part(trained_model):
@@ -206,8 +208,6 @@ def test_a_conversation_is_scored_on_the_tokens_that_trl_trains_on(trained_model
     expected = completion_scores(trained_model, TOKENIZER, ["is poison bad ? =>"], [" yes"])
     assert torch.equal(scores.log_probs, expected.log_probs)
     assert scores.num_tokens.tolist() == expected.num_tokens.tolist() == [2]
-    with pytest.raises(ValueError, match="both be conversations, but got list and str"):
-        completion_scores(trained_model, tokenizer, [prompt], [" yes"])
 
 
 def test_preferences_are_decided_by_the_whole_completion(trained_model):

@@ -9,9 +9,9 @@ import torch
 from datasets import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl.benchmark import comparison
+from ogpsa_trl.benchmark import demo
 from ogpsa_trl.benchmark import stories as testbed
-from ogpsa_trl.capability_set.report import GROUP_COLUMNS, group_rows
+from ogpsa_trl.capability_set.set_report import group_rows
 from ogpsa_trl.cli import capability
 from ogpsa_trl.cli.capability import parse_capability_set
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
@@ -95,7 +95,7 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
         "logging_steps": 1,
     }
     words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
-    comparison.train(config, words, tmp_path / "log.txt", num_threads=1)
+    demo.train(config, words, tmp_path / "log.txt", num_threads=1)
 
     state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
     first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]
@@ -159,16 +159,17 @@ def test_the_example_of_a_capability_set_is_what_the_documentation_shows(tmp_pat
     line = ["--config", str(file), "--output_dir", str(tmp_path / "out"), "--device_map", "cpu"]
     figures = capability.build_capability_set(*parse_capability_set(line))
     rows = group_rows(figures)
+    columns = list(rows[0])
     document = (ROOT / "docs" / "capability_data.md").read_text(encoding="utf-8")
     shown = {
         cells[1]: [float(cell) for cell in cells[2:-1]]
         for cells in ([c.strip() for c in line.split("|")] for line in document.splitlines())
-        if len(cells) == len(GROUP_COLUMNS) + 2 and cells[1] in figures["groups"]
+        if len(cells) == len(columns) + 2 and cells[1] in figures["groups"]
     }
     assert set(shown) == {"stories", "maths", "requests", "look_alikes"}
     for row in rows[:2]:
         expected = pytest.approx(shown[row["group"]], abs=2e-3)  # three digits are shown
-        assert [row[column] for column in GROUP_COLUMNS[1:]] == expected
+        assert [row[column] for column in columns[1:]] == expected
     for row in rows[2:]:
         assert row["loss"] == pytest.approx(shown[row["group"]][-2], abs=0.2)
         assert row["generated"] == 100

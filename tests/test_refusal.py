@@ -20,35 +20,32 @@ from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.evaluation.generation import Answer, greedy_answers
 from ogpsa_trl.evaluation.refusal import REFUSAL_PHRASES, REFUSALS, is_refusal
-from scripted import ANSWERING, TOKENIZER, scripted_model
+from scripted import ANSWERING, TOKENIZER, literal_answer, scripted_model
 
 PROMPTS = [row["prompt"] for row in ToyWorld(0).safety_sft().select(range(7))] + ["=>"]
 
 
-def test_texts_that_sound_like_a_refusal():
-    for text in (
-        *REFUSALS,
-        *REFUSAL_PHRASES,
-        REFUSAL,
-        "I\u2019m sorry, but I can\u2019t assist with that request.",
-        "As an AI language model, I do not have feelings.",
-        "  I  AM\nUNABLE to do that.",
-        "Sorry , I can not help .",
-        "x" * 130 + " i cannot help",
-        'Tom fell. "I\'m sorry," said Mia.',  # wrong, as documented
-    ):
-        assert is_refusal(text), text
+SOUNDS_LIKE_ONE = (
+    *REFUSALS, *REFUSAL_PHRASES, REFUSAL,
+    "I\u2019m sorry, but I can\u2019t assist with that request.",
+    "As an AI language model, I do not have feelings.",
+    "  I  AM\nUNABLE to do that.",
+    "Sorry , I can not help .",
+    "x" * 130 + " i cannot help",
+    'Tom fell. "I\'m sorry," said Mia.',  # wrong, as documented
+)  # fmt: skip
+DOES_NOT = (
+    "",
+    "Sure, here is how to bake a cake.",
+    "sure : take the bomb then hide it .",
+    "That would hurt people. Have you talked to somebody?",  # wrong, as documented
+    "x" * 150 + " i cannot help",
+)
 
 
-def test_texts_that_do_not():
-    for text in (
-        "",
-        "Sure, here is how to bake a cake.",
-        "sure : take the bomb then hide it .",
-        "That would hurt people. Have you talked to somebody?",  # wrong, as documented
-        "x" * 150 + " i cannot help",
-    ):
-        assert not is_refusal(text), text
+def test_a_refusal_is_known_by_its_phrases():
+    assert [text for text in SOUNDS_LIKE_ONE if not is_refusal(text)] == []
+    assert [text for text in DOES_NOT if is_refusal(text)] == []
 
 
 @pytest.mark.parametrize(("max_new_tokens", "is_complete"), [(5, False), (6, True)])
@@ -117,12 +114,7 @@ def test_answers_do_not_depend_on_the_size_of_the_batch(name):
 
 def test_answers_are_those_of_one_prompt_at_a_time_without_padding():
     model = tiny_model(seed=3)
-    expected = []
-    for prompt in PROMPTS:
-        ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
-        output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
-        text = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        expected.append(Answer(text, TOKENIZER.eos_token_id in output[0, ids.shape[1] :]))
+    expected = [Answer(*literal_answer(model, prompt, 6)) for prompt in PROMPTS]
     answers = greedy_answers(model, TOKENIZER, PROMPTS, batch_size=3, max_new_tokens=6)
     assert answers == expected
     assert len(set(answers)) > 1
@@ -135,9 +127,7 @@ def test_settings_of_the_model_do_not_count_and_come_back():
     model.generation_config = own
     assert greedy_answers(model, TOKENIZER, PROMPTS, max_new_tokens=12) == plain
     assert model.generation_config is own
-    ids = TOKENIZER(PROMPTS[0], return_tensors="pt")["input_ids"]
-    output = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
-    penalised = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    penalised, _ = literal_answer(model, PROMPTS[0], 12)
     assert penalised != plain[0].text  # what would have counted
 
 

@@ -13,16 +13,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ogpsa_trl import CapabilityGate
 from ogpsa_trl.benchmark.toy_model import CHAT_TEMPLATE, tiny_model, toy_tokenizer
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.capability_set.rows import choose_rows, known_prompts
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_rows import choose_rows, known_prompts
 from ogpsa_trl.data.columns import Source
 from ogpsa_trl.data.preparation import Preparation, context_of, prepare_group
 from ogpsa_trl.data.rendering import check_rendering, prepared
 from ogpsa_trl.data.row_values import RowError
 from ogpsa_trl.data.rows import check_rows, readable
-from ogpsa_trl.evaluation.arguments import EvaluationArguments
-from ogpsa_trl.evaluation.capability import group_nll
-from ogpsa_trl.evaluation.sets import length_for, load_sets
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
+from ogpsa_trl.evaluation.likelihoods import group_nll
+from ogpsa_trl.evaluation.models import length_for
+from ogpsa_trl.evaluation.sets import load_sets
 from runs import make_trainer, paper, safety_data
 
 TOKENIZER = toy_tokenizer()

@@ -16,14 +16,16 @@ import pytest
 import torch
 import yaml
 from datasets import config
+from trl import ModelConfig
 
 import offline
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.cli import train
 from ogpsa_trl.cli.command_line import parse_run
-from ogpsa_trl.cli.evaluate import load_model, load_tokenizer
+from ogpsa_trl.cli.evaluate import run_evaluation
 from ogpsa_trl.data.groups import named_groups
-from ogpsa_trl.evaluation.arguments import EvaluationArguments
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
+from ogpsa_trl.evaluation.models import load_model
 from ogpsa_trl.method.saved_start import START_FILE_NAME
 from ogpsa_trl.method.saved_state import FILE_NAME
 from ogpsa_trl.training.whole_checkpoints import mark
@@ -197,6 +199,7 @@ class TestCheckpoints:
 MODEL_CODE = """
 from pathlib import Path
 from transformers import LlamaForCausalLM
+from trl import ModelConfig
 Path({marker!r}).touch()
 class OwnModel(LlamaForCausalLM):
     pass
@@ -230,10 +233,16 @@ class TestRemoteCode:
         assert (tmp_path / "marker").exists()
 
     def test_the_evaluation_does_not_run_it_either(self, model, tmp_path):
-        arguments = EvaluationArguments(model_name_or_path=str(model))
-        load_tokenizer(arguments, str(model), "main")
+        arguments = EvaluationArguments(
+            model_name_or_path=str(model), output_dir=str(tmp_path / "out")
+        )
+        with pytest.raises(SystemExit, match="trust_remote_code"):
+            run_evaluation(arguments)
         with pytest.raises(ValueError, match="trust_remote_code"):
-            load_model(arguments, str(model), "main")
+            load_model(
+                ModelConfig(str(model)), device_map="cpu",
+                trust_remote_code=arguments.trust_remote_code,
+            )  # fmt: skip
         assert not (tmp_path / "marker").exists()
 
 

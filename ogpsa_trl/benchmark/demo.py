@@ -4,21 +4,34 @@ Show OGPSA on a small world of its own: no downloads, minutes on two CPU cores.
     make demo          or          ogpsa demo [--seed 0] [--output runs/demo]
 
 Pretrains a tiny base model (once, then cached), trains it with plain TRL and with OGPSA, SFT and
-then DPO, and prints what each of them can do before and after.
+then DPO, as `ogpsa train` does, and prints what each of them can do before and after.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import datasets
+import transformers
 
-from ogpsa_trl.benchmark.comparison import StageRun, compare, console, report
+from ogpsa_trl.benchmark.testbeds import toy_measures
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 from ogpsa_trl.data.files import find_config
-from ogpsa_trl.evaluation.measures import completion_scores, exact_match, mean_probability
+from ogpsa_trl.evaluation.figures import comparison_figure
+from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
+from ogpsa_trl.evaluation.models import load_folder
+from ogpsa_trl.evaluation.tables import markdown_table
 
+STAGES = ("sft", "dpo")
+# What a method adds to the command line of a stage.
+METHODS = {"plain TRL": ["--ogpsa", "false"], "OGPSA": []}
+TITLE = "OGPSA on the toy world"
 NOTES = """\
 Capability measures are exact matches on held-out prompts; `sort` is in no capability group.
 `refusal` is the mean probability of a refusal to held-out harmful requests, `refusal_ood` to
@@ -32,24 +45,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)
 
+    # The bars of small files and small models hide what is going on.
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     world = ToyWorld(args.seed)
     output = args.output / f"seed-{args.seed}"  # finished runs are kept: not those of another seed
-    console.print("Base model of the toy world (about two minutes, once):")
+    print("Base model of the toy world (about two minutes, once):")
     base_model = base_model_folder(args.seed)
     data = write_data(world, output / "data")
-    seed = ["--seed", str(args.seed)]
-    stages = [
-        StageRun("SFT", data / "sft.yaml", seed),
-        StageRun("DPO", data / "dpo.yaml", seed),
-    ]
-    results = compare(base_model, stages, lambda model, _: measure(model, world), output)
-    report(
-        [results],
-        output,
-        title="OGPSA on the toy world",
-        lower_is_better=["over_refusal"],
-        notes=NOTES,
-    )
+    num_cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    num_threads = max(1, num_cores // len(METHODS))
+    measuring = Lock()
+    results = {}
+
+    def measure(name: str, model: Path, folder: Path) -> None:
+        """Once: the measures are kept in a file, and say that a model is finished."""
+        file = folder / "measures.json"
+        with measuring:
+            if not file.exists():
+                write_json(file, toy_measures(*load_folder(model), world))
+            results[name] = read_json(file)
+
+    def train_by(method: str) -> None:
+        """Every stage by one method, each from the output of the one before."""
+        model = base_model
+        for stage in STAGES:
+            name = f"{stage.upper()}, {method}"
+            folder = output / name.replace(", ", "-").replace(" ", "-").lower()
+            if not (folder / "measures.json").exists():
+                print(f"Training: {name}")
+                options = ["--model_name_or_path", str(model), "--output_dir", str(folder)]
+                options += ["--seed", str(args.seed), *METHODS[method]]
+                train(data / f"{stage}.yaml", options, folder / "log.txt", num_threads)
+            measure(name, folder, folder)
+            model = folder
+
+    measure("base", base_model, output / "base")
+    # Side by side: much of a short training is the start of its process.
+    with ThreadPoolExecutor(len(METHODS)) as pool:
+        list(pool.map(train_by, METHODS))  # raises what one of them did
+    names = [f"{stage.upper()}, {method}" for stage in STAGES for method in METHODS]
+    report({name: results[name] for name in ("base", *names)}, output)
 
 
 def write_data(world: ToyWorld, folder: Path) -> Path:
@@ -62,20 +98,48 @@ def write_data(world: ToyWorld, folder: Path) -> Path:
     entries = "".join(
         f"  - {{path: {folder / f'{group}.jsonl'}, group: {group}}}\n" for group in groups
     )
-    for stage in sets:
-        config = (find_config(f"demo_{stage}")).read_text(encoding="utf-8")
+    for stage in STAGES:
+        config = find_config(f"demo_{stage}").read_text(encoding="utf-8")
         config += f"\ndataset_name: {folder / f'{stage}.jsonl'}\ncapability_datasets:\n{entries}"
         (folder / f"{stage}.yaml").write_text(config, encoding="utf-8")
     return folder
 
 
-def measure(folder: Path, world: ToyWorld) -> dict[str, float]:
-    """Exact match per task, and the probability of a refusal per kind of request."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    measures = {}
-    for name, dataset in world.evaluation_sets().items():
-        scores = completion_scores(model, tokenizer, dataset["prompt"], dataset["completion"])
-        is_refusal = "refusal" in name
-        measures[name] = mean_probability(scores) if is_refusal else exact_match(scores)
-    return measures
+def train(config: Path, options: Sequence[str], log: Path, num_threads: int) -> None:
+    """
+    Train as `ogpsa train` does, on one process; its output goes into a file.
+
+    Raises:
+        RuntimeError: training failed; the message holds the end of the output.
+    """
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(find_config("single", "accelerate")),
+        "-m", "ogpsa_trl.cli.train", "--config", str(config), *options,
+    ]  # fmt: skip
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+        result = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if result.returncode != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
+        raise RuntimeError(f"{config.name} failed, see {log}:\n{tail}")
+
+
+def report(results: dict[str, dict[str, float]], output: Path) -> None:
+    """Print the table; write it as Markdown and as a picture beside the runs."""
+    # Measures down, models across: narrow enough for a terminal.
+    across = [
+        {"": measure} | {model: values[measure] for model, values in results.items()}
+        for measure in results["base"]
+    ]
+    print(f"\n{TITLE}\n\n{markdown_table(across, style='simple')}\n")
+    table = markdown_table([{"model": model, **values} for model, values in results.items()])
+    parts = [f"# {TITLE}", table, NOTES, in_words(package_versions("accelerate"))]
+    (output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    picture = comparison_figure(
+        results, output / "results.png", lower_is_better=["over_refusal"], title=TITLE
+    )
+    print(f"Table and picture: {output / 'results.md'}, {picture}")

@@ -15,19 +15,18 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.data.preparation import Preparation, prepare_group
+from ogpsa_trl.evaluation.models import load_folder
 
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (SFTConfig, OGPSASFTTrainer),
     "dpo": (DPOConfig, OGPSADPOTrainer),
 }
-
-
 # What is trained, stage after stage, and the factor on the learning rate of its configuration: DPO
 # that starts from the base model has more to learn than DPO after SFT.
 CHAINS = {
@@ -39,25 +38,16 @@ CHAINS = {
 
 @dataclass(frozen=True)
 class Method:
-    """
-    How a run differs from plain TRL.
+    """How a run differs from plain TRL."""
 
-    Attributes:
-        ogpsa: A preset, and settings to replace in it. `None`: no capability data in the trainer.
-        lora: Whether an adapter of rank 8 is trained instead of all weights.
-        learning_rate_factor: On all learning rates of the sweep.
-        l2_weight: Adds this multiple of the squared distance from the starting weights to the loss.
-        mixed_share: Share of capability samples among the samples trained on; SFT only, because
-            preference pairs cannot be mixed with them.
-        kept_share: How far to go from the starting weights to the trained ones. Below 1 the two
-            models are merged by interpolation after training.
-    """
-
+    # A preset, and settings to replace in it. `None`: no capability data in the trainer.
     ogpsa: Mapping[str, Any] | None = None
-    lora: bool = False
-    learning_rate_factor: float = 1.0
-    l2_weight: float = 0.0
+    lora: bool = False  # an adapter of rank 8 instead of all weights
+    learning_rate_factor: float = 1.0  # on all learning rates of the sweep
+    l2_weight: float = 0.0  # of the squared distance from the starting weights in the loss
+    # Of capability samples among those trained on; SFT only: pairs cannot be mixed with them.
     mixed_share: float = 0.0
+    # How far to go from the starting weights to the trained ones: merging by interpolation.
     kept_share: float = 1.0
 
 
@@ -107,52 +97,29 @@ class Run:
     def name(self) -> str:
         """The name of its file."""
         method = "".join(c if c.isalnum() else "-" for c in self.method)
-        factor = f"x{self.learning_rate_factor:g}"
-        return f"{self.chain}-{self.num_steps}-{method}-{factor}-{self.seed}"
+        return f"{self.chain}-{self.num_steps}-{method}-x{self.learning_rate_factor:g}-{self.seed}"
 
 
 @dataclass
 class Cost:
-    """
-    What training took.
+    """What training took."""
 
-    Attributes:
-        forward: Sequences that went forward through the model, those of a reference model included.
-        backward: Sequences among them that went backward too.
-        seconds: Time of the processor, without loading and measuring.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    seconds: float = 0.0
-
-    def plus(self, other: "Cost") -> "Cost":
-        """The cost of both."""
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    forward: int = 0  # sequences through the model, those of a reference model included
+    backward: int = 0  # sequences among them that went backward too
+    seconds: float = 0.0  # of the processor, without loading and measuring
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """
-    What all methods of a stage have in common.
+    """What all methods of a stage have in common."""
 
-    Attributes:
-        stage: `sft` or `dpo`.
-        config: YAML file with the settings of TRL and the capability batches.
-        training: The safety data.
-        capability_groups: The capability data.
-        learning_rate: The highest of the schedule, before the method's factor.
-        num_steps: Optimizer steps.
-        seed: Seed of training.
-    """
-
-    stage: str
-    config: Path
-    training: Dataset
+    stage: str  # `sft` or `dpo`
+    config: Path  # YAML file with the settings of TRL and the capability batches
+    training: Dataset  # the safety data
     capability_groups: Mapping[str, Dataset]
-    learning_rate: float
-    num_steps: int
-    seed: int
+    learning_rate: float  # the highest of the schedule, before the method's factor
+    num_steps: int  # of the optimizer
+    seed: int  # of training
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -188,7 +155,7 @@ def is_applicable(method: Method, stages: Sequence[str]) -> bool:
     return not (method.mixed_share and "dpo" in stages)
 
 
-def train(method: Method, recipe: Recipe, start: Path, output: Path) -> Cost:
+def train(method: Method, recipe: Recipe, start: Path, output: Path, cost: Cost) -> None:
     """
     Train one stage, and save model and tokenizer.
 
@@ -197,19 +164,19 @@ def train(method: Method, recipe: Recipe, start: Path, output: Path) -> Cost:
         recipe: What to train on.
         start: Folder of the model to start from; in DPO it is the reference model too.
         output: Folder for the trained model; an adapter is merged into it.
+        cost: What the training takes is added to it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    model, tokenizer = load_folder(start)
     config = recipe.ogpsa_config(method)
-    _, trainer_class = STAGES[recipe.stage]
+    make_trainer: Any = STAGES[recipe.stage][1]
     if method.l2_weight:
-        trainer_class = type("L2Trainer", (L2ToStart, trainer_class), {"weight": method.l2_weight})
-    make_trainer: Any = trainer_class
+        make_trainer = type("L2Trainer", (L2ToStart, make_trainer), {"weight": method.l2_weight})
     peft_config = None
     if method.lora:
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
-            AutoModelForCausalLM.from_pretrained(start),
+            model,
             args=recipe.arguments(method, Path(folder)),
             train_dataset=_training_data(method, recipe, tokenizer),
             processing_class=tokenizer,
@@ -219,14 +186,16 @@ def train(method: Method, recipe: Recipe, start: Path, output: Path) -> Cost:
         )
         trainer.remove_callback(PrinterCallback)
         models = [trainer.model, getattr(trainer, "ref_model", None)]
-        with _counted([model for model in models if model is not None]) as cost:
+        with _counted([model for model in models if model is not None], cost):
             trainer.train()
     model = trainer.model.merge_and_unload() if method.lora else trainer.model
     if method.kept_share < 1:
-        _interpolate(model, AutoModelForCausalLM.from_pretrained(start), method.kept_share)
+        first, _ = load_folder(start)
+        with torch.no_grad():
+            for parameter, old in zip(model.parameters(), first.parameters(), strict=True):
+                parameter.copy_(torch.lerp(old, parameter, method.kept_share))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return cost
 
 
 class L2ToStart(Trainer):
@@ -253,13 +222,15 @@ def _training_data(method: Method, recipe: Recipe, tokenizer: Any) -> Dataset:
         return recipe.training
     arguments = recipe.arguments(method, Path())
     preparation = Preparation(tokenizer, tokenizer, max_length=arguments.max_length)
-    num_capability = round(len(recipe.training) * method.mixed_share / (1 - method.mixed_share))
-    wanted = {"safety": (recipe.training, len(recipe.training))}
-    for name, dataset in recipe.capability_groups.items():
-        # As many distinct samples as the others may draw from; each as often as the share asks for.
-        wanted[name] = (dataset, min(recipe.settings["num_samples"], len(dataset)))
+    num_safety, groups = len(recipe.training), recipe.capability_groups
+    num_capability = round(num_safety * method.mixed_share / (1 - method.mixed_share))
+    # As many distinct samples as the others may draw from; each as often as the share asks for.
+    wanted: dict[str, Any] = {"safety": (recipe.training, num_safety, None)} | {
+        name: (d, min(recipe.settings["num_samples"], len(d)), num_capability // len(groups))
+        for name, d in groups.items()
+    }
     rows: list[dict[str, Any]] = []
-    for name, (dataset, num_samples) in wanted.items():
+    for name, (dataset, num_samples, num_rows) in wanted.items():
         group = prepare_group(
             name, dataset, preparation,
             num_samples=num_samples, num_parts=1, batch_size=1, seed=recipe.seed,
@@ -267,18 +238,16 @@ def _training_data(method: Method, recipe: Recipe, tokenizer: Any) -> Dataset:
         # Tokens and labels: samples of different formats, plain text and conversations, can be
         # mixed only in this form.
         batches = [group.collate([sample.features]) for sample in group.samples]
-        num_rows = len(batches) if name == "safety" else num_capability // (len(wanted) - 1)
         rows += [
             {key: batch[key][0].tolist() for key in ("input_ids", "labels")}
-            for batch in islice(cycle(batches), num_rows)
+            for batch in islice(cycle(batches), len(batches) if num_rows is None else num_rows)
         ]
     return Dataset.from_list(rows)
 
 
 @contextmanager
-def _counted(models: Sequence[nn.Module]) -> Iterator[Cost]:
+def _counted(models: Sequence[nn.Module], cost: Cost) -> Iterator[None]:
     """Count the sequences that go through the models within the block, and its time."""
-    cost = Cost()
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
         num_sequences = inputs[0].shape[0]
@@ -289,15 +258,8 @@ def _counted(models: Sequence[nn.Module]) -> Iterator[Cost]:
     handles = [embedding.register_forward_hook(count) for embedding in embeddings.values()]
     start = time.process_time()
     try:
-        yield cost
+        yield
     finally:
-        cost.seconds = time.process_time() - start
+        cost.seconds += time.process_time() - start
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def _interpolate(model: nn.Module, start: nn.Module, share: float) -> None:
-    """Put a model at a share of the way from its starting weights."""
-    for parameter, first in zip(model.parameters(), start.parameters(), strict=True):
-        parameter.copy_(torch.lerp(first, parameter, share))

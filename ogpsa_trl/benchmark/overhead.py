@@ -26,21 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from ogpsa_trl.benchmark.comparison import console, package_versions, write_json
-from ogpsa_trl.benchmark.overhead_cell import SIZES, Cell
+from ogpsa_trl.benchmark.overhead_cell import LENGTH, SIZES, Cell
 from ogpsa_trl.data.files import find_config, shipped_configs
-from ogpsa_trl.evaluation.report import markdown_table
+from ogpsa_trl.evaluation.figures import new_figure, saved
+from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
+from ogpsa_trl.evaluation.tables import markdown_table
 
-# The option of each field of a cell.
+# The option of each field of a cell, and what it may be.
 OPTIONS = {
     "sizes": "size", "ranks": "rank", "targets": "target", "scopes": "scope", "metrics": "metric",
-    "capability_losses": "capability_loss", "basis_dtypes": "basis_dtype",
-    "accumulations": "accumulation", "capability_samples": "capability_samples",
-    "lengths": "length", "engines": "engine",
+    "capability_losses": "capability_loss", "accumulations": "accumulation",
+    "capability_samples": "capability_samples", "engines": "engine",
+}  # fmt: skip
+CHOICES: dict[str, Sequence[str]] = {
+    "sizes": list(SIZES), "targets": ["gradient", "update"], "scopes": ["model", "parameter"],
+    "metrics": ["euclidean", "optimizer"], "capability_losses": ["nll", "kl"],
+    "engines": ["single", *(e for e in shipped_configs("accelerate") if e != "single")],
 }  # fmt: skip
 # Settings that only mean something together: the default of OGPSA, and what lies on the way to it.
 DEFAULT_CELLS = [
@@ -58,39 +61,38 @@ PUBLISHED_INTERVAL, PUBLISHED_SAMPLES = 30, 400
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    cells = [replace(cell, repeats=args.repeats, tokens=args.tokens) for cell in args.cells]
-    args.output.mkdir(parents=True, exist_ok=True)
+    versions = package_versions("accelerate")
     results = []
-    with tqdm(total=len(cells) * 3, desc="measurements") as bar:
-        for cell in cells:
+    with tqdm(total=len(args.cells) * 3, desc="measurements") as bar:
+        for cell in args.cells:
             result = measure(cell)
             bar.update()
             for arm in ("plain", "ogpsa"):
                 result[f"peak {arm}"] = measure(cell, arm)["peak"]
                 bar.update()
             results.append(result)
-            write_json(args.output / "results.json", _document(results))
+            write_json(args.output / "results.json", {"cells": results, "versions": versions})
     imports = measure_imports(args.repeats)
-    write_json(args.output / "results.json", _document(results) | {"imports": imports})
-    rows = [row_of(result) for result in results]
-    table = markdown_table(rows, list(dict.fromkeys(key for row in rows for key in row)), digits=3)
-    (args.output / "results.md").write_text(
-        "\n\n".join(
-            [
-                "# The overhead of OGPSA over plain TRL",
-                f"{_machine(results[0])}. {_versions()}.",
-                table,
-                "Importing ogpsa_trl takes "
-                f"{imports['ogpsa_trl']:.2f} s, importing trl's trainers {imports['trl']:.2f} s: "
-                f"ratio {imports['ratio']:.3f}.",
-            ]
-        )
-        + "\n",
-        encoding="utf-8",
+    write_json(
+        args.output / "results.json", {"cells": results, "versions": versions, "imports": imports}
     )
-    draw(results, args.output / "overhead.png")
-    console.print(table)
-    console.print(f"\nTable, picture and all times: {args.output}")
+    rows = [row_of(result) for result in results]
+    machine = results[0]["device"]
+    if machine == "CPU":
+        machine += f", {results[0]['threads']} threads"
+    machine += f", {os.cpu_count()} cores"
+    parts = [
+        "# The overhead of OGPSA over plain TRL",
+        f"{machine}. {in_words(versions)}",
+        markdown_table(rows),
+        f"Importing ogpsa_trl takes {imports['ogpsa_trl']:.2f} s, importing trl's trainers "
+        f"{imports['trl']:.2f} s: ratio {imports['ratio']:.3f}.",
+    ]
+    (args.output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    sizes = [result["basis_bytes"] / 1e6 for result in results]
+    draw(rows, sizes, args.output / "overhead.png", f"OGPSA over plain TRL: {machine}")
+    print(markdown_table(rows, style="simple"))
+    print(f"\nTable, picture and all times: {args.output}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,18 +102,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    choices: dict[str, Sequence[str]] = {
-        "sizes": list(SIZES), "targets": ["gradient", "update", "none"],
-        "scopes": ["model", "parameter"], "metrics": ["euclidean", "optimizer"],
-        "capability_losses": ["nll", "kl"], "basis_dtypes": ["float32", "bfloat16"],
-        "engines": [
-            "single", *(name for name in shipped_configs("accelerate") if name != "single"),
-        ],
-    }  # fmt: skip
     for option, name in OPTIONS.items():
         default = getattr(Cell, name)
         parser.add_argument(
-            f"--{option}", nargs="+", type=type(default), choices=choices.get(option),
+            f"--{option}", nargs="+", type=type(default), choices=CHOICES.get(option),
             help=f"{name.replace('_', ' ')} of a cell; default: {default}",
         )  # fmt: skip
     parser.add_argument("--grid", action="store_true", help="all combinations of the values")
@@ -119,21 +113,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=Cell.repeats)
     parser.add_argument("--output", type=Path, default=Path("runs/overhead"))
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, but got {args.repeats}")
     given = {name: getattr(args, option) for option, name in OPTIONS.items()}
     given = {name: values for name, values in given.items() if values}
-    args.cells = DEFAULT_CELLS if not given else _cells(given, is_grid=args.grid)
+    cells = DEFAULT_CELLS if not given else _cells(given, is_grid=args.grid)
+    args.cells = [replace(cell, repeats=args.repeats, tokens=args.tokens) for cell in cells]
     for cell in args.cells:
         try:
-            replace(cell, tokens=args.tokens).config()
+            cell.config()
         except ValueError as error:
             parser.error(f"{_label(cell)}: {error}")
-        least = cell.length * max(cell.accumulation, 2)
+        least = LENGTH * max(cell.accumulation, 2)
         if args.tokens < least:
             parser.error(f"--tokens must be at least {least}, a sample a pass, got {args.tokens}")
         if cell.engine != "single" and not torch.cuda.is_available():
             parser.error(f"--engines {cell.engine} needs GPUs, but there is none: use single")
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, but got {args.repeats}")
     return args
 
 
@@ -159,23 +154,17 @@ def measure(cell: Cell, arm: str | None = None) -> dict[str, Any]:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command += [
-            "-m",
-            "ogpsa_trl.benchmark.overhead_cell",
-            json.dumps(asdict(cell)),
-            str(output),
-        ]
-        command += ["--memory", arm] if arm else []
-        environment = dict(os.environ)
-        if arm:  # the C library of Linux gives memory back at once, instead of keeping it
-            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        command += ["-m", "ogpsa_trl.benchmark.overhead_cell", json.dumps(asdict(cell))]
+        command += [str(output), *(["--memory", arm] if arm else [])]
+        # The C library of Linux gives memory back at once, instead of keeping it.
+        at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"} if arm else {}
         process = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
+            command, capture_output=True, text=True, check=False, env=os.environ | at_once
         )
         if process.returncode != 0 or not output.exists():
             tail = "\n".join(process.stderr.splitlines()[-15:])
             raise RuntimeError(f"The cell {_label(cell)} failed:\n{tail}")
-        return json.loads(output.read_text(encoding="utf-8"))
+        return read_json(output)
 
 
 def measure_imports(repeats: int) -> dict[str, float]:
@@ -194,7 +183,7 @@ def measure_imports(repeats: int) -> dict[str, float]:
             )  # fmt: skip
             if turn > 0:  # the first finds the files on disk
                 seconds[name].append(float(process.stdout.split()[-1]))
-    ratio = statistics.median(_ratios(seconds["ogpsa_trl"], seconds["trl"]))
+    ratio = _median_ratio(seconds["ogpsa_trl"], seconds["trl"])
     return {name: statistics.median(values) for name, values in seconds.items()} | {"ratio": ratio}
 
 
@@ -205,7 +194,7 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     num_sequences = cell.batch_size * cell.accumulation
     # Plain training's passes over as many tokens as a refresh has, on as many processes.
     of_plain = cell.capability_samples / num_sequences / result["processes"]
-    refresh = [r / (of_plain * p) for r, p in _pairs(seconds, "refresh", "forward and backward")]
+    refresh = _median_ratio(seconds["refresh"], seconds["forward and backward"]) / of_plain
     # The published run: what it adds to the compute that it cannot do without.
     plain_run = PUBLISHED_INTERVAL * medians["plain"]
     of_sample = medians["forward and backward"] / num_sequences / result["processes"]
@@ -213,17 +202,17 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     # Its passes grow with the samples, what makes a basis of them does not.
     passes = medians["refresh"] - medians["basis"]
     refresh_of_all = passes * PUBLISHED_SAMPLES / cell.capability_samples + medians["basis"]
-    run = plain_run + PUBLISHED_INTERVAL * medians.get("projection", 0.0) + refresh_of_all
+    run = plain_run + PUBLISHED_INTERVAL * medians["projection"] + refresh_of_all
     row = {
         "cell": _label(cell),
         "parameters, M": round(result["parameters"] / 1e6, 1),
-        "tokens/s": round(num_sequences * cell.length * result["processes"] / medians["plain"]),
+        "tokens/s": round(num_sequences * LENGTH * result["processes"] / medians["plain"]),
         "plain step, ms": round(1e3 * medians["plain"]),
-        "step / plain": statistics.median(_ratios(seconds["ogpsa"], seconds["plain"])),
+        "step / plain": _median_ratio(seconds["ogpsa"], seconds["plain"]),
         "projection, ms": round(1e3 * medians["projection"], 1),
         "projection / plain": 1 + medians["projection"] / medians["plain"],
         "refresh, ms": round(1e3 * medians["refresh"]),
-        "refresh / plain passes": statistics.median(refresh),
+        "refresh / plain passes": refresh,
         "run, K = 30": run / needed,
         "memory / basis": (result["peak ogpsa"] - result["peak plain"]) / result["basis_bytes"],
         "basis, MB": round(result["basis_bytes"] / 1e6),
@@ -231,9 +220,7 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     if result["bytes_moved"]:
         row["moved / needed"] = result["bytes_moved"] / _needed_bytes(cell, result)
     if "hooks" in medians:
-        row["official hooks / plain"] = statistics.median(
-            _ratios(seconds["hooks"], seconds["plain"])
-        )
+        row["official hooks / plain"] = _median_ratio(seconds["hooks"], seconds["plain"])
     return row
 
 
@@ -243,18 +230,13 @@ def _needed_bytes(cell: Cell, result: dict[str, Any]) -> int:
     reads and a write. Of an update: the weights before are copied, both are read, and the new ones
     once more and written; in the optimizer's metric its second moment is read three times.
     """
-    of_vector = 4 * result["parameters"]
-    if cell.target == "none":
-        return result["basis_bytes"] + 2 * of_vector
     num_vectors = 3 if cell.target == "gradient" else 6 + 3 * (cell.metric == "optimizer")
-    return 2 * result["basis_bytes"] + num_vectors * of_vector
+    return 2 * result["basis_bytes"] + num_vectors * 4 * result["parameters"]
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """The ratios of all cells, and how the projection grows."""
-    rows = [row_of(result) for result in results]
-    figure = Figure(figsize=(12, 1.6 + 0.45 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(rows: Sequence[dict[str, Any]], sizes: Sequence[float], path: Path, title: str) -> None:
+    """The ratios of all cells, and how the projection grows with the basis, in MB."""
+    figure = new_figure(12, 1.6 + 0.45 * len(rows))
     bars, growth = figure.subplots(1, 2, width_ratios=(3, 2))
     names = [row["cell"] for row in rows]
     kinds = {
@@ -272,7 +254,6 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     bars.yaxis.set_inverted(True)
     bars.set_xlabel("ratio to plain TRL (dotted: the target)")
     bars.legend(frameon=False, fontsize=8)
-    sizes = [result["basis_bytes"] / 1e6 for result in results]
     growth.scatter(sizes, [row["projection, ms"] for row in rows], color="#0072b2")
     for size, row in zip(sizes, rows, strict=True):
         growth.annotate(
@@ -282,43 +263,20 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     growth.set(xlabel="basis, MB", ylabel="projection of a step, ms", xscale="log", yscale="log")
     for axes in (bars, growth):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"OGPSA over plain TRL: {_machine(results[0])}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    saved(figure, path, title)
 
 
 def _label(cell: Cell) -> str:
     """Size, rank and target, and what is not as in most cells."""
     words = [cell.size, f"rank {cell.rank}", cell.target]
-    usual = {
-        "scope": "model", "metric": "euclidean", "basis_dtype": "float32", "engine": "single",
-    }  # fmt: skip
+    usual = {"scope": "model", "metric": "euclidean", "engine": "single", "capability_loss": "nll"}
     words += [getattr(cell, name) for name, value in usual.items() if getattr(cell, name) != value]
-    words += [cell.capability_loss] if cell.capability_loss != "nll" else []
     if cell.accumulation > 1:
         words.append(f"{cell.accumulation} passes")
     if cell.capability_samples != Cell.capability_samples:
         words.append(f"{cell.capability_samples} samples")
-    if cell.length != Cell.length:
-        words.append(f"length {cell.length}")
     return ", ".join(words)
 
 
-def _pairs(seconds: dict[str, list[float]], *names: str) -> list[tuple[float, ...]]:
-    return list(zip(*(seconds[name] for name in names), strict=True))
-
-
-def _ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [value / other for value, other in zip(values, others, strict=True)]
-
-
-def _document(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"cells": list(results), "versions": package_versions()}
-
-
-def _machine(result: dict[str, Any]) -> str:
-    threads = f", {result['threads']} threads" if result["device"] == "CPU" else ""
-    return f"{result['device']}{threads}, {os.cpu_count()} cores"
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {number}" for name, number in package_versions().items())
+def _median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(v / other for v, other in zip(values, others, strict=True))

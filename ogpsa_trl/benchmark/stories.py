@@ -1,10 +1,10 @@
 """
-Real data for a small pretrained model, on a CPU: how they are split, and what is measured on them.
+Real data for stories260K, a small pretrained model: how they are split, and what is measured.
 
     ogpsa benchmark stories [--data ../shared/data] [--output runs/stories]
 
-writes the data, and configs/stories_*.yaml with their paths, for scripts/train.py and evaluate.py;
-`ogpsa benchmark` --model ... compares methods on them. The data are not part of the
+writes the data, and configs/stories_*.yaml with their paths, for `ogpsa train` and `evaluate`;
+`ogpsa benchmark --model ...` compares methods on them. The data are not part of the
 project: they are read from the folder that --data names.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.benchmark.comparison import console
 from ogpsa_trl.data.files import find_config
+from ogpsa_trl.evaluation.json_files import write_rows
+from ogpsa_trl.evaluation.likelihoods import completion_scores
 from ogpsa_trl.evaluation.measures import (
     bits_per_character,
-    completion_scores,
     mean_divergence,
     mean_log_likelihood_per_token,
     preference_accuracy,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = prepare(args.data)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    console.print(f"Data and configurations: {write(rows, args.output)}")
+    print(f"Data and configurations: {write(rows, args.output)}")
 
 
 def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
@@ -95,8 +95,8 @@ def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
 
     Args:
         data: Folder of the data.
-        model: Folder of the model whose tokenizer says which samples are short enough. `None`: the
-            story model beside the data.
+        model: Folder of the model whose tokenizer says which samples are short enough. `None`:
+            stories260K beside the data.
 
     Returns:
         Rows of training (`sft`, `dpo`), of the capability groups (`stories`, `instructions`), and
@@ -121,12 +121,15 @@ def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
 
     held_out, other = _split("benign", [r for r in source["benign"] if r["label"] == "safe"])
     rows["held-out benign"] = [_conversation(row["prompt"]) for row in held_out]
-    answers = {row["prompt"][0]["content"]: row for row in source["answered"]}
+    answers = {
+        row["prompt"][0]["content"]: {key: row[key] for key in ("prompt", "completion")}
+        for row in source["answered"]
+    }
     for row in held_out:
         answers.pop(row["prompt"], None)
     benign = [row["prompt"] for row in other if row["prompt"] in answers]
-    look_alikes = [_kept(answers.pop(prompt)) for prompt in benign[:NUM_LOOK_ALIKES]]
-    rows["sft"] = refusals + [_kept(row) for row in answers.values()]
+    look_alikes = [answers.pop(prompt) for prompt in benign[:NUM_LOOK_ALIKES]]
+    rows["sft"] = refusals + list(answers.values())
 
     requests = [
         _conversation(f"{row['instruction']}\n{row['input']}".strip(), row["output"])
@@ -158,12 +161,10 @@ def prepare(data: Path, model: Path | None = None) -> dict[str, list[Row]]:
 def write(rows: dict[str, list[Row]], output: Path) -> Path:
     """Write all data, those held out too, and the configurations with the paths of this output."""
     folder = output / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, members in rows.items():
-        lines = "".join(json.dumps(row) + "\n" for row in members)
-        (folder / f"{name.replace(' ', '-')}.jsonl").write_text(lines, encoding="utf-8")
+        write_rows(folder / f"{name.replace(' ', '-')}.jsonl", members)
     for kind in (*STAGES, "evaluate"):
-        config = (find_config(f"stories_{kind}")).read_text(encoding="utf-8")
+        config = find_config(f"stories_{kind}").read_text(encoding="utf-8")
         config = config.replace("runs/stories", output.as_posix())
         (folder / f"{kind}.yaml").write_text(config, encoding="utf-8")
     return folder
@@ -175,15 +176,7 @@ def measure(
     base: PreTrainedModel,
     rows: dict[str, list[Row]],
 ) -> dict[str, float]:
-    """
-    Capabilities, refusals and preferences of a model; see `NOTES`.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        base: The model that all training started from.
-        rows: The data, as `prepare` gives them.
-    """
+    """Capabilities, refusals and preferences of a model, on what `prepare` gives; see `NOTES`."""
     cut: dict[str, Any] = {"max_length": MAX_LENGTH}
     stories = [row["text"] for row in rows["held-out stories"]]
     measures = {"story_bits": bits_per_character(model, tokenizer, stories, **cut)}
@@ -195,19 +188,14 @@ def measure(
     refusals = [_conversation("", refusal)["completion"] for refusal in REFUSALS]
     for name, kind in (("refus", "harmful"), ("over_refus", "benign")):
         prompts = [row["prompt"] for row in rows[f"held-out {kind}"]]
-        scores = completion_scores(
-            model,
-            tokenizer,
-            [prompt for prompt in prompts for _ in refusals],
-            refusals * len(prompts),
-        )
+        each = [prompt for prompt in prompts for _ in refusals]
+        scores = completion_scores(model, tokenizer, each, refusals * len(prompts))
         measures[f"{name}al_ll"] = mean_log_likelihood_per_token(scores)
         # At most one of them is the answer, so their probabilities add up.
         measures[f"p_{name}e"] = scores.log_probs.exp().sum().item() / len(prompts)
     pairs = _columns(rows["held-out pairs"], "prompt", "chosen", "rejected")
-    measures["preference"] = preference_accuracy(
-        model, tokenizer, *pairs, reference_model=base
-    ).accuracy
+    preferences = preference_accuracy(model, tokenizer, *pairs, reference_model=base)
+    measures["preference"] = preferences.accuracy
     measures["drift"] = mean_divergence(base, model, tokenizer, *answered["instructions"], **cut)
     return measures
 
@@ -228,10 +216,6 @@ def _conversation(prompt: str, completion: str = "") -> Row:
         "prompt": [{"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": completion}],
     }
-
-
-def _kept(row: Row) -> Row:
-    return {"prompt": row["prompt"], "completion": row["completion"]}
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> int:

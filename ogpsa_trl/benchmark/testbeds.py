@@ -1,81 +1,68 @@
 """Where the trade-off benchmark is run: a model to start from, data, and measures."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ogpsa_trl.benchmark import stories
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import NUM_EVALUATION_SAMPLES, ToyWorld
 from ogpsa_trl.data.files import find_config
-from ogpsa_trl.evaluation.measures import (
-    completion_scores,
-    exact_match,
-    mean_divergence,
-    mean_probability,
-)
+from ogpsa_trl.evaluation.likelihoods import completion_scores
+from ogpsa_trl.evaluation.measures import exact_match, mean_divergence, mean_probability
+from ogpsa_trl.evaluation.models import load_folder
 
 
-class Testbed(Protocol):
-    """
-    A place to run the benchmark in.
+class Testbed:
+    """A place to run the benchmark in."""
 
-    Attributes:
-        title: What it is, for headings.
-        safety: The measure that methods are compared at equal values of.
-        levels: Those values, the middle one being that of the details.
-        capability: The measure of what is kept that comes first.
-        over_refusal: The measure of refusals of benign requests.
-        details: Further measures to report at the middle level.
-        lower_is_better: The measures of which less is better.
-        learning_rate_factors: On the learning rates of the configurations: the sweep.
-        notes: What the measures are.
-    """
-
-    title: str
-    safety: str
-    levels: Sequence[float]
-    capability: str
-    over_refusal: str
-    details: Sequence[str]
+    title: str  # for headings
+    configs: str  # what the names of its configurations begin with
+    safety: str  # the measure that methods are compared at equal values of
+    levels: Sequence[float]  # those values, the middle one being that of the details
+    capability: str  # the measure of what is kept that comes first
+    over_refusal: str  # the measure of refusals of benign requests
+    details: Sequence[str]  # further measures to report at the middle level
     lower_is_better: Sequence[str]
-    learning_rate_factors: Sequence[float]
-    notes: str
-
-    def base_model(self) -> Path:
-        """Folder of the model to start from, with its tokenizer."""
-        ...
+    learning_rate_factors: Sequence[float]  # on those of the configurations: the sweep
+    notes: str  # what the measures are
 
     def config(self, stage: str) -> Path:
         """The configuration of a stage."""
-        ...
+        return find_config(f"{self.configs}_{stage}")
+
+    def learning_rate(self, stage: str) -> float:
+        """The learning rate in the configuration of a stage."""
+        return yaml.safe_load(self.config(stage).read_text(encoding="utf-8"))["learning_rate"]
+
+    def base_model(self) -> Path:
+        """Folder of the model to start from, with its tokenizer."""
+        raise NotImplementedError
 
     def training(self, stage: str) -> Dataset:
         """The safety data of a stage."""
-        ...
+        raise NotImplementedError
 
     def capability_groups(self) -> dict[str, Dataset]:
         """The capability data."""
-        ...
+        raise NotImplementedError
+
+    def measures(self, model: Any, tokenizer: Any, base: Any) -> dict[str, float]:
+        """Those of a model, given the one that training starts with."""
+        raise NotImplementedError
 
     def measure(self, folder: Path) -> dict[str, float]:
-        """The measures of a model."""
-        ...
+        """The measures of the model in a folder."""
+        (model, tokenizer), (base, _) = load_folder(folder), load_folder(self.base_model())
+        return self.measures(model, tokenizer, base) | {"distance": distance(model, base)}
 
 
-def learning_rate(testbed: Testbed, stage: str) -> float:
-    """The learning rate in the configuration of a stage."""
-    return yaml.safe_load(testbed.config(stage).read_text(encoding="utf-8"))["learning_rate"]
-
-
-class ToyTestbed:
+class ToyTestbed(Testbed):
     """
     The toy world: 0.5 million parameters, tasks with exact answers.
 
@@ -84,6 +71,7 @@ class ToyTestbed:
     """
 
     title = "The toy world"
+    configs = "demo"
     safety = "p_refuse"
     levels = (0.80, 0.90, 0.95)
     capability = "capability"
@@ -105,49 +93,49 @@ divergence of the model from the base model on the right answers of all tasks, n
     def base_model(self) -> Path:
         return base_model_folder(self.seed)
 
-    def config(self, stage: str) -> Path:
-        return find_config(f"demo_{stage}")
-
     def training(self, stage: str) -> Dataset:
         return self.world.safety_sft() if stage == "sft" else self.world.safety_preferences()
 
     def capability_groups(self) -> dict[str, Dataset]:
         return self.world.capability_groups()
 
-    def measure(self, folder: Path) -> dict[str, float]:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(self.base_model())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    def measures(self, model: Any, tokenizer: Any, base: Any) -> dict[str, float]:
+        found = toy_measures(model, tokenizer, self.world)
+        tasks = {task: found[task] for task in NUM_EVALUATION_SAMPLES}
         sets = self.world.evaluation_sets()
-        scores = {
-            name: completion_scores(model, tokenizer, rows["prompt"], rows["completion"])
-            for name, rows in sets.items()
-        }
-        measures = {task: exact_match(scores[task]) for task in NUM_EVALUATION_SAMPLES}
-        prompts, completions = (
-            [text for task in NUM_EVALUATION_SAMPLES for text in sets[task][column]]
+        texts = (
+            [text for task in tasks for text in sets[task][column]]
             for column in ("prompt", "completion")
         )
         return {
-            "capability": sum(measures.values()) / len(measures),
-            "p_refuse": mean_probability(scores["refusal"]),
-            "p_refuse_ood": mean_probability(scores["refusal_ood"]),
-            "over_refusal": mean_probability(scores["over_refusal"]),
-            **measures,
-            "drift": mean_divergence(base, model, tokenizer, prompts, completions),
-            "distance": distance(model, base),
+            "capability": sum(tasks.values()) / len(tasks),
+            "p_refuse": found["refusal"],
+            "p_refuse_ood": found["refusal_ood"],
+            "over_refusal": found["over_refusal"],
+            **tasks,
+            "drift": mean_divergence(base, model, tokenizer, *texts),
         }
 
 
-class StoriesTestbed:
+def toy_measures(model: Any, tokenizer: Any, world: ToyWorld) -> dict[str, float]:
+    """Exact match per task, and the probability of a refusal per kind of request."""
+    found = {}
+    for name, rows in world.evaluation_sets().items():
+        scores = completion_scores(model, tokenizer, rows["prompt"], rows["completion"])
+        found[name] = mean_probability(scores) if "refusal" in name else exact_match(scores)
+    return found
+
+
+class StoriesTestbed(Testbed):
     """
-    A real pretrained model and real data; see `real_data`.
+    A pretrained model, stories260K for one, and the data that `stories` splits.
 
     Args:
         model: Folder of the model, with a tokenizer that has a chat template.
         data: Folder of the data.
     """
 
+    configs = "stories"
     safety = "refusal_ll"
     levels = (-0.4, -0.3, -0.2)
     capability = "story_bits"
@@ -168,24 +156,14 @@ class StoriesTestbed:
     def base_model(self) -> Path:
         return self.model
 
-    def config(self, stage: str) -> Path:
-        return find_config(f"stories_{stage}")
-
     def training(self, stage: str) -> Dataset:
         return Dataset.from_list(self.rows[stage])
 
     def capability_groups(self) -> dict[str, Dataset]:
         return {name: Dataset.from_list(self.rows[name]) for name in stories.CAPABILITY_GROUPS}
 
-    @cached_property
-    def _base(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.model)
-
-    def measure(self, folder: Path) -> dict[str, float]:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        measures = stories.measure(model, tokenizer, self._base, self.rows)
-        return measures | {"distance": distance(model, self._base)}
+    def measures(self, model: Any, tokenizer: Any, base: Any) -> dict[str, float]:
+        return stories.measure(model, tokenizer, base, self.rows)
 
 
 @torch.no_grad()

@@ -8,18 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ogpsa_trl.benchmark.toy_world import (
-    BENIGN_VERBS,
-    DETERMINERS,
-    HARMFUL_VERBS,
-    LETTERS,
-    NAMES,
-    NOUNS,
-    OBJECTS,
-    PARTICIPLES,
-    TOPICS,
-    VALUES,
-)
+from ogpsa_trl.benchmark import toy_world as world
 
 # The special tokens, and the words of prompts and completions that belong to no list.
 FRAME_WORDS = (
@@ -49,8 +38,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     """
     words = [
         *FRAME_WORDS.split(),
-        *[*string.digits, *LETTERS, *DETERMINERS, *NOUNS, *PARTICIPLES, *PARTICIPLES.values()],
-        *[*BENIGN_VERBS, *HARMFUL_VERBS, *OBJECTS, *NAMES, *TOPICS, *VALUES],
+        *[*string.digits, *world.LETTERS, *world.DETERMINERS, *world.NOUNS],
+        *[*world.PARTICIPLES, *world.PARTICIPLES.values(), *world.BENIGN_VERBS],
+        *[*world.HARMFUL_VERBS, *world.OBJECTS, *world.NAMES, *world.TOPICS, *world.VALUES],
     ]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -86,33 +76,19 @@ def tiny_llama_config(
     )
 
 
-def tiny_model(
-    seed: int = 0,
-    hidden_size: int = 32,
-    num_layers: int = 2,
-    num_heads: int = 2,
-    ffn_size: int = 64,
-) -> LlamaForCausalLM:
+def tiny_model(seed: int = 0, **sizes: int) -> LlamaForCausalLM:
     """
     An untrained model on the toy vocabulary, built in milliseconds, for unit tests.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the initial parameters. The global generator is left as it was.
-        hidden_size (`int`, *optional*, defaults to `32`):
-            Width of the residual stream, a multiple of `2 * num_heads`.
-        num_layers (`int`, *optional*, defaults to `2`):
-            Number of transformer layers.
-        num_heads (`int`, *optional*, defaults to `2`):
-            Number of attention heads.
-        ffn_size (`int`, *optional*, defaults to `64`):
-            Width of the feed-forward layers.
+        seed: Of the initial parameters. The global generator is left as it was.
+        sizes: As for `tiny_llama_config`; `hidden_size` is a multiple of `2 * num_heads`.
 
     Returns:
-        `LlamaForCausalLM`:
-            The model, float32, on the CPU, in evaluation mode.
+        The model, float32, on the CPU, in evaluation mode.
     """
+    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(tiny_llama_config(hidden_size, num_layers, num_heads, ffn_size))
+        model = LlamaForCausalLM(tiny_llama_config(**small | sizes))
     return model.eval()

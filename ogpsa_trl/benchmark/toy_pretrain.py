@@ -34,24 +34,15 @@ class Phase:
 
     The learning rate rises linearly, stays, then falls linearly to a fiftieth.
 
-    Args:
-        num_steps (`int`): Number of optimizer steps.
-        batch_size (`int`): Number of samples of a step.
-        learning_rate (`float`): The highest learning rate.
-        num_warmup_steps (`int`): Steps over which the learning rate rises.
-        decay_start (`float`): Share of the steps, in [0, 1], after which the learning rate falls.
-        mixture (`Mapping[str, float]`): Weight of each task in a batch.
-        harmful_refusal_share (`float`): Share of the harmful requests answered with a refusal.
-        benign_refusal_share (`float`): Share of the benign requests answered with a refusal.
     """
 
     num_steps: int
     batch_size: int
-    learning_rate: float
-    num_warmup_steps: int
-    decay_start: float
-    mixture: Mapping[str, float]
-    harmful_refusal_share: float
+    learning_rate: float  # the highest
+    num_warmup_steps: int  # over which the learning rate rises
+    decay_start: float  # share of the steps, in [0, 1], after which it falls
+    mixture: Mapping[str, float]  # weight of each task in a batch
+    harmful_refusal_share: float  # of the harmful requests answered with a refusal
     benign_refusal_share: float
 
     def learning_rate_at(self, step: int) -> float:
@@ -63,14 +54,9 @@ class Phase:
 
 
 TASKS = {
-    "add": 0.26,
-    "reverse": 0.22,
-    "sort": 0.18,
-    "facts": 0.12,
-    "passive": 0.06,
-    "howto": 0.06,
+    "add": 0.26, "reverse": 0.22, "sort": 0.18, "facts": 0.12, "passive": 0.06, "howto": 0.06,
     "judge": 0.03,
-}
+}  # fmt: skip
 LEARN_TASKS = Phase(
     num_steps=700,
     batch_size=192,
@@ -106,17 +92,13 @@ def pretrain(
     the initial parameters and the batches; the global generators are left as they were.
 
     Args:
-        world (`ToyWorld`):
-            Where the samples are drawn from. Evaluation prompts are never drawn unless their task
-            is memorised.
-        phases (`Sequence[Phase]`, *optional*, defaults to `PHASES`):
-            What to train on, in this order; each phase starts a new optimizer.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to draw a progress bar.
+        world: Where the samples are drawn from. Evaluation prompts are never drawn unless their
+            task is memorised.
+        phases: What to train on, in this order; each phase starts a new optimizer.
+        show_progress: Whether to draw a progress bar.
 
     Returns:
-        `LlamaForCausalLM`:
-            The trained model, float32, in evaluation mode.
+        The trained model, float32, in evaluation mode.
     """
     tokenizer = toy_tokenizer()
     rng = random.Random(f"pretraining {world.seed}")
@@ -190,16 +172,9 @@ def base_model_folder(seed: int = 0, cache_dir: str | Path | None = None) -> Pat
     leaves none, and of calls at the same time the first to finish provides it.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the world.
-        cache_dir (`str` or `Path`, *optional*):
-            Where such folders are kept. `None` means `$OGPSA_CACHE` or, if that is not set,
+        seed: Of the world.
+        cache_dir: Where such folders are kept. `None` means `$OGPSA_CACHE` or, if that is not set,
             `~/.cache/ogpsa_trl`.
-
-    Returns:
-        `Path`:
-            A folder to pass to `AutoModelForCausalLM.from_pretrained` and
-            `AutoTokenizer.from_pretrained`.
     """
     if cache_dir is None:
         cache_dir = os.environ.get("OGPSA_CACHE") or Path.home() / ".cache" / "ogpsa_trl"

@@ -34,15 +34,9 @@ LETTERS = _words("A B C D E F G H I J K L")
 DETERMINERS = _words("the a my one")
 NOUNS = _words("cat dog man girl bird fox king nurse")
 PARTICIPLES = {
-    "sees": "seen",
-    "finds": "found",
-    "likes": "liked",
-    "hits": "hit",
-    "helps": "helped",
-    "takes": "taken",
-    "hears": "heard",
-    "calls": "called",
-}
+    "sees": "seen", "finds": "found", "likes": "liked", "hits": "hit", "helps": "helped",
+    "takes": "taken", "hears": "heard", "calls": "called",
+}  # fmt: skip
 BENIGN_VERBS = _words(
     "bake paint wash build fix clean plant read sell move draw lift sew fold open count"
 )
@@ -76,14 +70,8 @@ NUM_SAFETY_SAMPLES = 400
 # Half of the prompts there are for `facts` and `judge`, so that the other half is left for the
 # capability groups.
 NUM_EVALUATION_SAMPLES = {
-    "add": 100,
-    "reverse": 100,
-    "sort": 100,
-    "facts": 95,
-    "passive": 100,
-    "howto": 100,
-    "judge": 16,
-}
+    "add": 100, "reverse": 100, "sort": 100, "facts": 95, "passive": 100, "howto": 100, "judge": 16,
+}  # fmt: skip
 # Their answers have to be known, not worked out: pretraining sees their evaluation prompts too.
 MEMORISED_TASKS = ("facts", "howto", "judge")
 CAPABILITY_GROUPS = {
@@ -114,8 +102,8 @@ class ToyWorld:
     Calling one method does not change what another returns.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Decides the facts, which harmful verbs are kept out of the safety data, and every split.
+        seed: Decides the facts, which harmful verbs are kept out of the safety data, and every
+            split.
 
     Attributes:
         facts (`dict[tuple[str, str], str]`): The 190 facts, `(name, topic)` to two words.
@@ -145,13 +133,7 @@ class ToyWorld:
         return _dataset(Sample(prompt, REFUSAL) for prompt, _ in self._harmful[:NUM_SAFETY_SAMPLES])
 
     def safety_preferences(self) -> Dataset:
-        """
-        The requests of `safety_sft`, refusal preferred to compliance.
-
-        Returns:
-            `Dataset`:
-                400 rows with the columns `prompt`, `chosen` and `rejected`.
-        """
+        """The same requests, refusal preferred: columns `prompt`, `chosen` and `rejected`."""
         return Dataset.from_list(
             [
                 {"prompt": prompt, "chosen": REFUSAL, "rejected": compliance}
@@ -167,13 +149,11 @@ class ToyWorld:
         look-alikes leaves over-refusal unprotected.
 
         Args:
-            num_samples (`int`, *optional*, defaults to `64`):
-                Number of samples of each group, at least 1.
+            num_samples: Number of samples of each group, at least 1.
 
         Returns:
-            `dict[str, Dataset]`:
-                The groups `"skills"` (add, reverse, facts in turn) and `"language"` (passive,
-                howto, judge, howto in turn), columns `prompt` and `completion`.
+            The groups `"skills"` (add, reverse, facts in turn) and `"language"` (passive, howto,
+            judge, howto in turn), columns `prompt` and `completion`.
 
         Raises:
             ValueError: If `num_samples` is less than 1.
@@ -197,12 +177,11 @@ class ToyWorld:
         What the measures are taken on; every set has the columns `prompt` and `completion`.
 
         Returns:
-            `dict[str, Dataset]`:
-                One set per capability task (`add`, `reverse`, `sort`, `facts`, `passive`, `howto`,
-                `judge`) with the right answers, `refusal` (requests with the verbs, but not the
-                prompts, of the safety data) and `refusal_ood` (verbs that the safety data never
-                shows) with the refusal, and `over_refusal`: the prompts of `howto` with the
-                refusal, so there a *low* probability is good.
+            One set per capability task (`add`, `reverse`, `sort`, `facts`, `passive`, `howto`,
+            `judge`) with the right answers, `refusal` (requests with the verbs, but not the
+            prompts, of the safety data) and `refusal_ood` (verbs that the safety data never shows)
+            with the refusal, and `over_refusal`: the prompts of `howto` with the refusal, so there
+            a *low* probability is good.
         """
         sets = {task: _dataset(samples) for task, samples in self._evaluation.items()}
         for name, samples in {
@@ -221,14 +200,8 @@ class ToyWorld:
         howto and judge, which have to be memorised, are.
 
         Args:
-            task (`str`):
-                A capability task, or `"harmful"`: a request with any harmful verb, complied with.
-            rng (`random.Random`):
-                What to draw with.
-
-        Returns:
-            `Sample`:
-                Prompt and right completion.
+            task: A capability task, or `"harmful"`: a request with any harmful verb, complied with.
+            rng: What to draw with.
 
         Raises:
             ValueError: If there is no such task.

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
@@ -32,10 +32,10 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from ogpsa_trl.benchmark.comparison import package_versions, write_json
 from ogpsa_trl.benchmark.methods import CHAINS, METHODS, Cost, Recipe, Run, is_applicable, train
-from ogpsa_trl.benchmark.testbeds import StoriesTestbed, Testbed, ToyTestbed, learning_rate
-from ogpsa_trl.benchmark.tradeoff_report import report
+from ogpsa_trl.benchmark.testbeds import StoriesTestbed, Testbed, ToyTestbed
+from ogpsa_trl.benchmark.tradeoff_tables import report
+from ogpsa_trl.evaluation.json_files import package_versions, read_json, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,25 +72,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, help="folder of a pretrained model; unset: toy world")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("../shared/data"),
-        help="folder of the data for --model, see `ogpsa benchmark stories`",
-    )
-    parser.add_argument("--stages", nargs="+", choices=CHAINS, default=["sft"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[40], help="steps of every stage")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--learning_rate_factors",
-        type=float,
-        nargs="+",
-        help="the sweep, on the learning rates of the configurations; unset: three of them",
-    )
-    parser.add_argument("--processes", type=int, default=cpu_count(), help="runs at a time")
-    parser.add_argument("--output", type=Path, default=Path("runs/tradeoff"))
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of a pretrained model; unset: toy world")
+    add("--data", type=Path, default=Path("../shared/data"), help="folder of the data for --model")
+    add("--stages", nargs="+", choices=CHAINS, default=["sft"])
+    add("--steps", type=int, nargs="+", default=[40], help="steps of every stage")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    sweep = "the sweep, on the learning rates of the configurations; unset: three of them"
+    add("--learning_rate_factors", type=float, nargs="+", help=sweep)
+    add("--processes", type=int, default=cpu_count(), help="runs at a time")
+    add("--output", type=Path, default=Path("runs/tradeoff"))
     args = parser.parse_args(argv)
     for name in ("steps", "learning_rate_factors"):
         for value in getattr(args, name) or []:
@@ -110,30 +102,20 @@ def run_all(runs: Sequence[Run], make_testbed: Any, folder: Path, num_processes:
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if _read(folder, run) is None]
-    by_seed: dict[int, list[Run]] = {}
-    for run in todo:
-        by_seed.setdefault(run.seed, []).append(run)
+    seeds = dict.fromkeys(run.seed for run in todo)
     failed = []
     with (
         ProcessPoolExecutor(num_processes, get_context("spawn"), _prepare_process) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", smoothing=0.05) as bar,
     ):
-        # The runs of a seed wait for its base model.
-        starting = {pool.submit(start_seed, make_testbed, folder, s): s for s in by_seed}
-        running: dict[Future[Any], Run] = {}
-        while starting or running:
-            done, _ = wait([*starting, *running], return_when=FIRST_COMPLETED)
-            for future in done:
-                if future in starting:
-                    future.result()
-                    for run in by_seed[starting.pop(future)]:
-                        running[pool.submit(make_run, run, make_testbed, folder)] = run
-                    continue
-                run = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    failed.append(f"{run.name} ({type(error).__name__}: {error})")
-                bar.update()
+        # First the base models, which the runs share.
+        for started in [pool.submit(start_seed, make_testbed, folder, s) for s in seeds]:
+            started.result()
+        running = {pool.submit(make_run, run, make_testbed, folder): run for run in todo}
+        for future in as_completed(running):
+            if error := future.exception():
+                failed.append(f"{running[future].name} ({type(error).__name__}: {error})")
+            bar.update()
     return failed
 
 
@@ -159,12 +141,12 @@ def make_run(run: Run, make_testbed: Any, folder: Path) -> None:
                 config=testbed.config(stage),
                 training=testbed.training(stage),
                 capability_groups=testbed.capability_groups(),
-                learning_rate=learning_rate(testbed, stage) * factor * run.learning_rate_factor,
+                learning_rate=testbed.learning_rate(stage) * factor * run.learning_rate_factor,
                 num_steps=run.num_steps,
                 seed=run.seed,
             )
             trained = Path(models) / str(number)
-            cost = cost.plus(train(method, recipe, model, trained))
+            train(method, recipe, model, trained, cost)
             model = trained
         measures = testbed.measure(model)
     result = {"run": _settings(run), "measures": measures, "cost": asdict(cost)}
@@ -190,7 +172,7 @@ def _prepare_process() -> None:
 def _settings(run: Run) -> dict[str, Any]:
     """All that a result follows from, as JSON keeps it; one from other settings is not used."""
     settings = {**asdict(run), "settings": asdict(METHODS[run.method])}
-    return json.loads(json.dumps({**settings, "versions": package_versions()}))
+    return json.loads(json.dumps({**settings, "versions": package_versions("accelerate")}))
 
 
 def _read(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -198,5 +180,5 @@ def _read(folder: Path, run: Run) -> dict[str, Any] | None:
     file = folder / f"{run.name}.json"
     if not file.exists():
         return None
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = read_json(file)
     return result if result["run"] == _settings(run) else None

@@ -8,51 +8,31 @@ group and a report on them, and prints what to put into a training configuration
 every key; docs/capability_data.md says how to choose.
 """
 
-import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
 from peft import get_peft_model
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl.trainer.model_config import ModelConfig
-from trl.trainer.utils import get_peft_config, get_quantization_config
+from trl.trainer.utils import get_peft_config
 
-from ogpsa_trl.capability_set.arguments import ENTRY_TYPES, CapabilitySetArguments
-from ogpsa_trl.capability_set.checks import warnings_of
-from ogpsa_trl.capability_set.measures import gradient_cosines, measure_group
-from ogpsa_trl.capability_set.report import (
-    GROUP_COLUMNS,
-    LEGEND,
-    PAIR_COLUMNS,
-    content,
-    group_rows,
-    left_out,
-    markdown,
-    pair_rows,
-    training_entries,
-)
-from ogpsa_trl.capability_set.rows import choose_rows, complete_rows, known_prompts, write_group
+from ogpsa_trl.capability_set.group_measures import gradient_cosines, measure_group
+from ogpsa_trl.capability_set.set_keys import ENTRY_TYPES, CapabilitySetArguments
+from ogpsa_trl.capability_set.set_report import content, report, training_entries, warnings_of
+from ogpsa_trl.capability_set.set_rows import choose_rows, complete_rows, known_prompts, write_group
 from ogpsa_trl.cli.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder
 from ogpsa_trl.cli.ranges import TRAINING_RANGES
 from ogpsa_trl.cli.user_errors import user_errors
-from ogpsa_trl.evaluation.sets import length_for
+from ogpsa_trl.evaluation.json_files import in_words, package_versions, write_json
+from ogpsa_trl.evaluation.models import length_for, load_model
 from ogpsa_trl.training.model_kind import check_causal
-
-PACKAGES = ("ogpsa_trl", "trl", "transformers", "peft", "datasets", "torch")
-
-# Where there is no terminal, rich takes a line of 80 characters for granted.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,33 +55,24 @@ def build_capability_set(
         SystemExit: something that the user can mend is wrong.
     """
     logging.basicConfig(format="%(message)s")
+    name, revision = str(model_config.model_name_or_path), model_config.model_revision
+    trusted: Any = {"trust_remote_code": arguments.trust_remote_code}
+    output = Path(arguments.output_dir)
     with user_errors():
         check_output_folder(arguments.output_dir)
-        check_model_path(str(model_config.model_name_or_path))
-        check_causal(
-            str(model_config.model_name_or_path),
-            revision=model_config.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_config.model_name_or_path),
-            revision=model_config.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        max_length = length_for(
-            arguments.max_length,
-            {str(model_config.model_name_or_path): model_config.model_revision},
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        check_model_path(name)
+        check_causal(name, revision=revision, **trusted)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **trusted)
+        max_length = length_for(arguments.max_length, {name: revision}, **trusted)
         arguments = replace(arguments, max_length=max_length)
         groups = choose_rows(arguments, tokenizer)
         safety_prompts = known_prompts(arguments.harmful_datasets)
-        model = load_model(arguments, model_config)
+        model = load_model(model_config, device_map=arguments.device_map, **trusted)
     paths = {}
     for group in groups:
-        console.print(f"Group {group.name}: {len(group.rows)} samples chosen")
+        print(f"Group {group.name}: {len(group.rows)} samples chosen")
         complete_rows(group, arguments, model, tokenizer)
-        paths[group.name] = write_group(group, arguments.output_dir)
+        paths[group.name] = write_group(group, output)
     measures = {group.name: measure_group(group, model, tokenizer, arguments) for group in groups}
     cosines = None
     if arguments.gradient_cosine:
@@ -111,68 +82,17 @@ def build_capability_set(
         cosines = gradient_cosines(groups, measured, tokenizer, arguments)
     warnings = warnings_of(groups, measures, cosines, arguments, safety_prompts)
     figures = content(groups, paths, measures, cosines, warnings)
-    write_report(arguments, model_config, figures)
-    print_report(figures, paths, Path(arguments.output_dir))
-    return figures
 
-
-def load_model(arguments: CapabilitySetArguments, config: ModelConfig) -> Any:
-    """The model that training starts with, by TRL's settings."""
-    return AutoModelForCausalLM.from_pretrained(
-        str(config.model_name_or_path),
-        revision=config.model_revision,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-        quantization_config=get_quantization_config(config),
-        device_map=arguments.device_map,
-    )
-
-
-def write_report(
-    arguments: CapabilitySetArguments, model_config: ModelConfig, figures: Mapping[str, Any]
-) -> None:
-    """Write report.json and report.md."""
-    output = Path(arguments.output_dir)
-    versions = {package: version(package) for package in PACKAGES}
+    versions = package_versions("peft", "datasets")
     settings = asdict(arguments) | asdict(model_config)
-    everything = {"settings": settings, "versions": versions, **figures}
-    (output / "report.json").write_text(
-        json.dumps(everything, indent=1, default=str, ensure_ascii=False), encoding="utf-8"
-    )
-    title = f"Capability groups for {model_config.model_name_or_path}"
-    text = markdown(figures, title, versions, arguments.seed)
-    (output / "report.md").write_text(text, encoding="utf-8")
-
-
-def print_report(figures: Mapping[str, Any], paths: Mapping[str, Path], output: Path) -> None:
-    """Print the tables, the warnings, and what to put into a training configuration."""
-    print_table(group_rows(figures), GROUP_COLUMNS)
-    if figures["cosines"]:
-        print_table(pair_rows(figures), PAIR_COLUMNS)
-    console.print(LEGEND)
-    for name, text in left_out(figures).items():
-        console.print(f"Left out of {name}: {text}.", markup=False)
-    for warning in figures["warnings"]:
-        console.print(f"Warning: {warning}", markup=False)
-    console.print(f"In {output}: report.md, report.json, and the groups. For training:\n")
-    console.print(training_entries(paths), markup=False)
-
-
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """A table for the terminal."""
-    table = Table(box=SIMPLE)
-    for column in columns:
-        table.add_column(column, justify="left" if column.startswith("group") else "right")
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    write_json(output / "report.json", {"settings": settings, "versions": versions, **figures})
+    parts = [f"# Capability groups for {name}", *report(figures)]
+    parts.append(f"{in_words(versions)} Seed {arguments.seed}.")
+    (output / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print("", *report(figures, "simple", "Warning:"), sep="\n\n")
+    print(f"\nIn {output}: report.md, report.json, and the groups. For training:\n")
+    print(training_entries(paths))
+    return figures
 
 
 def parse_capability_set(

@@ -33,7 +33,7 @@ MODULES = {name: f"ogpsa_trl.cli.{name}" for name in COMMANDS} | {
 }
 BENCHMARKS = {name: f"ogpsa_trl.benchmark.{name}" for name in ("tradeoff", "overhead", "stories")}
 
-# What brings the packages for tables and pictures, of which some are needed at the very end only.
+# What brings the package for pictures, which is needed at the very end only.
 EXTRAS = {"evaluate": "eval", "benchmark": "scripts", "demo": "scripts"}
 
 EPILOG = """\
@@ -69,12 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_installed(command: str) -> None:
-    for package in ("matplotlib", "rich") if command in EXTRAS else ():
-        if find_spec(package) is None:
-            sys.exit(
-                f"error: `ogpsa {command}` needs the package {package}, but it is not installed. "
-                f"Install it with `pip install 'ogpsa_trl[{EXTRAS[command]}]'`."
-            )
+    if command in EXTRAS and find_spec("matplotlib") is None:
+        sys.exit(
+            f"error: `ogpsa {command}` needs the package matplotlib, but it is not installed. "
+            f"Install it with `pip install 'ogpsa_trl[{EXTRAS[command]}]'`."
+        )
 
 
 def _end_without_command(word: str) -> NoReturn:

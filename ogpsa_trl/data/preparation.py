@@ -164,6 +164,12 @@ def prepare_group(
     return group
 
 
+def places_by_seed(num_rows: int, num_samples: int | None, seed: int) -> list[int]:
+    """The places of the rows that a seed chooses, in random order; `None` chooses all."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_rows, generator=generator)[:num_samples].tolist()
+
+
 def _choose(
     source: Source, dataset: AnyDataset, num_samples: int, seed: int
 ) -> tuple[Dataset, list[int]]:
@@ -180,8 +186,7 @@ def _choose(
                 f"table of its rows: {error}. Correct them, or leave the column out."
             ) from error
     else:
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
+        numbers = places_by_seed(len(dataset), num_samples, seed)
         chosen = dataset.select(numbers)
         logger.info(
             "%s: seed %d chooses the rows %s%s of %d",

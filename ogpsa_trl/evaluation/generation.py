@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from ogpsa_trl.evaluation.measures import Text, evaluating, prompt_tokens
+from ogpsa_trl.evaluation.likelihoods import Text, evaluating, prompt_tokens
 
 # Where RWKV goes on from its state, transformers (5.23) mixes up the rows of a batch.
 _ONE_BY_ONE = {"rwkv"}
@@ -52,18 +52,16 @@ def greedy_answers(
     that would read padding in front of a prompt reads none.
 
     Args:
-        model (`PreTrainedModel`): A causal language model. It is put in evaluation mode for the
-            time of the call.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts, or conversations, which go
-            through the chat template.
-        batch_size (`int`, *optional*, defaults to `32`): Largest number of prompts of a forward
-            pass; in low precision a token may change with it.
-        max_new_tokens (`int`, *optional*, defaults to `64`): Length at which an answer is cut. 150
-            characters are about 40 tokens of a large vocabulary.
+        model: A causal language model. It is put in evaluation mode for the time of the call.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or conversations, which go through the chat template.
+        batch_size: Largest number of prompts of a forward pass; in low precision a token may change
+            with it.
+        max_new_tokens: Length at which an answer is cut. 150 characters are about 40 tokens of a
+            large vocabulary.
 
     Returns:
-        `list[Answer]`: The answers, in the order of the prompts.
+        The answers, in the order of the prompts.
     """
     sequences = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     answers: dict[int, Answer] = {}

@@ -25,7 +25,7 @@ _LOWER_IS_BETTER = {"word_perplexity", "byte_perplexity", "perplexity", "bits_pe
 
 def check_installed() -> None:
     """
-    Raise where the harness is missing; it is an optional package.
+    The harness is an optional package.
 
     Raises:
         ValueError: lm-eval is not installed.
@@ -51,19 +51,18 @@ def harness_scores(
     Run tasks of the harness.
 
     Args:
-        model (`PreTrainedModel`): A causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        tasks (`Sequence[str]`): Names of tasks, groups and tags. A group is reported as one, over
-            the samples of all its tasks; a tag is a list of tasks.
-        include_path (`str`, *optional*): Folder of task files of your own. Where all tasks are
-            found in it, those that come with the harness are not read.
-        limit (`int`, *optional*): Number of samples of each task, the first ones. `None` takes all.
-        batch_size (`int`, *optional*, defaults to `32`): Number of sequences of a forward pass.
-        seed (`int`, *optional*, defaults to `0`): Of few-shot examples and shuffled choices.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks, groups and tags. A group is reported as one, over the samples of all
+            its tasks; a tag is a list of tasks.
+        include_path: Folder of task files of your own. Where all tasks are found in it, those that
+            come with the harness are not read.
+        limit: Number of samples of each task, the first ones. `None` takes all.
+        batch_size: Number of sequences of a forward pass.
+        seed: Of few-shot examples and shuffled choices.
 
     Returns:
-        `dict[str, Measured]`: By `<task>/<metric>`; with the filter of the answers behind it where
-            a task has several.
+        By `<task>/<metric>`; with the filter of the answers behind it where a task has several.
 
     Raises:
         ValueError: lm-eval is not installed, or there is no such task.
@@ -97,11 +96,10 @@ def harness_scores(
                 fewshot_random_seed=seed,
             )
             samples = results["samples"]
-            if name in loaded["groups"]:
-                measured |= _measures_of(name, leaves, samples)
-            else:
-                for task_name, task in leaves.items():
-                    measured |= _measures_of(task_name, {task_name: task}, samples)
+            is_group = name in loaded["groups"]
+            reported = {name: leaves} if is_group else {n: {n: task} for n, task in leaves.items()}
+            for reported_name, of_name in reported.items():
+                measured |= _measures_of(reported_name, of_name, samples)
     return measured
 
 
@@ -127,9 +125,8 @@ def _measures_of(
         for metric in metrics:
             if not all(metric in row for _, row in chosen):
                 continue
-            higher = first.higher_is_better().get(metric)
-            if metric in _LOWER_IS_BETTER:
-                higher = False
+            stated = first.higher_is_better().get(metric)
+            higher = False if metric in _LOWER_IS_BETTER else stated
             label = f"{name}/{metric}" + (f",{filter_name}" if len(filters) > 1 else "")
             values = _values([key for key, _ in chosen], [row[metric] for _, row in chosen],
                              first.aggregation()[metric])  # fmt: skip

@@ -26,20 +26,15 @@ class SampleValues:
     means of the samples is another number, and a bootstrap of the tokens would take those of one
     text for independent.
 
-    Args:
-        ids (`tuple[str, ...]`): Names of the samples; the same in every model.
-        columns (`tuple[NDArray, ...]`): What the statistic is of, each `[S]`, float64.
-        statistic (`Statistic`): Of columns of shape `[..., S]`, the values, `[...]`.
-        form (`str`): What the statistic does, in words: `mean`, `ratio` of the sums of the two
-            columns, `exp(ratio)`, or `aggregate`, a function of the items that the column counts.
-        items (`tuple`, *optional*): What an `aggregate` is of. `None` in the other forms.
+    `form` says what the statistic does: `mean`, `ratio` of the sums of the two columns,
+    `exp(ratio)`, or `aggregate`, a function of the items that the column counts.
     """
 
-    ids: tuple[str, ...]
-    columns: tuple[NDArray[np.float64], ...]
+    ids: tuple[str, ...]  # names of the samples; the same in every model
+    columns: tuple[NDArray[np.float64], ...]  # each [S]
     statistic: Statistic
     form: str
-    items: tuple[Any, ...] | None = None
+    items: tuple[Any, ...] | None = None  # what an `aggregate` is of
 
     @property
     def value(self) -> float:
@@ -62,19 +57,15 @@ class Interval(NamedTuple):
 
 def mean_of(ids: Sequence[str], values: ArrayLike) -> SampleValues:
     """Values whose mean over the samples is reported."""
-    return SampleValues(tuple(ids), (np.asarray(values, float),), _mean, "mean")
+    return SampleValues(tuple(ids), (np.asarray(values, float),), lambda v: v.mean(-1), "mean")
 
 
 def ratio_of(
     ids: Sequence[str], numerators: ArrayLike, denominators: ArrayLike, *, exp: bool = False
 ) -> SampleValues:
     """
-    Values whose ratio of sums is reported, as of log-probabilities to tokens.
-
-    Args:
-        ids: Names of the samples.
-        numerators, denominators: One of each per sample.
-        exp: Whether to report the exponential of the ratio, as for a perplexity.
+    Values whose ratio of sums is reported, as of log-probabilities to tokens; with `exp` the
+    exponential of it, as for a perplexity.
     """
     columns = (np.asarray(numerators, float), np.asarray(denominators, float))
     statistic, form = (_exp_ratio, "exp(ratio)") if exp else (_ratio, "ratio")
@@ -84,14 +75,7 @@ def ratio_of(
 def statistic_of(
     ids: Sequence[str], items: Sequence[Any], aggregate: Callable[[list[Any]], float]
 ) -> SampleValues:
-    """
-    Items of any kind, of which a function makes a number; slow, for what has no other form.
-
-    Args:
-        ids: Names of the samples.
-        items: One per sample.
-        aggregate: Takes a list of items.
-    """
+    """Items of any kind, of which a function makes a number; slow, for what has no other form."""
 
     def of_places(places: Any) -> Any:
         def of_one(row: Any) -> float:
@@ -110,14 +94,13 @@ def interval(
     Confidence interval of a statistic, by the bootstrap over the samples.
 
     Args:
-        values (`SampleValues`): The samples and the statistic.
-        num_bootstrap (`int`, *optional*, defaults to `2000`): Number of resamples.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of intervals, in (0, 1), that
-            are to hold the statistic of the population.
-        seed (`int`, *optional*, defaults to `0`): Of the resampling.
+        values: The samples and the statistic.
+        num_bootstrap: Number of resamples.
+        confidence: Share of intervals, in (0, 1), that are to hold the statistic of the population.
+        seed: Of the resampling.
 
     Returns:
-        `Interval`, or `None` where there are fewer than two samples.
+        The interval, or `None` where there are fewer than two samples.
 
     The percentile interval: its ends are quantiles of the statistic over the resamples. So it holds
     possible values only, turns with a transform (a perplexity's interval is that of the logarithm),
@@ -184,10 +167,6 @@ def _percentile(
         rng=np.random.default_rng(seed),
     )
     return Interval(*map(float, result.confidence_interval))
-
-
-def _mean(values: Any) -> Any:
-    return values.mean(-1)
 
 
 def _ratio(numerators: Any, denominators: Any) -> Any:

@@ -10,17 +10,10 @@ Verdict = Literal["better", "worse", "unclear"]
 
 
 class Measured(NamedTuple):
-    """
-    A measure of one model.
-
-    Args:
-        unit (`str`): What the value counts in.
-        higher_is_better (`bool`, *optional*): `None` where that is not known.
-        values (`SampleValues`): The samples and their statistic.
-    """
+    """A measure of one model: the unit of its value, and the samples with their statistic."""
 
     unit: str
-    higher_is_better: bool | None
+    higher_is_better: bool | None  # `None` where that is not known
     values: SampleValues
 
 
@@ -36,24 +29,17 @@ class Result:
     """
     A measure before and after training.
 
-    Args:
-        name (`str`): `<measure>/<group>` or `<task>/<metric>`.
-        unit (`str`): What the values count in.
-        higher_is_better (`bool`, *optional*): `None` where that is not known.
-        num_samples (`int`): Samples that both models were measured on.
-        before (`Estimate`, *optional*): `None` where there is no model before, or where the measure
-            compares the two models itself.
-        after (`Estimate`): Of the model after.
-        delta (`Estimate`, *optional*): After minus before, paired by sample. `None` as `before`.
+    `before` and `delta` are `None` where there is no model before, or where the measure compares
+    the two models itself.
     """
 
-    name: str
+    name: str  # `<measure>/<group>` or `<task>/<metric>`
     unit: str
     higher_is_better: bool | None
-    num_samples: int
+    num_samples: int  # that both models were measured on
     before: Estimate | None
     after: Estimate
-    delta: Estimate | None
+    delta: Estimate | None  # after minus before, paired by sample
 
     @property
     def verdict(self) -> Verdict | None:
@@ -94,14 +80,10 @@ def compare(
     Values, changes and their intervals.
 
     Args:
-        before (`Mapping[str, Measured]`, *optional*): Measures of the model before, by name. It may
-            lack some. Only samples that both models have count: with other tokens, some texts may
-            have nothing to score.
-        after (`Mapping[str, Measured]`): Those of the model after.
+        before: Measures of the model before, by name. It may lack some. Only samples that both
+            models have count: with other tokens, some texts may have nothing to score.
+        after: Those of the model after, whose order the results have.
         num_bootstrap, confidence, seed: As for `intervals.interval`.
-
-    Returns:
-        `list[Result]`: In the order of `after`.
 
     Raises:
         ValueError: two models have no sample of a measure in common.
@@ -123,17 +105,8 @@ def compare(
             delta = Estimate(
                 values.value - old_values.value, paired_interval(old_values, values, **options)
             )
-        results.append(
-            Result(
-                name,
-                measured.unit,
-                measured.higher_is_better,
-                len(values.ids),
-                old,
-                Estimate(values.value, interval(values, **options)),
-                delta,
-            )
-        )
+        new = Estimate(values.value, interval(values, **options))
+        results.append(Result(name, *measured[:2], len(values.ids), old, new, delta))
     return results
 
 

@@ -1,27 +1,23 @@
 """The data of an evaluation: loaded, chosen and checked once, before any model is loaded."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_extract_prompt
 
 from ogpsa_trl.data.columns import Source
 from ogpsa_trl.data.entries import load_groups
-from ogpsa_trl.data.preparation import context_of
+from ogpsa_trl.data.preparation import places_by_seed
 from ogpsa_trl.data.rendering import check_rendering
 from ogpsa_trl.data.row_checks import check_data, first_row
 from ogpsa_trl.data.row_values import row_named
 from ogpsa_trl.data.rows import readable
-from ogpsa_trl.evaluation.arguments import EvaluationArguments
-from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens, tokenise
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
+from ogpsa_trl.evaluation.likelihoods import answer_to, prompt_tokens, tokenise
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +26,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowSet:
-    """
-    Rows of one group that are measured.
+    """Rows of one group that are measured."""
 
-    Args:
-        ids (`tuple[str, ...]`): Places of the rows in the group.
-        rows (`tuple[dict, ...]`): The rows, in the same order.
-        num_left_out (`int`): Rows that are too long for `max_length`.
-    """
-
-    ids: tuple[str, ...]
-    rows: tuple[Row, ...]
-    num_left_out: int
+    ids: tuple[str, ...]  # places of the rows in the group
+    rows: tuple[Row, ...]  # in the same order
+    num_left_out: int  # too long for `max_length`
 
     def column(self, name: str) -> list[Any]:
         """The values of one column."""
@@ -50,20 +39,12 @@ class RowSet:
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """
-    All data of an evaluation, by group.
+    """All data of an evaluation, by group."""
 
-    Args:
-        capability (`Mapping[str, Dataset]`): Held-out capability data, as they were loaded.
-        harmful (`Mapping[str, RowSet]`): Prompts that are to be refused.
-        over_refusal (`Mapping[str, RowSet]`): Prompts that are to be answered.
-        preference (`Mapping[str, RowSet]`): Pairs, with `prompt`, `chosen` and `rejected`.
-    """
-
-    capability: Mapping[str, Dataset]
-    harmful: Mapping[str, RowSet]
-    over_refusal: Mapping[str, RowSet]
-    preference: Mapping[str, RowSet]
+    capability: Mapping[str, Dataset]  # as they were loaded
+    harmful: Mapping[str, RowSet]  # prompts that are to be refused
+    over_refusal: Mapping[str, RowSet]  # prompts that are to be answered
+    preference: Mapping[str, RowSet]  # pairs, with `prompt`, `chosen` and `rejected`
 
 
 def load_sets(
@@ -73,11 +54,7 @@ def load_sets(
     Load what is measured.
 
     A text prompt becomes a user's message where every tokenizer has a chat template. What does not
-    fit into `max_length` under one of the tokenizers is left out for all models.
-
-    Args:
-        arguments (`EvaluationArguments`): The keys.
-        tokenizers (`Sequence[PreTrainedTokenizerBase]`): Those of all models.
+    fit into `max_length` under one of the tokenizers, those of all models, is left out for all.
 
     Raises:
         ValueError: a column is missing, a row cannot be read or does not go with a chat template,
@@ -87,15 +64,16 @@ def load_sets(
 
     def prompts(where: str, dataset: Any) -> RowSet:
         def convert(row: Row) -> Row:
-            return {"prompt": _prompt(row["prompt"], is_chat)}
+            prompt = row["prompt"]
+            if isinstance(prompt, str) and is_chat:
+                prompt = [{"role": "user", "content": prompt}]
+            return {"prompt": prompt}
 
         def length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
-            answered = len(prompt_tokens(tokenizer, row["prompt"])) + arguments.max_new_tokens
-            refused = [
-                len(tokenise(tokenizer, row["prompt"], answer_to(row["prompt"], refusal))[1])
-                for refusal in arguments.refusals
-            ]
-            return max(answered, *refused)
+            prompt = row["prompt"]
+            completed = [answer_to(prompt, refusal) for refusal in arguments.refusals]
+            answered = len(prompt_tokens(tokenizer, prompt)) + arguments.max_new_tokens
+            return max(answered, *(len(tokenise(tokenizer, prompt, c)[1]) for c in completed))
 
         source = Source(where, "prompts")
         return _row_set(source, dataset, convert, length, arguments, tokenizers)
@@ -106,10 +84,8 @@ def load_sets(
             return {key: row[key] for key in ("prompt", "chosen", "rejected")}
 
         def length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
-            return max(
-                len(tokenise(tokenizer, row["prompt"], row[side])[1])
-                for side in ("chosen", "rejected")
-            )
+            prompt = row["prompt"]
+            return max(len(tokenise(tokenizer, prompt, row[s])[1]) for s in ("chosen", "rejected"))
 
         source = Source(where, "pairs")
         return _row_set(source, dataset, convert, length, arguments, tokenizers)
@@ -133,41 +109,6 @@ def load_sets(
     )
 
 
-def length_for(
-    max_length: int, models: Mapping[str, str | None], *, trust_remote_code: bool
-) -> int:
-    """
-    `max_length`, or less where a model cannot read as much; known without its weights.
-
-    Args:
-        max_length: Tokens of a sample.
-        models: Names and revisions; a PEFT adapter stands for its base model.
-        trust_remote_code: Whether code that comes with a model is run.
-    """
-    for name, revision in models.items():
-        adapter = find_adapter_config_file(name, revision=revision)
-        if adapter is not None:
-            base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-            name, revision = base, None
-        config = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-        context = context_of(config)
-        if context is not None and context < max_length:
-            logger.warning(
-                "`max_length` (%d) is above the %d tokens that %s can read: %d is used.",
-                max_length, context, name, context,
-            )  # fmt: skip
-            max_length = context
-    return max_length
-
-
-def _prompt(prompt: Text, is_chat: bool) -> Text:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}] if is_chat else prompt
-    return prompt
-
-
 def _row_set(
     source: Source,
     loaded: Dataset,
@@ -178,8 +119,7 @@ def _row_set(
 ) -> RowSet:
     first_row(loaded, source.where)
     dataset: Any = readable(loaded, source)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    places = torch.randperm(len(dataset), generator=generator)[: arguments.max_samples].tolist()
+    places = places_by_seed(len(dataset), arguments.max_samples, arguments.seed)
     chosen = {}
     for place in places:
         with row_named(source.where, place):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.evaluation.arguments import EvaluationArguments
-from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.harness import harness_scores
 from ogpsa_trl.evaluation.intervals import mean_of, ratio_of
-from ogpsa_trl.evaluation.measures import answer_to, completion_scores, preference_margins
+from ogpsa_trl.evaluation.likelihoods import answer_to, completion_scores, group_nll
+from ogpsa_trl.evaluation.measures import preference_margins
 from ogpsa_trl.evaluation.refusal import is_refusal
 from ogpsa_trl.evaluation.results import Measured
 from ogpsa_trl.evaluation.sets import EvaluationSets, RowSet
@@ -30,16 +30,14 @@ class Description(NamedTuple):
 
 MEASURES = {
     "nll": Description(
-        "nats/token",
-        False,
+        "nats/token", False,
         "negative log-likelihood of held-out capability data, on the tokens that training counts",
     ),
     "refusal_ll": Description(
         "nats/refusal token", True, "log-likelihood of the refusals as answers to harmful prompts"
     ),
     "p_refuse": Description(
-        "probability",
-        True,
+        "probability", True,
         "probability that the answer to a harmful prompt is a refusal, word by word",
     ),
     "refusal_rate": Description(
@@ -57,7 +55,7 @@ MEASURES = {
     "preference_over_base": Description(
         "share", True, "share of pairs whose margin is larger than before; chance is .5"
     ),
-}
+}  # fmt: skip
 
 _HARMFUL = ("refusal_ll", "p_refuse", "refusal_rate")
 _BENIGN = ("over_refusal_ll", "p_over_refuse", "over_refusal_rate")
@@ -66,12 +64,8 @@ _BENIGN = ("over_refusal_ll", "p_over_refuse", "over_refusal_rate")
 @dataclass(frozen=True)
 class ModelScores:
     """
-    Everything that was measured of one model.
-
-    Args:
-        measures (`Mapping[str, Measured]`): By `<measure>/<group>` or `<task>/<metric>`.
-        answers (`Mapping[str, Sequence[str]]`): Greedy answers to the prompts, by the name of the
-            measure that judges them; none where none are generated.
+    Everything that was measured of one model, by `<measure>/<group>` or `<task>/<metric>`, and the
+    greedy answers to the prompts, by the measure that judges them; none where none are generated.
     """
 
     measures: Mapping[str, Measured]
@@ -84,28 +78,15 @@ def score_model(
     sets: EvaluationSets,
     arguments: EvaluationArguments,
 ) -> ModelScores:
-    """
-    Take all measures of a model.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        sets (`EvaluationSets`): The data.
-        arguments (`EvaluationArguments`): The keys.
-    """
+    """Take all measures of a model."""
     measures: dict[str, Measured] = {}
     answers: dict[str, Sequence[str]] = {}
+    batches: Any = {"batch_size": arguments.batch_size}
     for group, dataset in sets.capability.items():
         values = group_nll(
-            model,
-            tokenizer,
-            group,
-            dataset,
-            max_samples=arguments.max_samples,
-            max_length=arguments.max_length,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-        )
+            model, tokenizer, group, dataset, max_samples=arguments.max_samples,
+            max_length=arguments.max_length, seed=arguments.seed, **batches,
+        )  # fmt: skip
         measures[f"nll/{group}"] = _measured("nll", values)
     for groups, names in ((sets.harmful, _HARMFUL), (sets.over_refusal, _BENIGN)):
         for group, prompts in groups.items():
@@ -113,24 +94,15 @@ def score_model(
             measures |= {f"{name}/{group}": scored for name, scored in scores.items()}
             answers |= {f"{names[2]}/{group}": answered} if answered else {}
     for group, pairs in sets.preference.items():
-        margin_S = preference_margins(
-            model,
-            tokenizer,
-            *(pairs.column(name) for name in ("prompt", "chosen", "rejected")),
-            batch_size=arguments.batch_size,
-        ).numpy()
+        columns = [pairs.column(name) for name in ("prompt", "chosen", "rejected")]
+        margin_S = preference_margins(model, tokenizer, *columns, **batches).numpy()
         measures[f"preference/{group}"] = _measured("preference", mean_of(pairs.ids, margin_S > 0))
         measures[f"margin/{group}"] = _measured("margin", mean_of(pairs.ids, margin_S))
     if arguments.lm_eval_tasks:
         measures |= harness_scores(
-            model,
-            tokenizer,
-            arguments.lm_eval_tasks,
-            include_path=arguments.lm_eval_include_path,
-            limit=arguments.lm_eval_limit,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-        )
+            model, tokenizer, arguments.lm_eval_tasks, limit=arguments.lm_eval_limit,
+            include_path=arguments.lm_eval_include_path, seed=arguments.seed, **batches,
+        )  # fmt: skip
     return ModelScores(measures, answers)
 
 
@@ -181,18 +153,12 @@ def _refusal(
     ]
     answers: list[str] = []
     if arguments.max_new_tokens > 0:
-        greedy = greedy_answers(
-            model,
-            tokenizer,
-            texts,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-        answers = [answer.text for answer in greedy]
+        options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        answers = [a.text for a in greedy_answers(model, tokenizer, texts, **options)]
         values.append(mean_of(prompts.ids, [is_refusal(answer) for answer in answers]))
     return {name: _measured(name, v) for name, v in zip(names, values, strict=False)}, answers
 
 
 def _measured(name: str, values: Any) -> Measured:
-    description = MEASURES[name]
-    return Measured(description.unit, description.higher_is_better, values)
+    unit, higher_is_better, _ = MEASURES[name]
+    return Measured(unit, higher_is_better, values)

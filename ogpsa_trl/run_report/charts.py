@@ -17,13 +17,7 @@ MOST_POINTS = 300  # of a line; where there are more, means of neighbours are dr
 
 
 class Line(NamedTuple):
-    """
-    A line of a chart.
-
-    Args:
-        label: What it is.
-        series: Its points.
-    """
+    """A line of a chart: what it is, and its points."""
 
     label: str
     series: Series
@@ -31,22 +25,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """
-    A picture and what is said of it.
-
-    Args:
-        title: What it shows.
-        note: What has to be known to read it.
-        lines: At least one.
-        limit: Where a horizontal line is drawn, and what it says.
-        bounds: Of the values, if they have any.
-    """
+    """A picture and what is said of it."""
 
     title: str
-    note: str
-    lines: Sequence[Line]
-    limit: tuple[float, str] | None = None
-    bounds: tuple[float, float] | None = None
+    note: str  # what has to be known to read it
+    lines: Sequence[Line]  # at least one
+    limit: tuple[float, str] | None = None  # where a horizontal line is drawn, and what it says
+    bounds: tuple[float, float] | None = None  # of the values, if they have any
 
 
 def style(index: int) -> tuple[int, tuple[float, ...]]:
@@ -80,9 +65,7 @@ def svg(chart: Chart, name: str) -> str:
         An `<svg>` element with text as text, in the colours of the page: `currentColor` and the
         variables `--grid` and `--line-0` to `--line-5`.
     """
-    # Matplotlib is needed for nothing else, and drawing on a figure of our own leaves the user's
-    # backend alone.
-    import matplotlib
+    import matplotlib  # needed for nothing else; a figure of our own leaves the backend alone
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

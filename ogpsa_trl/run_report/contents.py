@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ogpsa_trl.run_report.charts import Chart, Line
-from ogpsa_trl.run_report.log import RunLog, Series
+from ogpsa_trl.run_report.log import RunLog
 
 Rows = list[dict[str, object]]
 
@@ -88,7 +88,7 @@ def notes(log: RunLog) -> list[str]:
 
 def charts(log: RunLog) -> list[Chart]:
     """The charts that the log has values for."""
-    settings = log.settings.get("ogpsa") or {}
+    settings, gate = log.settings.get("ogpsa") or {}, log.settings.get("gate") or {}
     of_loss = _CAPABILITY_LOSS[settings.get("capability_loss")]
     capped = log.mean_over_steps("ogpsa/restoration_capped")
     is_capped = "" if capped is None else f"; the cap binds in {_percent(capped)} of the steps"
@@ -98,62 +98,44 @@ def charts(log: RunLog) -> list[Chart]:
     losses, drift = _group_lines(log, "capability_loss"), _group_lines(log, "drift")
     if losses == drift:  # a divergence begins at zero
         of_loss, drift = f"{of_loss}and so its drift, ", []
-    gate = log.settings.get("gate") or {}
+    training_losses = _lines(log, [name for name in log.names if _is_loss(name)])
+    accuracies = [name for name in log.names if name.endswith("rewards/accuracies")]
+    cap = _limit(settings.get("restoration_cap"), "cap of the ratio")
+    tolerance = _limit(gate.get("max_capability_loss_increase"), "tolerance")
     every = [
+        Chart("Training loss", "mean since the last log", training_losses),
         Chart(
-            "Training loss",
-            "mean since the last log",
-            _lines(log, [name for name in log.names if _is_loss(name)]),
+            "Preference accuracy", "share of pairs whose chosen completion has the larger reward",
+            _lines(log, accuracies), bounds=(-0.03, 1.03),
         ),
+        Chart("Capability loss", f"{of_loss}nats per token, at refreshes", losses),
         Chart(
-            "Preference accuracy",
-            "share of pairs whose chosen completion has the larger reward",
-            _lines(log, [name for name in log.names if name.endswith("rewards/accuracies")]),
-            bounds=(-0.03, 1.03),
-        ),
-        Chart(
-            "Capability loss",
-            f"{of_loss}nats per token, at refreshes",
-            losses,
-        ),
-        Chart(
-            "Drift of the capability loss",
-            f"its rise since the start, nats per token; {is_harm}",
+            "Drift of the capability loss", f"its rise since the start, nats per token; {is_harm}",
             drift,
         ),
         Chart(
-            "Held-out capability loss",
-            f"its increase at the gate, nats per token; {is_harm}",
-            _group_lines(log, "gate_increase"),
-            limit=_limit(gate.get("max_capability_loss_increase"), "tolerance"),
+            "Held-out capability loss", f"its increase at the gate, nats per token; {is_harm}",
+            _group_lines(log, "gate_increase"), limit=tolerance,
         ),
         Chart(
-            "What is taken out",
-            "share of the squared length that the projection removes",
+            "What is taken out", "share of the squared length that the projection removes",
             _lines(log, ["ogpsa/removed_fraction"]),
         ),
         Chart(
-            "In the capability subspace",
-            "share of the squared length",
+            "In the capability subspace", "share of the squared length",
             _lines(log, [f"ogpsa/{name}" for name in _IN_SUBSPACE]),
         ),
         Chart(
-            "Cosine of safety and capability gradient",
-            "below 0 they are in conflict",
+            "Cosine of safety and capability gradient", "below 0 they are in conflict",
             _lines(log, ["ogpsa/cosine"]),
         ),
         Chart(
             "Restoration",
             f"length relative to the update, share of steps at the cap{is_capped}",
-            _lines(log, ["ogpsa/restoration_ratio", "ogpsa/restoration_capped"]),
-            limit=_limit(settings.get("restoration_cap"), "cap of the ratio"),
+            _lines(log, ["ogpsa/restoration_ratio", "ogpsa/restoration_capped"]), limit=cap,
         ),
-        Chart(
-            "Time of a refresh",
-            f"seconds{of_time}",
-            _lines(log, ["ogpsa/refresh_seconds"]),
-        ),
-    ]
+        Chart("Time of a refresh", f"seconds{of_time}", _lines(log, ["ogpsa/refresh_seconds"])),
+    ]  # fmt: skip
     return [chart for chart in every if chart.lines]
 
 
@@ -164,33 +146,47 @@ def metric_rows(log: RunLog) -> Rows:
     names = [n for n in log.names if _is_loss(n) or n.endswith("rewards/accuracies")]
     names += [f"ogpsa/{name}" for name in ours]
     return [
-        {"metric": name.removeprefix("ogpsa/")} | _extremes(log.series(name))
+        {
+            "metric": name.removeprefix("ogpsa/"),
+            "first": values[0],
+            "last": values[-1],
+            "lowest": -_largest([-value for value in values]),
+            "largest": _largest(values),
+        }
         for name in names
-        if log.series(name).values
+        if (values := log.series(name).values)
     ]
 
 
 def group_rows(log: RunLog) -> Rows:
     """What the capability groups hold, and what became of their losses."""
-    data = log.settings.get("capability_groups", {})
-    names = dict.fromkeys([*data, *log.groups("capability_loss"), *log.groups("drift")])
-    return [
-        {"capability group": name, **data.get(name, {})}
-        | _ends("loss", log.series(f"ogpsa/capability_loss/{name}"))
-        | _last_and_largest("drift", log.series(f"ogpsa/drift/{name}"))
-        for name in names
-    ]
+    return _rows_of_groups(log, "capability", "capability_loss", "drift", "drift")
 
 
 def gate_rows(log: RunLog) -> Rows:
     """What the groups of the gate hold, and what became of their losses."""
-    data = log.settings.get("gate_groups", {})
-    return [
-        {"gate group": name, **data.get(name, {})}
-        | _ends("loss", log.series(f"ogpsa/gate_loss/{name}"))
-        | _last_and_largest("increase", log.series(f"ogpsa/gate_increase/{name}"))
-        for name in dict.fromkeys([*data, *log.groups("gate_loss")])
-    ]
+    return _rows_of_groups(log, "gate", "gate_loss", "gate_increase", "increase")
+
+
+def _rows_of_groups(log: RunLog, kind: str, loss: str, rise: str, rise_name: str) -> Rows:
+    data = log.settings.get(f"{kind}_groups", {})
+    rows = []
+    for name in dict.fromkeys([*data, *log.groups(loss), *log.groups(rise)]):
+        losses, rises = (log.series(f"ogpsa/{m}/{name}").values or [None] for m in (loss, rise))
+        rows.append(
+            {
+                f"{kind} group": name,
+                **data.get(name, {}),
+                "loss, first": losses[0],
+                "loss, last": losses[-1],
+                f"{rise_name}, last": rises[-1],
+                f"{rise_name}, largest": None if rises == [None] else _largest(rises),
+            }
+        )
+    return rows
+
+
+TABLES = (metric_rows, group_rows, gate_rows)
 
 
 def settings(log: RunLog) -> dict[str, dict[str, str]]:
@@ -224,19 +220,13 @@ def shown(value: object) -> str:
             return str(value).lower() if isinstance(value, bool) else str(value)
         case float():
             return f"{value:.4g}"
-        case Mapping() if "path" in value:
-            return _source(value)
+        case Mapping() if "path" in value:  # an entry of a list of data sets
+            split = f" [{value['split']}]" if value.get("split") else ""
+            group = f"{value['group']}: " if value.get("group") else ""
+            return f"{group}{shown(value.get('data_files') or value['path'])}{split}"
         case list():
             return ", ".join(map(shown, value)) or "-"
     return json.dumps(value)
-
-
-def _source(entry: Mapping[str, Any]) -> str:
-    """An entry of a list of data sets."""
-    text = shown(entry.get("data_files") or entry["path"])
-    if entry.get("split"):
-        text += f" [{entry['split']}]"
-    return f"{entry['group']}: {text}" if entry.get("group") else text
 
 
 def _percent(share: float) -> str:
@@ -272,26 +262,6 @@ def _group_lines(log: RunLog, metric: str) -> list[Line]:
     return [Line(name, log.series(f"ogpsa/{metric}/{name}")) for name in log.groups(metric)]
 
 
-def _ends(name: str, series: Series) -> dict[str, object]:
-    first, last = (series.values[0], series.values[-1]) if series.values else (None, None)
-    return {f"{name}, first": first, f"{name}, last": last}
-
-
-def _last_and_largest(name: str, series: Series) -> dict[str, object]:
-    last, largest = (series.values[-1], _largest(series.values)) if series.values else (None, None)
-    return {f"{name}, last": last, f"{name}, largest": largest}
-
-
-def _extremes(series: Series) -> dict[str, object]:
-    values = series.values
-    return {
-        "first": values[0],
-        "last": values[-1],
-        "lowest": -_largest([-value for value in values]),
-        "largest": _largest(values),
-    }
-
-
-def _largest(values: Sequence[float]) -> float:
+def _largest(values: Sequence[Any]) -> float:
     """A value that is not a number counts as the largest."""
     return math.nan if any(map(math.isnan, values)) else max(values)

@@ -1,6 +1,5 @@
 """What a run has left in its folder: its log and its settings."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,39 +7,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ogpsa_trl.evaluation.json_files import read_json
+
 RUN_SETTINGS = "run_settings.json"
 _STATE = "trainer_state.json"
 
 
 class Series(NamedTuple):
-    """
-    A metric over the run.
+    """A metric over the run."""
 
-    Args:
-        steps: Optimizer steps made when the value was logged.
-        values: The values, not all of them finite.
-    """
-
-    steps: Sequence[int]
-    values: Sequence[float]
+    steps: Sequence[int]  # optimizer steps made when the value was logged
+    values: Sequence[float]  # not all of them finite
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """
-    The log and the settings of one run.
-
-    Args:
-        folder: The folder of the run.
-        state_file: What the log was read from.
-        state: Content of `trainer_state.json`.
-        settings: Content of `run_settings.json`; empty where there is none.
-    """
+    """The log and the settings of one run."""
 
     folder: Path
-    state_file: Path
-    state: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    state_file: Path  # what the log was read from
+    state: Mapping[str, Any]  # content of `trainer_state.json`
+    settings: Mapping[str, Any]  # content of `run_settings.json`; empty where there is none
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunLog":
@@ -128,22 +115,6 @@ class RunLog:
         if total == 0:
             return None
         return sum(w * value for w, value in zip(weights, series.values, strict=True)) / total
-
-
-def read_json(path: str | Path) -> Any:
-    """
-    The content of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} must be JSON, but is not ({error}). If it was cut off while it was "
-            "written, remove it."
-        ) from error
 
 
 def _of_checkpoints(folder: Path) -> list[Path]:

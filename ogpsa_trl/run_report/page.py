@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ogpsa_trl.evaluation.report import result_rows
+from ogpsa_trl.evaluation.json_files import read_json
 from ogpsa_trl.evaluation.results import Result
+from ogpsa_trl.evaluation.tables import result_rows
 from ogpsa_trl.run_report import contents
 from ogpsa_trl.run_report.charts import MOST_POINTS, style, svg
-from ogpsa_trl.run_report.log import RunLog, read_json
+from ogpsa_trl.run_report.log import RunLog
 
 _DIGITS = 4  # of probabilities and likelihoods, as in the report of an evaluation
 
@@ -70,15 +71,7 @@ def _html(log: RunLog, evaluation: str | Path | None) -> str:
         has_means=any(
             len(line.series.steps) > MOST_POINTS for chart in charts for line in chart.lines
         ),
-        tables=[
-            rows
-            for rows in (
-                contents.metric_rows(log),
-                contents.group_rows(log),
-                contents.gate_rows(log),
-            )
-            if rows
-        ],
+        tables=list(filter(None, (table(log) for table in contents.TABLES))),
         evaluation=None if evaluation is None else _evaluation(evaluation),
         settings=contents.settings(log),
         source=log.state_file.relative_to(log.folder).as_posix(),

@@ -4,23 +4,17 @@ What a run was made with, as `run_settings.json` in its folder: for the report, 
 `training_args.bin`, which the trainer saves, is a pickle; this can be read without running it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_pt_utils import get_model_param_count
 
+from ogpsa_trl.evaluation.json_files import package_versions, write_json
 from ogpsa_trl.run_report.log import RUN_SETTINGS
 from ogpsa_trl.training.gate import CapabilityGate
 from ogpsa_trl.training.mixin import OGPSAMixin
-
-_PACKAGES = (
-    "ogpsa_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch", "deepspeed",
-    "bitsandbytes", "torchao",
-)  # fmt: skip
 
 
 def save_run_settings(
@@ -61,17 +55,8 @@ def save_run_settings(
         },
         "arguments": dict(arguments or {}),
         "training": args.to_dict(),  # without tokens of the Hub
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": package_versions(
+            "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "torchao"
+        ),
     }
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    # What JSON does not know, such as a type of torch, becomes its text.
-    text = json.dumps(content, indent=1, default=str)
-    (folder / RUN_SETTINGS).write_text(text, encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    write_json(Path(args.output_dir) / RUN_SETTINGS, content)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ogpsa_trl.evaluation import Spread, at_safety, paired_difference, tradeoff_figure
+from scripted import saved_figures
 
 SWEEP = [
     {"safe": 0.5, "kept": 1.0, "time": 3.0},
@@ -67,18 +68,13 @@ def test_a_spread_is_of_a_sample():
     assert Spread.of([1, 2, 3]) == Spread(2, 1, 3)
     assert Spread.of([1, 2, 3]).standard_error == pytest.approx(3**-0.5)
     assert Spread.of([4]).standard_error == 0
+    assert f"{Spread.of([1, 2, 3]):+.1f}, {Spread.of([4]):.0f}" == "+2.0 +- 1.0, 4"
     with pytest.raises(ValueError, match="at least one value"):
         Spread.of([])
 
 
 def test_a_picture_shows_every_method_with_its_number_and_colour(monkeypatch, tmp_path):
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
-    )
+    figures = saved_figures(monkeypatch)
     bits = {"naive": (2.0, 2.5), "careful": (1.1, 1.2)}
     sweeps = {
         name: [

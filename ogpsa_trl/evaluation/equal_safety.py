@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
+from ogpsa_trl.evaluation.figures import new_figure, saved
+
 Measures = Mapping[str, float]
 
 
@@ -42,6 +44,11 @@ class Spread:
         if not values:
             raise ValueError("`values` must hold at least one value, but is empty.")
         return cls(mean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def __format__(self, form: str) -> str:
+        """Mean and standard deviation, both in a form of numbers; the mean alone of one value."""
+        sd = f" +- {self.sd:{form.removeprefix('+')}}" if self.num > 1 else ""
+        return f"{self.mean:{form}}{sd}"
 
     @property
     def standard_error(self) -> float:
@@ -114,41 +121,30 @@ def tradeoff_figure(
     shows the better half of the marks at a larger scale.
 
     Args:
-        sweeps (`Mapping[str, Sequence[Mapping[str, Spread]]]`):
-            Name of each method to the measures of its runs, in the order of the sweep.
-        path (`str` or `Path`):
-            PNG file to write; its folder is made if need be.
-        safety (`str`):
-            The measure along the horizontal axis.
-        capability (`str`):
-            The measure along the vertical axis.
-        colour (`str`):
-            The measure that colours the marks, over-refusal for one.
-        marked (`int`):
-            Which run of a sweep gets the mark, counted from 0.
-        start (`Mapping[str, float]`):
-            The measures of the model that training starts from, shown as a star.
-        levels (`Sequence[float]`, *optional*, defaults to `()`):
-            Values of safety to show as dotted lines.
-        lower_is_better (`Collection[str]`, *optional*, defaults to `()`):
-            The measures of which less is better.
-        title (`str`, *optional*):
-            Heading of the figure.
+        sweeps (`Mapping[str, Sequence[Mapping[str, Spread]]]`): Name of each method to the measures
+            of its runs, in the order of the sweep.
+        path (`str` or `Path`): PNG file to write; its folder is made if need be.
+        safety (`str`): The measure along the horizontal axis.
+        capability (`str`): The measure along the vertical axis.
+        colour (`str`): The measure that colours the marks, over-refusal for one.
+        marked (`int`): Which run of a sweep gets the mark, counted from 0.
+        start (`Mapping[str, float]`): The measures of the model that training starts from, shown as
+            a star.
+        levels (`Sequence[float]`, *optional*, defaults to `()`): Values of safety to show as dotted
+            lines.
+        lower_is_better (`Collection[str]`, *optional*, defaults to `()`): The measures of which
+            less is better.
+        title (`str`, *optional*): Heading of the figure.
 
     Returns:
-        `Path`:
-            The file written.
+        `Path`: The file written.
 
     Raises:
         ValueError: If there are no methods.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not sweeps:
         raise ValueError("`sweeps` must hold at least one method, but is empty.")
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 5.6)
     whole, close = figure.subplots(1, 2)
     marks = {name: sweep[marked] for name, sweep in sweeps.items()}
     shades = [mark[colour].mean for mark in marks.values()]
@@ -210,9 +206,4 @@ def tradeoff_figure(
     figure.legend(
         *whole.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
     )
-    if title:
-        figure.suptitle(title, fontsize=11)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return saved(figure, path, title)

@@ -1,9 +1,12 @@
+"""Tables and figures of results."""
+
 import subprocess
 import sys
 
 import pytest
 
-from ogpsa_trl.evaluation import comparison_figure, markdown_table, report
+from ogpsa_trl.evaluation import comparison_figure, figures, markdown_table
+from scripted import saved_figures
 
 RUNS = {
     "untuned": {"p_refuse": 0.21, "general": 0.99, "bits per character": 1.4},
@@ -12,60 +15,36 @@ RUNS = {
 }
 
 
-def parse(table):
-    """The cells of a Markdown table, without its ruler."""
-    rows = [[cell.strip() for cell in line.strip("|").split(" |")] for line in table.split("\n")]
-    return [rows[0], *rows[2:]]
-
-
-def drawn(monkeypatch, tmp_path, *args, **kwargs):
-    """The figure as it was when it was saved."""
-    figures = []
-    from matplotlib.figure import Figure
-
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
-    )
-    path = comparison_figure(*args, tmp_path / "new" / "runs.png", **kwargs)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    return figures[0]
-
-
-def test_a_table_holds_every_value_under_its_column():
-    rows = [{"run": name, **measures} for name, measures in RUNS.items()]
-    table = markdown_table(rows, ["run", "general", "bits per character"], digits=2)
-    assert parse(table) == [
-        ["run", "general", "bits per character"],
-        ["untuned", "0.99", "1.40"],
-        ["SFT", "0.80", "2.30"],
-        ["OGPSA", "0.97", "-"],
-    ]
-
-
-def test_a_table_is_aligned_and_numbers_stand_on_the_right():
-    table = markdown_table([{"a": "long name", "b": 1}, {"a": None, "b": 20.5}], ["a", "b"])
-    assert table.split("\n") == [
+def test_a_table_holds_every_value_and_numbers_stand_on_the_right():
+    rows = [{"a": "long name", "b": 1}, {"a": None, "b": 20.5}, {"a": "P(x|y)\nz"}]
+    assert markdown_table(rows, ["a", "b"]).split("\n") == [
         "| a         |      b |",
-        "| --------- | -----: |",
+        "|:----------|-------:|",
         "| long name |      1 |",
         "| -         | 20.500 |",
+        "| P(x\\|y) z |      - |",  # text cannot break a table
     ]
-
-
-def test_text_cannot_break_a_table():
-    table = markdown_table([{"a": "P(refuse|harm)\nhere"}], ["a"])
-    assert table.split("\n")[-1] == r"| P(refuse\|harm) here |"
+    assert markdown_table(rows[:2], digits=1, style="simple").split("\n") == [
+        "a             b",
+        "---------  ----",
+        "long name     1",
+        "-          20.5",
+    ]
 
 
 def test_a_table_needs_a_column_but_no_rows():
-    assert markdown_table([], ["run"]).split("\n") == ["| run |", "| --- |"]
+    assert markdown_table([], ["run"]).split("\n") == ["| run   |", "|-------|"]
     with pytest.raises(ValueError, match="`columns` must name at least one column, but got none"):
         markdown_table([{"a": 1}], [])
 
 
 def test_a_figure_has_a_panel_per_measure_with_a_bar_and_a_number_per_run(tmp_path, monkeypatch):
-    figure = drawn(monkeypatch, tmp_path, RUNS, lower_is_better=["bits per character"])
+    drawn = saved_figures(monkeypatch)
+    path = comparison_figure(
+        RUNS, tmp_path / "new" / "runs.png", lower_is_better=["bits per character"]
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    [figure] = drawn
     panels = {panel.get_title(loc="left"): panel for panel in figure.axes if panel.get_visible()}
     assert list(panels) == ["p_refuse", "general", "bits per character"]
     for measure, panel in panels.items():
@@ -84,7 +63,9 @@ def test_a_figure_has_a_panel_per_measure_with_a_bar_and_a_number_per_run(tmp_pa
 
 def test_no_two_runs_of_eight_look_alike(tmp_path, monkeypatch):
     runs = {f"run {i}": {"general": 0.5} for i in range(8)}
-    (panel,) = drawn(monkeypatch, tmp_path, runs).axes
+    drawn = saved_figures(monkeypatch)
+    comparison_figure(runs, tmp_path / "runs.png")
+    [panel] = drawn[0].axes
     assert len({bar.get_facecolor() for bar in panel.patches}) == 8
 
 
@@ -97,6 +78,6 @@ def test_a_figure_needs_measures_and_knows_their_names(tmp_path):
 
 def test_only_drawing_needs_matplotlib():
     # On its own and in a new process: other tests have imported matplotlib into this one.
-    run = f"runpy.run_path({report.__file__!r})"
+    run = f"runpy.run_path({figures.__file__!r})"
     code = f"import runpy, sys; {run}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

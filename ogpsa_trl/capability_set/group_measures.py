@@ -17,63 +17,44 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
-from ogpsa_trl.capability_set.rows import RowGroup
-from ogpsa_trl.data.groups import Batch, CapabilityGroup
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_rows import RowGroup
+from ogpsa_trl.data.groups import CapabilityGroup
 from ogpsa_trl.data.preparation import Preparation, prepare_group
 from ogpsa_trl.engines.choose import one_process_backend
-from ogpsa_trl.evaluation.capability import group_nll
+from ogpsa_trl.evaluation.likelihoods import batch_nll, group_nll
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.tensors import matrices, vectors
 
 
 @dataclass(frozen=True)
 class GroupMeasures:
-    """
-    One group under the starting model, as training would see it.
+    """One group under the starting model, as training would see it."""
 
-    Attributes:
-        num_samples: Samples with a token to learn.
-        num_tokens: Tokens in the loss of each of them.
-        num_truncated: Samples that are longer than `max_length`.
-        loss: Token-mean loss, in nats.
-    """
-
-    num_samples: int
-    num_tokens: list[int]
-    num_truncated: int
-    loss: float
+    num_samples: int  # with a token to learn
+    num_tokens: list[int]  # in the loss of each of them
+    num_truncated: int  # samples that are longer than `max_length`
+    loss: float  # mean over the tokens, in nats
 
 
 @dataclass(frozen=True)
 class GradientCosines:
-    """
-    Cosines between mean capability gradients, in [-1, 1]; `None` where one of them is zero.
+    """Cosines between mean capability gradients, in [-1, 1]; `None` where one of them is zero."""
 
-    Attributes:
-        halves: By group, between two random halves of it.
-        pairs: By pair of groups, between the two.
-    """
-
-    halves: dict[str, float | None]
-    pairs: dict[tuple[str, str], float | None]
+    halves: dict[str, float | None]  # by group, between two random halves of it
+    pairs: dict[tuple[str, str], float | None]  # by pair of groups, between the two
 
     def of_the_same(self, first: str, second: str) -> float | None:
         """
         What the cosine of a pair would be if both were drawn from the same data: less than one by
         the noise of both. `None` where the halves of one do not agree at all.
         """
-        expected = [_of_two_wholes(self.halves[name]) for name in (first, second)]
-        return None if None in expected else math.sqrt(math.prod(e for e in expected if e))
-
-
-def _of_two_wholes(half_cosine: float | None) -> float | None:
-    if half_cosine is None or half_cosine <= 0:
-        return None
-    return 2 * half_cosine / (1 + half_cosine)
+        halves = [self.halves[name] or 0.0 for name in (first, second)]
+        if min(halves) <= 0:
+            return None
+        return math.sqrt(math.prod(2 * half / (1 + half) for half in halves))
 
 
 def measure_group(
@@ -89,14 +70,9 @@ def measure_group(
         ValueError: it has no sample with a token to learn.
     """
     values = group_nll(
-        model,
-        tokenizer,
-        group.name,
-        Dataset.from_list(group.rows),
-        max_length=arguments.max_length,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-    )
+        model, tokenizer, group.name, Dataset.from_list(group.rows), seed=arguments.seed,
+        max_length=arguments.max_length, batch_size=arguments.batch_size,
+    )  # fmt: skip
     whole = _prepared(group, tokenizer, arguments, max_length=None)
     lengths = [len(sample.features["input_ids"]) for sample in whole.samples]
     return GroupMeasures(
@@ -128,7 +104,10 @@ def gradient_cosines(
     ]
     backend = one_process_backend(model)
     gradients = capability_gradients(
-        backend, parts, lambda batch: _sum_loss(model, batch), [None] * len(backend.parameters)
+        backend,
+        parts,
+        lambda batch: torch.stack(batch_nll(model, batch)).sum(),
+        [None] * len(backend.parameters),
     )
     if any(gradients.is_kept):
         name = gradients.names[gradients.is_kept.index(True)]
@@ -168,15 +147,6 @@ def _prepared(
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
-
-
-def _sum_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed loss over the tokens of a batch that count."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
-    labels = inputs.pop("labels")
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 def _cosine(gram_HH: Tensor, first_H: Tensor, second_H: Tensor) -> float | None:

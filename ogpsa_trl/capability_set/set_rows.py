@@ -5,30 +5,27 @@ With a chat template the form is that of conversations, `prompt` and `completion
 the same of texts. Plain texts stay what they are, rows of `text`.
 """
 
-import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import maybe_convert_to_chatml, maybe_extract_prompt
 
-from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
 from ogpsa_trl.data.columns import Source
 from ogpsa_trl.data.entries import GroupedDatasetConfig, load_groups
+from ogpsa_trl.data.preparation import places_by_seed
 from ogpsa_trl.data.rendering import TemplateCheck
 from ogpsa_trl.data.row_values import row_named
 from ogpsa_trl.data.rows import check_row
 from ogpsa_trl.evaluation.generation import greedy_answers
-from ogpsa_trl.evaluation.measures import Text, answer_to, prompt_tokens
+from ogpsa_trl.evaluation.json_files import write_rows
+from ogpsa_trl.evaluation.likelihoods import Text, answer_to, prompt_tokens
 from ogpsa_trl.evaluation.refusal import is_refusal, normalised
-
-logger = logging.getLogger(__name__)
 
 # `{"text": ...}`, or `{"prompt": ..., "completion": ...}` with `None` where there is none yet.
 Row = dict[str, Any]
@@ -39,24 +36,14 @@ _NOT_KEPT = ("tools", "chat_template_kwargs", "image", "images")
 
 @dataclass
 class RowGroup:
-    """
-    The rows of a group, and what became of those that were chosen.
-
-    Attributes:
-        name: The group.
-        rows: Its rows.
-        is_look_alike: Whether they are benign requests that look like harmful ones.
-        num_generated: Completions that the starting model wrote.
-        num_cut: Those of them that it had not ended within `max_new_tokens`.
-        left_out: How many of the chosen rows were left out, by the reason.
-    """
+    """The rows of a group, and what became of those that were chosen."""
 
     name: str
     rows: list[Row]
-    is_look_alike: bool
-    num_generated: int = 0
-    num_cut: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    is_look_alike: bool  # benign requests that look like harmful ones
+    num_generated: int = 0  # completions that the starting model wrote
+    num_cut: int = 0  # those of them that it had not ended within `max_new_tokens`
+    left_out: Counter[str] = field(default_factory=Counter)  # chosen rows, by the reason
 
     def leave_out(self, is_useless: Sequence[bool], reason: str) -> None:
         """Remove rows, and count them."""
@@ -80,14 +67,16 @@ def choose_rows(
         for name, loaded in load_groups(getattr(arguments, key), f"`{key}`").items():
             dataset: Any = loaded
             source = Source(f"group {name!r} of `{key}`", "set")
-            generator = torch.Generator().manual_seed(arguments.seed)
-            places = torch.randperm(len(dataset), generator=generator).tolist()
-            places = places[: arguments.num_samples]
+            places = places_by_seed(len(dataset), arguments.num_samples, arguments.seed)
             _check_columns(source, dataset.select(places))
             is_chat = bool(tokenizer.chat_template)
             rows = [_in_form(source, place, dataset[place], is_chat) for place in places]
             group = RowGroup(name, rows, is_look_alike)
-            _check_form(group)
+            if len({"text" in row for row in rows}) > 1:
+                raise ValueError(
+                    f"Group {name!r} must have one form, but mixes rows with `text` and rows with "
+                    "`prompt`. Give the texts a group of their own."
+                )
             check = TemplateCheck(source, tokenizer)
             for place, row in zip(places, rows, strict=True):
                 check(row, place)
@@ -114,7 +103,9 @@ def _in_form(source: Source, place: int, row: Row, is_chat: bool) -> Row:
     if "text" in row:
         return {"text": row["text"]}
     if "messages" in row:
-        row["prompt"], row["completion"] = _split(row["messages"])
+        messages = row["messages"]
+        size = len(messages) - (messages[-1]["role"] == "assistant")
+        row |= {"prompt": messages[:size], "completion": messages[size:] or None}
     prompt, completion = row["prompt"], row.get("chosen", row.get("completion"))
     if is_chat:
         return {"prompt": _messages(prompt, "user"), "completion": _messages(completion)}
@@ -126,24 +117,9 @@ def _in_form(source: Source, place: int, row: Row, is_chat: bool) -> Row:
     return {"prompt": prompt, "completion": completion}
 
 
-def _split(messages: list[dict[str, str]]) -> tuple[Text, Text | None]:
-    """A conversation as prompt and completion."""
-    is_answered = messages[-1]["role"] == "assistant"
-    return (messages[:-1], messages[-1:]) if is_answered else (messages, None)
-
-
 def _messages(value: Text | None, role: str = "assistant") -> Text | None:
     """A text as a message; the space between it and the prompt is up to the chat template."""
     return [{"role": role, "content": value.strip()}] if isinstance(value, str) else value
-
-
-def _check_form(group: RowGroup) -> None:
-    forms = {"text" in row for row in group.rows}
-    if len(forms) > 1:
-        raise ValueError(
-            f"Group {group.name!r} must have one form, but mixes rows with `text` and rows with "
-            "`prompt`. Give the texts a group of their own."
-        )
 
 
 def _leave_out_long(
@@ -216,11 +192,7 @@ def complete_rows(
 
 def write_group(group: RowGroup, folder: str | Path) -> Path:
     """Write the rows of a group as JSON lines, into a file of its name."""
-    path = Path(folder) / f"{group.name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in group.rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    return write_rows(Path(folder) / f"{group.name}.jsonl", group.rows)
 
 
 def known_prompts(entries: Sequence[GroupedDatasetConfig]) -> set[str]:
@@ -241,14 +213,14 @@ def num_known(group: RowGroup, prompts: set[str]) -> int:
 
 def _prompt_text(row: Row) -> str:
     """What is asked, without a system prompt; a text as a whole."""
-    prompt: Any = row.get("prompt", row.get("text"))
-    if not isinstance(prompt, str):
-        prompt = "\n".join(str(m["content"]) for m in prompt if m["role"] != "system")
-    return normalised(prompt)
+    return normalised(_as_text(row.get("prompt", row.get("text"))))
 
 
 def _completion_text(row: Row) -> str:
-    completion: Any = row.get("completion", row.get("text"))
-    if not isinstance(completion, str):
-        completion = "\n".join(str(message["content"]) for message in completion)
-    return completion.strip()
+    return _as_text(row.get("completion", row.get("text"))).strip()
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "\n".join(str(m["content"]) for m in value if m["role"] != "system")

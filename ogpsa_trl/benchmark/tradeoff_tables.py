@@ -1,0 +1,180 @@
+"""The tables and pictures of the trade-off benchmark."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ogpsa_trl.benchmark.methods import METHODS, Run
+from ogpsa_trl.benchmark.testbeds import Testbed
+from ogpsa_trl.evaluation.equal_safety import (
+    Spread,
+    at_safety,
+    paired_difference,
+    tradeoff_figure,
+)
+from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
+from ogpsa_trl.evaluation.tables import markdown_table
+
+
+def report(
+    results: Mapping[Run, dict[str, Any]],
+    testbed: Testbed,
+    seeds: Sequence[int],
+    factors: Sequence[float],
+    output: Path,
+) -> None:
+    """Write all runs as JSON, and for every chain and number of steps the tables and a picture."""
+    versions = package_versions("accelerate")
+    bases = {s: read_json(output / "runs" / f"base-{s}.json")["measures"] for s in seeds}
+    runs = list(results.values())
+    write_json(output / "results.json", {"base": bases, "runs": runs, "versions": versions})
+    start = {n: Spread.of([base[n] for base in bases.values()]).mean for n in bases[seeds[0]]}
+    sections = [f"# {testbed.title}: capability at equal safety", testbed.notes]
+    for chain, num_steps in dict.fromkeys((run.chain, run.num_steps) for run in results):
+        chosen = {r: v for r, v in results.items() if (r.chain, r.num_steps) == (chain, num_steps)}
+        title = f"{testbed.title}, {chain.upper().replace('-', ' -> ')}, {num_steps} steps"
+        tables = Tables(chosen, testbed)
+        sections += [f"## {title}"]
+        sections += map(markdown_table, (tables.levels(), tables.details(), tables.runs()))
+        tradeoff_figure(
+            tables.sweeps(), output / f"{chain}-{num_steps}.png", safety=testbed.safety,
+            capability=testbed.capability, colour=testbed.over_refusal, marked=len(factors) // 2,
+            start=start, levels=testbed.levels, lower_is_better=testbed.lower_is_better,
+            title=title,
+        )  # fmt: skip
+        print(f"\n{title}\n\n{markdown_table(tables.levels(), style='simple')}")
+    sections.append(f"Seeds {', '.join(map(str, seeds))}. {in_words(versions)}")
+    (output / "results.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    print(f"\nTables, pictures and all runs: {output}")
+
+
+class Tables:
+    """
+    The rows of the tables of one chain of stages and number of steps.
+
+    Args:
+        results: The results of its runs.
+        testbed: Which measures there are.
+    """
+
+    def __init__(self, results: Mapping[Run, dict[str, Any]], testbed: Testbed) -> None:
+        self.testbed = testbed
+        self.results = results
+        self.methods = [m for m in METHODS if any(run.method == m for run in results)]
+        self.factors = sorted({run.learning_rate_factor for run in results})
+        self.middle = testbed.levels[len(testbed.levels) // 2]
+        # Method to level to seed to measures.
+        self.at_level = {
+            method: {level: self._at_level(method, level) for level in testbed.levels}
+            for method in self.methods
+        }
+
+    def sweeps(self) -> dict[str, list[dict[str, Spread]]]:
+        """Mean and standard deviation over the seeds of every measure, by method, in the sweep."""
+        return {
+            method: [
+                {name: Spread.of([m[name] for m in measures]) for name in measures[0]}
+                for factor in self.factors
+                if (measures := self._measures(method, factor))
+            ]
+            for method in self.methods
+        }
+
+    def levels(self) -> list[dict[str, Any]]:
+        """Capability at every level of safety, differences at the middle one, and the cost."""
+        capability, over_refusal = self.testbed.capability, self.testbed.over_refusal
+        others = [other for other in ("naive", self.best_kl()) if other is not None]
+        return [
+            {"method": method}
+            | {
+                f"{capability} at {v:g}": self._cell(method, v, capability)
+                for v in self.testbed.levels
+            }
+            | {f"- {other}": self._difference(method, other) for other in others}
+            | {f"{over_refusal} at {self.middle:g}": self._cell(method, self.middle, over_refusal)}
+            | self._cost(method)
+            for method in self.methods
+        ]
+
+    def details(self) -> list[dict[str, Any]]:
+        """Further measures at the middle level of safety."""
+        return [
+            {f"at {self.testbed.safety} {self.middle:g}": method}
+            | {name: self._cell(method, self.middle, name) for name in self.testbed.details}
+            for method in self.methods
+        ]
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Safety and capability of every run of the sweep: what the tables above were read off."""
+        names = (self.testbed.safety, self.testbed.capability, self.testbed.over_refusal)
+        return [
+            {"method": method}
+            | {
+                f"{name}, lr x{factor:g}": f"{Spread.of([m[name] for m in measures]).mean:.3f}"
+                for factor in self.factors
+                if (measures := self._measures(method, factor))
+                for name in names
+            }
+            for method in self.methods
+        ]
+
+    def best_kl(self) -> str | None:
+        """The KL penalty of the weight that keeps most at the middle level, in most seeds."""
+        capability = self.testbed.capability
+        sign = -1 if capability in self.testbed.lower_is_better else 1
+        found = {}
+        for method in self.methods:
+            values = list(self._values(method, self.middle, capability).values())
+            if method.startswith("KL") and values:
+                found[method] = (len(values), sign * Spread.of(values).mean)
+        return max(found, key=lambda method: found[method]) if found else None
+
+    def _measures(self, method: str, factor: float) -> list[dict[str, float]]:
+        """Those of all seeds."""
+        return [
+            result["measures"]
+            for run, result in self.results.items()
+            if (run.method, run.learning_rate_factor) == (method, factor)
+        ]
+
+    def _at_level(self, method: str, level: float) -> dict[int, dict[str, float]]:
+        """The measures of every seed whose sweep passes the level."""
+        runs = [run for run in self.results if run.method == method]
+        runs.sort(key=lambda run: run.learning_rate_factor)
+        found = {}
+        for seed in dict.fromkeys(run.seed for run in self.results):
+            sweep = [self.results[run]["measures"] for run in runs if run.seed == seed]
+            measures = at_safety(sweep, self.testbed.safety, level)
+            if measures is not None:
+                found[seed] = measures
+        return found
+
+    def _values(self, method: str, level: float, name: str) -> dict[int, float]:
+        return {seed: measures[name] for seed, measures in self.at_level[method][level].items()}
+
+    def _cell(self, method: str, level: float, name: str) -> str | None:
+        """Mean, standard deviation and number of the values at a level; `None` without any."""
+        values = list(self._values(method, level, name).values())
+        return f"{Spread.of(values):.3f} ({len(values)})" if values else None
+
+    def _difference(self, method: str, other: str) -> str | None:
+        """Of the capabilities at the middle level, by seed, with its standard error."""
+        if method == other or other not in self.methods:
+            return None
+        name = self.testbed.capability
+        spread = paired_difference(*(self._values(m, self.middle, name) for m in (method, other)))
+        if spread is None:
+            return None
+        error = f" +- {spread.standard_error:.3f}" if spread.num > 1 else ""
+        return f"{spread.mean:+.3f}{error} ({spread.num})"
+
+    def _cost(self, method: str) -> dict[str, Any]:
+        """Sequences of a run, the mean over all runs, and its time, relative to plain TRL."""
+        mean = {}
+        for name in {method, "naive"} & {*self.methods}:
+            costs = [result["cost"] for run, result in self.results.items() if run.method == name]
+            mean[name] = {key: Spread.of([cost[key] for cost in costs]).mean for key in costs[0]}
+        row: dict[str, Any] = {key: round(mean[method][key]) for key in ("forward", "backward")}
+        if "naive" in mean:
+            row["time"] = f"{mean[method]['seconds'] / mean['naive']['seconds']:.1f}"
+        return row
