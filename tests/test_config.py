@@ -21,7 +21,7 @@ from trl.scripts.utils import DatasetMixtureConfig
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl import config as config_module
-from ogpsa_trl.cli.arguments import TrainArguments
+from ogpsa_trl.cli.train_arguments import TrainArguments
 
 CHOICES = {
     "scope": ("parameter", "model"),

@@ -20,8 +20,8 @@ from datasets import config
 import offline
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.cli import train
-from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.evaluate import load_model, load_tokenizer
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.data.groups import named_groups
 from ogpsa_trl.evaluation.arguments import EvaluationArguments
 from ogpsa_trl.method.saved_state import FILE_NAME, START_FILE_NAME

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from ogpsa_trl.capability_set.arguments import ENTRY_TYPES, CapabilitySetArguments
+from ogpsa_trl.capability_set.arguments import CapabilitySetArguments
 from ogpsa_trl.capability_set.checks import warnings_of
 from ogpsa_trl.capability_set.measures import gradient_cosines, measure_group
 from ogpsa_trl.capability_set.report import (
@@ -42,9 +42,9 @@ from ogpsa_trl.capability_set.report import (
     training_entries,
 )
 from ogpsa_trl.capability_set.rows import choose_rows, complete_rows, known_prompts, write_group
-from ogpsa_trl.cli.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.cli.command_line import given_keys
+from ogpsa_trl.cli.keys import KeyParser
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder
-from ogpsa_trl.cli.ranges import TRAINING_RANGES
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.evaluation.sets import length_for
 from ogpsa_trl.training.model_kind import check_causal
@@ -184,30 +184,13 @@ def parse_capability_set(
     Raises:
         ValueError: a key is unknown, a value is not allowed, or there is no model or no data.
     """
-    args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    parser = FlatParser(
+    parser = KeyParser(
         (CapabilitySetArguments, ModelConfig),
-        "Build capability groups for training, and measure them. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
+        "Build capability groups for training, and measure them.",
         prog="ogpsa capability",
-    )
-    entry_types: Any = ENTRY_TYPES
-    check_keys(
-        parser,
-        args,
-        values,
-        entry_types,
-        lambda key, where: unknown_key(key, where, parser.key_names()),
-    )
-    parser.check_values(
-        args,
-        values,
-        TRAINING_RANGES,
         types={"generate_completions": str | bool},
-        left_out=ENTRY_TYPES,
     )
-    arguments, model = parser.parse(args)
+    arguments, model = parser.parse(given_keys(args))
     if not model.model_name_or_path:
         raise ValueError(
             "A capability set needs the model that training starts with, but `model_name_or_path` "

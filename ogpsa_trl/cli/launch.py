@@ -14,8 +14,9 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ogpsa_trl.cli.command_line import checked_parser, training_options
-from ogpsa_trl.cli.parsing import split_config, unknown_key
+from ogpsa_trl.cli.command_line import given_keys, split_config
+from ogpsa_trl.cli.keys import unknown_key
+from ogpsa_trl.cli.train_keys import run_parser, training_options
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.data.files import configs_folder, find_config, shipped_configs
 
@@ -51,7 +52,8 @@ def launch_training(args: Sequence[str]) -> int:
     launcher = launch_command_parser()
     launch_options, training = separated(split_config(args), launcher)
     engines = ", ".join(shipped_configs(ENGINES))
-    checked_parser(training, prog="ogpsa train", epilog=HELP.format(engines=engines))
+    given = given_keys(training)
+    run_parser(given, prog="ogpsa train", epilog=HELP.format(engines=engines)).check(given)
     try:
         launch_command(
             launcher.parse_args([*launch_options, "-m", "ogpsa_trl.cli.train", *training])

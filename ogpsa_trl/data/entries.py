@@ -155,14 +155,7 @@ class ConvertibleMixtureConfig(DatasetMixtureConfig):
     """TRL's data set mixture, of entries that may need a conversion."""
 
     def __post_init__(self) -> None:
-        self.datasets = [_convertible(entry) for entry in self.datasets or []]  # or no entries
-
-
-def _convertible(entry: DatasetConfig | dict[str, Any]) -> ConvertibleDatasetConfig:
-    """An entry from the file, from Python, or from the command line, where TRL makes its own."""
-    if isinstance(entry, ConvertibleDatasetConfig):
-        return entry
-    return ConvertibleDatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry)))
+        self.datasets = entries_of(ConvertibleDatasetConfig, self.datasets)
 
 
 def load_mixture(
@@ -244,9 +237,11 @@ def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) 
 
 
 def entries_of(entry_type: type[Any], values: Sequence[Any] | None) -> list[Any]:
-    """The entries of a list of data sets, as its key holds them: mappings, or made already."""
+    """The entries of a list of data sets: mappings, or TRL's, made into those of the list."""
     return [
-        value if isinstance(value, DatasetConfig) else entry_type(**value)
+        value
+        if isinstance(value, entry_type)
+        else entry_type(**(value if isinstance(value, dict) else asdict(value)))
         for value in values or []  # a key without entries
     ]
 
