@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ogpsa_trl.cli.arguments import RunArguments
-from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.train_arguments import RunArguments
+from ogpsa_trl.cli.train_keys import parse_run
 
 FILE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"

@@ -1,7 +1,7 @@
 """The settings of the method, `OGPSAConfig`, and of the capability gate, `GateConfig`."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Scope = Literal["parameter", "model"]
@@ -34,6 +34,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _PRESETS_DPO = {name: {"refresh_interval": 5} for name in ("paper", "paper-theorem")}
 
 
+def setting(default: Any, text: str) -> Any:
+    """The field of a dataclass with its default, or what makes it, and its help text."""
+    metadata = {"help": text}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OGPSAConfig:
     """
@@ -50,134 +58,102 @@ class OGPSAConfig:
             value and way out.
     """
 
-    scope: Scope = field(
-        default="model",
-        metadata={
-            "help": "'parameter': every parameter tensor has its own subspace (official). "
-            "'model': one subspace over the whole parameter vector, the form that the "
-            "paper's first-order guarantee is about (paper)."
-        },
+    scope: Scope = setting(
+        "model",
+        "'parameter': every parameter tensor has its own subspace (official). 'model': one "
+        "subspace over the whole parameter vector, the form that the paper's first-order "
+        "guarantee is about (paper).",
     )
-    target: Target = field(
-        default="update",
-        metadata={
-            "help": "What is projected. 'gradient': the accumulated gradient, before clipping "
-            "(official). 'update': what the optimizer did to the weights, with momentum, "
-            "preconditioner, clipping and weight decay, so that the first-order guarantee holds "
-            "for any optimizer; costs a copy of the trained weights during the optimizer's step. "
-            "'none': nothing; with `replay_weight` the run is replay, or a KL penalty."
-        },
+    target: Target = setting(
+        "update",
+        "What is projected. 'gradient': the accumulated gradient, before clipping (official). "
+        "'update': what the optimizer did to the weights, with momentum, preconditioner, clipping "
+        "and weight decay, so that the first-order guarantee holds for any optimizer; costs a "
+        "copy of the trained weights during the optimizer's step. 'none': nothing; with "
+        "`replay_weight` the run is replay, or a KL penalty.",
     )
-    metric: Metric = field(
-        default="optimizer",
-        metadata={
-            "help": "In what sense the step that is taken is the nearest one. 'euclidean': an "
-            "orthogonal projection (official). 'optimizer': an oblique one in the metric of "
-            "Adam's second moment, with `target: update`; for SGD, which has none, it is the "
-            "euclidean one, and optimizers that are not known are an error."
-        },
+    metric: Metric = setting(
+        "optimizer",
+        "In what sense the step that is taken is the nearest one. 'euclidean': an orthogonal "
+        "projection (official). 'optimizer': an oblique one in the metric of Adam's second "
+        "moment, with `target: update`; for SGD, which has none, it is the euclidean one, and "
+        "optimizers that are not known are an error.",
     )
-    capability_loss: CapabilityLoss = field(
-        default="kl",
-        metadata={
-            "help": "The loss on the capability data. 'nll': negative log-likelihood of their text "
-            "(official). 'kl': divergence of the model from the one that training starts with, on "
-            "the same tokens; it stays positive as long as the models differ."
-        },
+    capability_loss: CapabilityLoss = setting(
+        "kl",
+        "The loss on the capability data. 'nll': negative log-likelihood of their text "
+        "(official). 'kl': divergence of the model from the one that training starts with, on the "
+        "same tokens; it stays positive as long as the models differ.",
     )
-    kl_tokens: int = field(
-        default=64,
-        metadata={
-            "help": "With `capability_loss: kl`: tokens that are told apart at each position, the "
-            "most likely ones of the starting model, at least 1; the others count as one. Of these "
-            "the starting model's probabilities are kept, 8 bytes each."
-        },
+    kl_tokens: int = setting(
+        64,
+        "With `capability_loss: kl`: tokens that are told apart at each position, the most likely "
+        "ones of the starting model, at least 1; the others count as one. Of these the starting "
+        "model's probabilities are kept, 8 bytes each.",
     )
-    refresh_interval: int = field(
-        default=1,
-        metadata={
-            "help": "Optimizer steps between two estimates of the capability subspace, at least "
-            "1 (official: 30 for SFT, 5 for DPO)."
-        },
+    refresh_interval: int = setting(
+        1,
+        "Optimizer steps between two estimates of the capability subspace, at least 1 (official: "
+        "30 for SFT, 5 for DPO).",
     )
-    num_samples: int = field(
-        default=200,
-        metadata={"help": "Samples taken from each capability group, at least 1 (official: 200)."},
+    num_samples: int = setting(
+        200,
+        "Samples taken from each capability group, at least 1 (official: 200).",
     )
-    samples_per_refresh: int | None = field(
-        default=8,
-        metadata={
-            "help": "Of the samples of each group, how many are drawn anew for each refresh, at "
-            "least 1; all if there are fewer. Unset: all of them every time (official)."
-        },
+    samples_per_refresh: int | None = setting(
+        8,
+        "Of the samples of each group, how many are drawn anew for each refresh, at least 1; all "
+        "if there are fewer. Unset: all of them every time (official).",
     )
-    gradients_per_group: int = field(
-        default=1,
-        metadata={
-            "help": "Basis candidates per group: its samples are split into this many disjoint "
-            "parts, each of which gives one mean gradient. At least 1; 1 is the mean "
-            "gradient of the whole group (official)."
-        },
+    gradients_per_group: int = setting(
+        1,
+        "Basis candidates per group: its samples are split into this many disjoint parts, each of "
+        "which gives one mean gradient. At least 1; 1 is the mean gradient of the whole group "
+        "(official).",
     )
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Directions kept, the strongest first (largest eigenvalues of the Gram matrix"
-            " of the capability gradients). Unset: all independent directions (official)."
-        },
+    rank: int | None = setting(
+        None,
+        "Directions kept, the strongest first (largest eigenvalues of the Gram matrix of the "
+        "capability gradients). Unset: all independent directions (official).",
     )
-    capability_batch_size: int = field(
-        default=4,
-        metadata={
-            "help": "Sequences per forward pass on one process during a refresh, at least 1. "
-            "Costs memory and speed only: the result does not depend on it. 4 sequences "
-            "are in flight in both official recipes."
-        },
+    capability_batch_size: int = setting(
+        4,
+        "Sequences per forward pass on one process during a refresh, at least 1. Costs memory and "
+        "speed only: the result does not depend on it. 4 sequences are in flight in both official "
+        "recipes.",
     )
-    capability_max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens kept of each capability sample, at least 1. Unset: the `max_length` of "
-            "the trainer where it has one (SFT, DPO, KTO; official: 2048), otherwise all."
-        },
+    capability_max_length: int | None = setting(
+        None,
+        "Tokens kept of each capability sample, at least 1. Unset: the `max_length` of the "
+        "trainer where it has one (SFT, DPO, KTO; official: 2048), otherwise all.",
     )
-    restoration: float = field(
-        default=1.0,
-        metadata={
-            "help": "With `target: update`: share of the rise of each capability loss above its "
-            "value at the start of training that is taken back until the next refresh, at "
-            "least 0. 0 is off (official); 1 takes back all that is known."
-        },
+    restoration: float = setting(
+        1.0,
+        "With `target: update`: share of the rise of each capability loss above its value at the "
+        "start of training that is taken back until the next refresh, at least 0. 0 is off "
+        "(official); 1 takes back all that is known.",
     )
-    restoration_cap: float = field(
-        default=1.0,
-        metadata={
-            "help": "Largest length of that correction, relative to the rest of the update, above "
-            "0. Measured: at 0.5 it bound on most steps."
-        },
+    restoration_cap: float = setting(
+        1.0,
+        "Largest length of that correction, relative to the rest of the update, above 0. "
+        "Measured: at 0.5 it bound on most steps.",
     )
-    capability_ema: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the old capability gradients (and rises of their losses) kept in a "
-            "refresh, at least 0 and below 1. 0 is off (official)."
-        },
+    capability_ema: float = setting(
+        0.5,
+        "Share of the old capability gradients (and rises of their losses) kept in a refresh, at "
+        "least 0 and below 1. 0 is off (official).",
     )
-    replay_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Adds this multiple of the mean capability gradient of a refresh to the "
-            "gradient of the step after it, at least 0. 0 is off (paper). With `target: none` "
-            "and `refresh_interval: 1` it is replay of the capability data. Not with `target: "
-            "update`, which would take it out of the step again."
-        },
+    replay_weight: float = setting(
+        0.0,
+        "Adds this multiple of the mean capability gradient of a refresh to the gradient of the "
+        "step after it, at least 0. 0 is off (paper). With `target: none` and `refresh_interval: "
+        "1` it is replay of the capability data. Not with `target: update`, which would take it "
+        "out of the step again.",
     )
-    basis_dtype: BasisDtype = field(
-        default="float32",
-        metadata={
-            "help": "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is "
-            "removed is then the exact projection on the rounded directions)."
-        },
+    basis_dtype: BasisDtype = setting(
+        "float32",
+        "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is removed is then "
+        "the exact projection on the rounded directions).",
     )
 
     @classmethod
@@ -186,56 +162,47 @@ class OGPSAConfig:
         The settings of a preset, with some of them replaced.
 
         Args:
-            name: `paper`: the published form with the official numbers. `paper-theorem`: the same
-                with one subspace for the whole model. `preserve`: the constrained update with
-                restoration, the defaults. `replay`: the projected gradient with the capability
-                gradient added, for SFT. `kl`: a penalty on the divergence from the starting model,
-                without projection.
-            stage: `sft` or `dpo`: the official refresh interval is another in DPO.
+            name: `preserve`: the constrained update with restoration, the defaults. `paper`: the
+                published form. `paper-theorem`: the same with one subspace. `replay`: the projected
+                gradient and the capability gradient, for SFT. `kl`: a penalty on the divergence
+                from the starting model, without projection.
+            stage: `sft` or `dpo`: the official refresh interval differs.
             settings: Fields to replace.
 
         Raises:
             ValueError: there is no such preset or stage, or a setting is not allowed.
         """
-        return cls(**{**preset_settings(name, stage), **settings})
+        return cls(**preset_settings(name, stage) | settings)
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.metric == "optimizer" and self.target != "update":
-            raise ValueError(
-                "`metric` 'optimizer' is a metric of updates, but `target` is "
-                f"{self.target!r}. Set `target: update`, or `metric: euclidean`; or begin with a "
-                "preset of that target, such as `preset: paper`."
-            )
-        if self.restoration and self.target != "update":
-            raise ValueError(
-                f"`restoration` corrects the update, but `target` is {self.target!r}. Set `target: "
-                "update`, or `restoration: 0`; or begin with a preset of that target, such as "
-                "`preset: paper`."
-            )
+        for name, off in (("metric", "euclidean"), ("restoration", 0)):
+            if self.target != "update" and getattr(self, name) != off:
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)!r} is for updates, but `target` is "
+                    f"{self.target!r}. Set `target: update`, or `{name}: {off}`; or begin with a "
+                    "preset of that target, such as `preset: paper`."
+                )
         if self.replay_weight and self.target == "update":
             raise ValueError(
-                f"`replay_weight` ({self.replay_weight!r}) adds capability gradients, but `target` "
-                "is 'update', which removes what they do to the step. Set `replay_weight: 0`, or "
-                "begin with `preset: replay` or `preset: kl`."
+                f"`replay_weight` ({self.replay_weight!r}) adds what `target: update` removes from "
+                "the step. Set `replay_weight: 0`, or begin with `preset: replay` or `preset: kl`."
             )
         if self.restoration_cap == 0:
             raise ValueError(
-                "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` to switch the "
-                "correction off."
+                "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` for none."
             )
         if self.capability_ema >= 1:
             raise ValueError(
-                "`capability_ema` must be below 1, because new capability gradients would not "
-                f"count, but got {self.capability_ema!r}. Values from 0 to 0.7 were tried."
+                "`capability_ema` must be below 1, for new gradients to count, but got "
+                f"{self.capability_ema!r}. Values from 0 to 0.7 were tried."
             )
         for name in ("num_samples", "samples_per_refresh"):
             most = getattr(self, name)
             if most is not None and self.gradients_per_group > most:
                 raise ValueError(
-                    f"`gradients_per_group` must be at most `{name}` ({most}), because every part "
-                    f"of a group needs a sample, but got {self.gradients_per_group}. Lower it or "
-                    f"raise `{name}`."
+                    f"`gradients_per_group` must be at most `{name}` ({most}), a sample for every "
+                    f"part, but got {self.gradients_per_group}. Lower it or raise `{name}`."
                 )
 
 
@@ -249,46 +216,35 @@ class GateConfig:
             tolerance to act on.
     """
 
-    max_capability_loss_increase: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tolerance of the gate, in nats per token, at least 0: how far the held-out "
-            "loss of any gate group may be above its value before training. Unset: losses are "
-            "measured and logged only. Values depend on the data: log a run first."
-        },
+    max_capability_loss_increase: float | None = setting(
+        None,
+        "Tolerance of the gate, in nats per token, at least 0: how far the held-out loss of any "
+        "gate group may be above its value before training. Unset: losses are measured and logged "
+        "only. Values depend on the data: log a run first.",
     )
-    gate_action: GateAction = field(
-        default="warn",
-        metadata={
-            "help": "What the gate does once the tolerance is passed. 'warn': a warning. 'stop': "
-            "ends training. 'best': trains on, marks the latest checkpoint within the tolerance as "
-            "the best one, which `save_total_limit` keeps, and loads it at the end if the last "
-            "weights are past the tolerance."
-        },
+    gate_action: GateAction = setting(
+        "warn",
+        "What the gate does once the tolerance is passed. 'warn': a warning. 'stop': ends "
+        "training. 'best': trains on, marks the latest checkpoint within the tolerance as the "
+        "best one, which `save_total_limit` keeps, and loads it at the end if the last weights "
+        "are past the tolerance.",
     )
-    gate_interval: int = field(
-        default=50,
-        metadata={
-            "help": "Optimizer steps between two measurements of the gate, at least 1. It also "
-            "measures before the first step, before a checkpoint is saved and after the last step. "
-            "Default: with 64 samples of two groups and 16 training samples a step, forward "
-            "passes of about a twentieth of the time of training."
-        },
+    gate_interval: int = setting(
+        50,
+        "Optimizer steps between two measurements of the gate, at least 1. It also measures "
+        "before the first step, before a checkpoint is saved and after the last step. Default: "
+        "with 64 samples of two groups and 16 training samples a step, forward passes of about a "
+        "twentieth of the time of training.",
     )
-    gate_num_samples: int = field(
-        default=64,
-        metadata={
-            "help": "Samples measured of each gate group, at least 1, the same in every "
-            "measurement; all if there are fewer. Default: see `gate_interval`."
-        },
+    gate_num_samples: int = setting(
+        64,
+        "Samples measured of each gate group, at least 1, the same in every measurement; all if "
+        "there are fewer. Default: see `gate_interval`.",
     )
-    gate_batch_size: int = field(
-        default=4,
-        metadata={
-            "help": "Sequences per forward pass of the gate on one process, at least 1. Costs "
-            "memory and speed only: the result does not depend on it. Default: that of "
-            "`capability_batch_size`."
-        },
+    gate_batch_size: int = setting(
+        4,
+        "Sequences per forward pass of the gate on one process, at least 1. Costs memory and "
+        "speed only: the result does not depend on it. Default: that of `capability_batch_size`.",
     )
 
     def __post_init__(self) -> None:
@@ -301,12 +257,7 @@ class GateConfig:
             )
 
     def check_saving(self, args: Any) -> None:
-        """
-        Refuse `TrainingArguments` that save no checkpoint for `gate_action: best`, or mark another.
-
-        Raises:
-            ValueError: they do.
-        """
+        """Raise a `ValueError` where `TrainingArguments` save no checkpoint, or mark another."""
         if self.gate_action != "best":
             return
         if args.metric_for_best_model is not None:
@@ -325,40 +276,28 @@ class GateConfig:
 
 
 def preset_settings(name: str, stage: str = "sft") -> dict[str, Any]:
-    """
-    What a preset sets in a stage, by field; the other fields have their defaults.
-
-    Raises:
-        ValueError: there is no such preset or stage.
-    """
+    """What a preset sets in a stage, by field. `ValueError`: there is no such preset or stage."""
     _check("preset", name, Preset)
     _check("stage", stage, Literal["sft", "dpo"])
     return {**_PRESETS[name], **(_PRESETS_DPO.get(name, {}) if stage == "dpo" else {})}
 
 
 def _check_fields(config: OGPSAConfig | GateConfig) -> None:
-    hints = get_type_hints(type(config))
-    for setting in fields(config):
-        _check(setting.name, getattr(config, setting.name), hints[setting.name])
+    for name, hint in get_type_hints(type(config)).items():
+        _check(name, getattr(config, name), hint)
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Check one setting: a choice, a number, or a count of at least 1 (or unset)."""
+    """Check one setting: a choice, a number, or a count of at least 1; or unset."""
+    kinds = get_args(hint) or (hint,)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}."
-            )
-        return
-    optional = type(None) in get_args(hint)
-    if optional and value is None:
-        return
-    if hint is float or float in get_args(hint):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be a number of at least 0, but got {value!r}.")
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        unset = ", or unset" if optional else ""
-        raise ValueError(f"`{name}` must be an integer of at least 1{unset}, but got {value!r}.")
+        words, fits = f"one of {', '.join(map(repr, kinds))}", value in kinds
+    elif float in kinds:
+        words, fits = "a number of at least 0", is_number and 0 <= value < math.inf
+    else:
+        words, fits = "an integer of at least 1", type(value) is int and value >= 1
+    if type(None) in kinds:
+        words, fits = f"{words}, or unset", fits or value is None
+    if not fits:
+        raise ValueError(f"`{name}` must be {words}, but got {value!r}.")

@@ -24,12 +24,11 @@ from ogpsa_trl import GateConfig, OGPSAConfig
 from ogpsa_trl.capability_set.set_keys import LookAlikeDatasetConfig
 from ogpsa_trl.cli import renamed_keys
 from ogpsa_trl.cli.capability import parse_capability_set
-from ogpsa_trl.cli.command_line import _parser, parse_run, training_options
+from ogpsa_trl.cli.command_line import expanded, load_mapping, split_config
 from ogpsa_trl.cli.evaluate import parse_evaluation
+from ogpsa_trl.cli.keys import KeyParser, unknown_key
 from ogpsa_trl.cli.launch import separated
-from ogpsa_trl.cli.parsing import FlatParser, config_values, split_config, unknown_key
-from ogpsa_trl.cli.values import expanded
-from ogpsa_trl.cli.yaml_file import load_mapping
+from ogpsa_trl.cli.train_keys import parse_run, training_options, training_parser
 from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, load_groups
 from ogpsa_trl.evaluation.evaluation_keys import (
     EvaluationArguments,
@@ -229,7 +228,7 @@ class TestValues:
 @pytest.fixture(scope="module")
 def known():
     """The names of all keys, by stage."""
-    return {stage: _parser(stage).key_names() for stage in ("sft", "dpo")}
+    return {stage: training_parser(stage).key_names() for stage in ("sft", "dpo")}
 
 
 class TestUnknownKeys:
@@ -260,7 +259,6 @@ class TestUnknownKeys:
         ("torch_dtype", "write `dtype`"),
         ("warmup_ratio", "write `warmup_steps: SHARE`"),
         ("group_by_length", "write `train_sampling_strategy: group_by_length`"),
-        ("push_to_hub_model_id", "write `hub_model_id`"),
         ("max_prompt_length", "no such key any more. Prompt and completion are cut as one"),
         ("logging_dir", "no such key any more. TensorBoard reads .* TENSORBOARD_LOGGING_DIR"),
         ("tokenizer", "no such key any more. It is that of the model"),
@@ -298,16 +296,14 @@ class TestUnknownKeys:
 
     def test_that_have_a_successor_are_not_known_and_the_successor_is(self):
         """In the installed versions; any other would be sent from one unknown key to the next."""
-        options = training_options() | FlatParser((EvaluationArguments,), "").option_names()
+        options = training_options() | KeyParser((EvaluationArguments,), "").option_names()
         known = {option.removeprefix("--") for option in options}
-        assert known.isdisjoint(renamed_keys._SUCCESSORS.keys() | renamed_keys._GONE.keys())
-        for successor in renamed_keys._SUCCESSORS.values():
+        assert known.isdisjoint(renamed_keys.RENAMED.keys() | renamed_keys.REMOVED.keys())
+        for successor in renamed_keys.RENAMED.values():
             for part in successor.split("` and `"):
                 assert part.partition(":")[0] in known, part
 
-    @pytest.mark.parametrize(
-        "successor", [s for s in renamed_keys._SUCCESSORS.values() if ":" in s]
-    )
+    @pytest.mark.parametrize("successor", [s for s in renamed_keys.RENAMED.values() if ":" in s])
     def test_that_have_a_successor_with_a_value_have_one_that_is_allowed(self, parse, successor):
         text = "\n".join(successor.split("` and `"))
         for word, value in {"SHARE": "0.1", "NUMBER": "5", "ALPHA": "2.0"}.items():
@@ -346,17 +342,17 @@ class TestValuesThatAreNotAllowed:
 
     def test_another_stage(self, parse):
         for line in ([{"stage": ["dpo"]}], [{"stage": None}], [None, "--stage=ppo"]):
-            with assert_refused("`stage` must be 'sft' or 'dpo', but got"):
+            with assert_refused("stage.*'sft'.*'dpo'"):
                 parse(*line)
 
     def test_a_line_that_ends_before_the_name_of_the_file(self):
-        with assert_refused("`--config` needs a file, but none follows it"):
+        with assert_refused("`--config` needs one file, but got '--config'"):
             parse_run(["--stage", "dpo", "--config"])
 
     @pytest.mark.parametrize("text", ["", "# nothing", "just words", "3"])
     def test_a_file_without_keys(self, tmp_path, text):
         (tmp_path / "run.yaml").write_text(text)
-        with assert_refused(r"run.yaml' must hold keys with values \(`key: value`\), but holds"):
+        with assert_refused(r"run.yaml' .* must hold keys with values \(`key: value`\), but holds"):
             load_mapping(str(tmp_path / "run.yaml"))
 
 
@@ -395,8 +391,8 @@ class TestGate:
         [entry] = held_out["gate_datasets"]
         used = {name: value for name, value in entry.items() if name != "group"}
         with assert_refused(
-            r"entry 1 of `gate_datasets` must be held out, but the same data .*held_out.jsonl'?, "
-            r"split 'train'\) is an entry of `datasets`. Name another split"
+            r"entry 1 of `gate_datasets` must be held out, but the same data .*held_out.jsonl' \("
+            r"split 'train'\)\) is an entry of `datasets`. Name another split"
         ):
             parse(held_out | {"datasets": [used]})
         other_rows = {"datasets": [used | {"split": "train[:2]"}]}
@@ -436,7 +432,7 @@ class TestHome:
         file = Path(home, "run.yaml")
         file.write_text(yaml.safe_dump(values))
         expected = json.loads(json.dumps(values).replace("~", home))
-        assert config_values(["--config", str(file)]) == expected
+        assert load_mapping(str(file)) == expected
 
     @pytest.mark.parametrize("text", ["a~/b", "~ is text", "~5 steps", "~nobody-here/x"])
     def test_stands_for_itself_elsewhere(self, text):

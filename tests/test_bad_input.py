@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pytest
 import yaml
@@ -26,10 +26,10 @@ from trl.trainer import dpo_trainer, sft_trainer
 
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.cli import train
-from ogpsa_trl.cli.command_line import parse_run
-from ogpsa_trl.cli.ranges import TRAINING_RANGES
+from ogpsa_trl.cli.key_values import RANGES as NUMBERS
+from ogpsa_trl.cli.key_values import check_value
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.cli.user_errors import user_errors
-from ogpsa_trl.cli.values import check_ranges
 from ogpsa_trl.data.preparation import warn_of_samples_in_training, warn_of_uneven_groups
 from runs import capability_groups, make_trainer, paper, safety_data, to_messages
 
@@ -86,7 +86,7 @@ KEYS = [
     Case("unknown key in an entry of the gate", {"gate_datasets": [entry(spilt="a")]},
          ("`spilt` in entry 1 of `gate_datasets`", "`split`")),
     Case("unknown key in a nested mapping", {"accelerator_config": {"split_batchs": True}},
-         ("`split_batchs` in `accelerator_config`", "`split_batches`")),
+         ("a name in `accelerator_config` must", "'split_batchs'", "'split_batches'")),
     Case("key of the other stage", {"beta": 0.1}, ("`beta` in", "stage 'dpo'", "`stage: dpo`")),
     Case("key twice", {}, ("`seed` stands in line", "again in line", "Remove"),
          text="seed: 1\nseed: 2"),
@@ -96,50 +96,57 @@ KEYS = [
     Case("word of no key", {}, ("'facts.json' in the command line", "`--`"), line=("facts.json",)),
     Case("key without a value on the line", {}, ("--seed", "expected one argument"),
          line=("--seed",)),
-    Case("config twice", {}, ("`--config` must be given once", "one file"),
+    Case("config twice", {}, ("`--config` needs one file", "--config other.yaml"),
          line=("--seed", "1", "--config", "other.yaml")),
     Case("settings of OGPSA without data", {"capability_datasets": LEFT_OUT},
-         ("`num_samples` is a setting of OGPSA", "`ogpsa: false`")),
+         ("`num_samples` (6) is a setting of OGPSA", "`ogpsa: false`")),
     Case("settings of the gate without data", {"gate_interval": 3},
          ("`gate_interval` (3)", "`gate_datasets`")),
-    Case("environment that is no mapping", {"env": ["A=1"]}, ("`env` must be a mapping", "A=1")),
+    Case("environment that is no mapping", {"env": ["A=1"]},
+         ("`env` must be a valid dictionary", "A=1", "`name: value`")),
     Case("environment with a name that is none", {"env": {"A=B": 1}}, ("`env`", "'A=B'")),
-    Case("environment with a list", {"env": {"A": [1]}}, ("`A` in `env` must be text", "[1]")),
+    Case("environment with a list", {"env": {"A": [1]}},
+         ("`env` must be a valid string", "{'A': [1]}")),
 ]  # fmt: skip
 
 TYPES = [
-    Case("fraction of a step", {"max_steps": 1.5}, ("`max_steps` must be an integer", "1.5")),
+    Case("fraction of a step", {"max_steps": 1.5}, ("`max_steps` must be a valid integer", "1.5")),
     Case("count in words", {"max_steps": "many"}, ("--max_steps", "'many'")),
     Case("number in words on the line", {}, ("--learning_rate", "'fast'"),
          line=("--learning_rate", "fast")),
-    Case("list for a number", {"learning_rate": [1e-3]}, ("`learning_rate` must be a number",)),
-    Case("truth for a number", {"seed": True}, ("`seed` must be an integer", "True")),
-    Case("number for a truth", {"packing": 3}, ("`packing` must be true or false", "got 3")),
+    Case("list for a number", {"learning_rate": [1e-3]},
+         ("`learning_rate` must be a valid number", "[0.001]")),
+    Case("truth for a number", {"seed": True}, ("`seed` must be a valid integer", "True")),
+    Case("number for a truth", {"packing": 3}, ("`packing` must be a valid boolean", "got 3")),
     Case("text for a truth", {"bf16": "perhaps"}, ("--bf16", "perhaps", "true/false")),
-    Case("no value", {"seed": None}, ("`seed` must be an integer", "None", "Remove the key")),
-    Case("number for a text", {"output_dir": 3}, ("`output_dir` must be text", "quotes: '3'")),
-    Case("truth for a choice", {}, ("`eval_strategy` must be text", "False", "in quotes"),
+    Case("no value", {"seed": None}, ("`seed` must be a valid integer", "None", "Remove the key")),
+    Case("number for a text", {"output_dir": 3},
+         ("`output_dir` must be a valid string", "got 3", "in quotes")),
+    Case("truth for a choice", {}, ("`eval_strategy` must be 'no'", "False", "in quotes"),
          text="eval_strategy: no"),
-    Case("number for a list", {"lora_target_modules": 3}, ("`lora_target_modules`", "a list")),
-    Case("list of numbers for one of texts", {"label_names": [1]}, ("`label_names`", "[1]")),
-    Case("numbers as text in a list", {"loss_weights": ["1e-1"]},
-         ("`loss_weights` must be a list of numbers", "1.0e-6"), stage="dpo"),
+    Case("number for a list", {"lora_target_modules": 3},
+         ("`lora_target_modules`", "a valid list", "got 3", "[...]")),
+    Case("list of numbers for one of texts", {"label_names": [1]},
+         ("entry 1 of `label_names` must be a valid string", "got 1", "in quotes")),
+    Case("numbers as text in a list", {}, ("entry 1 of `loss_weights` must be a valid number",
+         "'1e-1'", "Leave out quotes"), text="loss_weights: ['1e-1']", stage="dpo"),
     Case("number as text for a list", {"loss_weights": "0.5"},
-         ("`loss_weights` must be a list of numbers", "Write it in brackets"), stage="dpo"),
+         ("`loss_weights` must be a valid list", "0.5", "Write it in brackets"), stage="dpo"),
     Case("text for a mapping", {"model_init_kwargs": "fast"},
-         ("`model_init_kwargs` must be a mapping", "'fast'")),
+         ("`model_init_kwargs` must be a valid dictionary", "'fast'", "`name: value`")),
     Case("settings of parallelism", {"parallelism_config": {"tp_size": 2}},
          ("`parallelism_config` cannot be set in a file of keys", "hsdp.yaml")),
     Case("mapping for entries", {"capability_datasets": entry()},
-         ("`capability_datasets` must be a list", "begins with `-`")),
+         ("`capability_datasets` must be a valid list", "after `-`")),
     Case("entry that is a text", groups("@/skills.jsonl"), ("entry 1 of `capability_datasets`",
-         "must have a `path`")),
+         "must be a valid dictionary", "`name: value`")),
     Case("entry without a path", safety({"name": "main"}), ("entry 1 of `datasets`", "a `path`")),
-    Case("path that is a number", groups(entry(3)), ("`path` in entry 1", "text", "quotes: '3'")),
+    Case("path that is a number", groups(entry(3)),
+         ("`path` in entry 1", "valid string", "in quotes")),
     Case("columns that are a text", groups(entry(columns="prompt")), ("`columns` in entry 1",
-         "a list of texts", "'prompt'")),
-    Case("fraction that is a text", groups(entry(fraction="1e-1")), ("`fraction` in entry 1",
-         "a number", "1.0e-6")),
+         "a valid list", "'prompt'", "brackets")),
+    Case("fraction that is a text", groups(entry(fraction="half")), ("`fraction` in entry 1",
+         "a valid number", "'half'")),
     Case("fraction below zero", groups(entry(fraction=-1)), ("`fraction`", "above 0", "-1")),
     Case("group without a name", groups(entry(group="")), ("`group` in entry 1", "''")),
     Case("group of two lines", groups(entry(group="a\nb")), ("`group` in entry 1", "on one line")),
@@ -148,32 +155,33 @@ TYPES = [
 
 CHOICES = [
     Case("stage", {"stage": "ppo"}, ("`stage` must be 'sft' or 'dpo'", "'ppo'")),
-    Case("preset", {"preset": "papr"}, ("`preset` must be one of", "'papr'")),
+    Case("preset", {"preset": "papr"}, ("`preset` must be", "'papr'", "nearest is 'paper'")),
     Case("scope", {"scope": "whole"}, ("scope", "'whole'")),
-    Case("dtype", {"dtype": "float8"}, ("`dtype` must be one of", "'float8'", "'float32'")),
+    Case("dtype", {"dtype": "float8"}, ("`dtype` must be 'auto'", "'float8'", "'float32'")),
     Case("optimizer", {"optim": "adamw_troch"}, ("`optim` must be", "nearest is 'adamw_torch'")),
     Case("scheduler", {"lr_scheduler_type": "cosin"}, ("`lr_scheduler_type`", "'cosine'")),
-    Case("loss of SFT", {"loss_type": "mse"}, ("`loss_type` must be one of 'nll'", "'mse'")),
+    Case("loss of SFT", {"loss_type": "mse"}, ("`loss_type` must be 'nll'", "'mse'")),
     Case("tracker", {"report_to": ["wandd"]}, ("`report_to`", "nearest is 'wandb'")),
     Case("conversion", groups(entry(conversion="gsm")), ("`conversion`", "gsm8k", "'gsm'")),
 ]  # fmt: skip
 
 RANGES = [
-    number("learning_rate", -1, "at least 0"),
+    number("learning_rate", -1, "greater than or equal to 0"),
     number("num_train_epochs", float("inf"), "finite"),
-    number("num_train_epochs", 0, "above 0"),
-    number("max_steps", 0, "`num_train_epochs`"),
-    number("per_device_train_batch_size", 0, "at least 1"),
-    number("dataloader_num_workers", -1, "at least 0"),
-    number("save_steps", -5, "above 0"),
-    number("adam_beta1", 1.5, "below 1"),
-    number("label_smoothing_factor", 2, "from 0 to 1"),
-    number("max_length", 1, "at least 2 tokens"),
-    number("seed", -1, "2**32"),
-    number("ddp_timeout", 0, "seconds"),
-    number("lora_r", 0, "at least 1"),
+    number("num_train_epochs", 0, "greater than 0"),
+    number("max_steps", 0, "or -1"),
+    number("per_device_train_batch_size", 0, "greater than or equal to 1"),
+    number("dataloader_num_workers", -1, "greater than or equal to 0"),
+    number("save_steps", -5, "greater than 0"),
+    number("adam_beta1", 1.5, "less than 1"),
+    number("label_smoothing_factor", 2, "less than or equal to 1"),
+    number("max_length", 1, "greater than or equal to 2"),
+    number("seed", -1, "greater than or equal to 0"),
+    number("ddp_timeout", 0, "greater than or equal to 1"),
+    number("pad_to_multiple_of", 0, "greater than or equal to 1"),
+    number("lora_r", 0, "greater than or equal to 1"),
     number("refresh_interval", 0, "at least 1"),
-    Case("beta -0.1", {"beta": -0.1}, ("`beta` must be a number above 0", "-0.1"), stage="dpo"),
+    Case("beta -0.1", {"beta": -0.1}, ("`beta` must be greater than 0", "-0.1"), stage="dpo"),
     Case("out of range on the line", {}, ("`learning_rate` must be", "-1.0"),
          line=("--learning_rate=-1",)),
     Case("more parts than samples", {"gradients_per_group": 9},
@@ -181,13 +189,14 @@ RANGES = [
 ]  # fmt: skip
 
 FILES = [
-    Case("no such file", {}, ("`--config` must name a YAML file", "none at"),
+    Case("no such file", {}, ("`--config` must name a YAML file", "No such file"),
          line=("@config", "@/no.yaml")),
-    Case("folder", {}, ("`--config` must name a YAML file", "none at"), line=("@config", "@")),
-    Case("binary file", {}, ("`--config`", "not text in UTF-8", "Name another"),
+    Case("folder", {}, ("`--config` must name a YAML file", "Is a directory"),
+         line=("@config", "@")),
+    Case("binary file", {}, ("`--config`", "model.safetensors' of", "is not valid YAML"),
          line=("@config", "@/model/model.safetensors")),
     Case("no YAML", {}, ("is not valid YAML",), text="seed: [1"),
-    Case("nested too deeply", {}, ("not valid YAML", "nested too deeply"),
+    Case("nested too deeply", {}, ("not valid YAML", "recursion", "closed"),
          text=f"seed: {'[' * 600}"),
     Case("object of Python", {}, ("not valid YAML", "python/object"),
          text="seed: !!python/object/apply:os.system ['true']"),
@@ -219,7 +228,8 @@ FILES = [
 ]  # fmt: skip
 
 DATA = [
-    Case("none", {"dataset_name": LEFT_OUT}, ("neither `datasets` nor `dataset_name`", "Set")),
+    Case("none", {"dataset_name": LEFT_OUT},
+         ("from `datasets` or from `dataset_name`", "neither is set", "Set one")),
     Case("two kinds", safety(entry(), dataset_name="@/sft.jsonl"),
          ("`datasets` or from `dataset_name`", "Remove one")),
     Case("file that is not there", {"dataset_name": "@/no.jsonl"}, ("no file", "Correct the path")),
@@ -269,7 +279,7 @@ DATA = [
     Case("stream divided in two", safety(entry(), streaming=True, test_split_size=0.5),
          ("`test_split_size` (0.5)", "a stream does not have", "`streaming: false`")),
     Case("fraction of a stream", safety(entry(fraction=0.5), streaming=True),
-         ("`fraction` in `datasets`", "`streaming: false`")),
+         ("`fraction` (0.5)", "`datasets`", "`streaming: false`")),
     Case("fraction of a converted mixture",
          groups(entry(fraction=0.5, conversion="gsm8k")), ("`fraction`", "0.5", "Convert the")),
     Case("streaming of the other key", {"streaming": True},
@@ -563,12 +573,11 @@ def assert_says(message, case):
 # Keys of the ranges above; out of them some would stop a run after the model is loaded.
 OUT_OF_RANGE = {
     0: ("per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
-        "dataset_num_proc", "dataloader_prefetch_factor", "torch_empty_cache_steps",
-        "save_total_limit", "ddp_bucket_cap_mb", "pad_to_multiple_of", "lora_alpha",
-        "precompute_ref_batch_size", "ref_model_sync_steps", "logging_steps", "eval_steps",
-        "discopop_tau", "test_split_size"),
-    -1: ("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "neftune_noise_alpha",
-         "eval_delay", "router_aux_loss_coef", "data_seed", "label_smoothing", "ld_alpha",
+        "dataset_num_proc", "dataloader_prefetch_factor", "save_total_limit", "ddp_bucket_cap_mb",
+        "lora_alpha", "precompute_ref_batch_size", "ref_model_sync_steps",
+        "logging_steps", "eval_steps", "discopop_tau"),
+    -1: ("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "eval_delay",
+         "router_aux_loss_coef", "data_seed", "label_smoothing", "ld_alpha",
          "ref_model_mixup_alpha"),
     1: ("adam_beta2", "lora_dropout"),
 }  # fmt: skip
@@ -578,7 +587,7 @@ OUT_OF_RANGE = {
 def test_other_numbers_of_trl_have_these_ranges_too(value):
     for key in OUT_OF_RANGE[value]:
         with pytest.raises(ValueError, match=rf"`{key}` must be .*, but got {value}\."):
-            check_ranges({key: value}, TRAINING_RANGES)
+            check_value(f"`{key}`", value, Annotated[float, NUMBERS[key]])
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from ogpsa_trl.capability_set.set_rows import (
 )
 from ogpsa_trl.cli import capability, train
 from ogpsa_trl.cli.capability import parse_capability_set
-from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.data.entries import GroupedDatasetConfig
 from ogpsa_trl.engines import choose
 from runs import literal_nll, to_messages

@@ -18,7 +18,7 @@ from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.benchmark.toy_pretrain import PHASES, _fingerprint
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 from ogpsa_trl.cli import launch, main
-from ogpsa_trl.cli.parsing import split_config
+from ogpsa_trl.cli.command_line import split_config
 from ogpsa_trl.data.files import configs_folder, find_config
 from runs import contradicted
 
@@ -218,7 +218,7 @@ class TestLaunch:
              "`--accelerate_config` must be the path of a YAML file or one of the names ddp, fsdp2,"
              " hsdp, single, zero1, zero2, zero3, but got 'zero4'."),
             (["--config", "no.yaml"],
-             "`--config` must name a YAML file, but there is none at 'no.yaml'."),
+             "`--config` must name a YAML file, but 'no.yaml' cannot be read: No such file"),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_one_line_before_anything_starts(

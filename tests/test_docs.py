@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ogpsa_trl.benchmark.toy_model import toy_tokenizer
-from ogpsa_trl.cli.command_line import _parser
+from ogpsa_trl.cli.train_keys import training_parser
 from runs import WORLD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def test_an_example_of_another_framework_is_python(name):
 
 @pytest.mark.parametrize("name", blocks("yaml"))
 def test_the_keys_of_an_example_are_known(name):
-    parsers = [_parser("sft"), _parser("dpo")]
+    parsers = [training_parser("sft"), training_parser("dpo")]
     values = yaml.safe_load(blocks("yaml")[name])
     assert values
     assert any(set(values) <= set(parser.key_names()) for parser in parsers), sorted(values)

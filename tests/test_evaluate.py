@@ -282,10 +282,10 @@ class TestKeys:
             ({"refusals": None}, "need `refusals`, but there are none"),
             ({"lm_eval_limit": 3}, "are settings of `lm_eval_tasks`, of which there are none"),
             ({"model_name_or_path": ""}, "needs a model"),
-            ({"max_samples": 1.5}, "`max_samples` must be an integer or unset, but got 1.5"),
+            ({"max_samples": 1.5}, "`max_samples` must be a valid integer, but got 1.5"),
             ({"confidence": float("nan")}, "`confidence` must be a finite number"),
-            ({"seed": -1}, "`seed` must be an integer from 0 to"),
-            ({"trust_remote_code": 2}, "`trust_remote_code` must be true or false, but got 2"),
+            ({"seed": -1}, "`seed` must be greater than or equal to 0"),
+            ({"trust_remote_code": 2}, "`trust_remote_code` must be a valid boolean, but got 2"),
         ],
     )  # fmt: skip
     def test_values_that_make_no_sense_are_refused(self, parse, keys, message):

@@ -11,7 +11,7 @@ import pytest
 
 from failing_worker import REASON
 from ogpsa_trl.cli import train
-from ogpsa_trl.cli.command_line import parse_run
+from ogpsa_trl.cli.train_keys import parse_run
 
 TESTS = Path(__file__).parent
 # A launch takes some ten seconds on an idle core, most of it imports. A process that waits for the

@@ -4,7 +4,7 @@ import os
 from dataclasses import is_dataclass
 from enum import Enum
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Union, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 import pytest
@@ -13,13 +13,12 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ogpsa_trl.cli.arguments import STAGE_CONFIGS, RunArguments
-from ogpsa_trl.cli.command_line import _parser, parse_run
+from ogpsa_trl.cli.train_arguments import RunArguments
+from ogpsa_trl.cli.train_keys import parse_run, training_parser
 from ogpsa_trl.cli.user_errors import user_errors
-from ogpsa_trl.cli.values import type_hints
 from ogpsa_trl.data.entries import CapabilityDatasetConfig
 
-HINTS = type_hints([kind for stage in STAGE_CONFIGS for kind in _parser(stage).dataclass_types])
+HINTS = training_parser("sft").hints | training_parser("dpo").hints
 HINTS["env"] = dict[str, str]
 LISTS = {key for key in HINTS if key.endswith("datasets")}
 
@@ -35,7 +34,7 @@ VALUES = st.recursive(
 )
 ENTRIES = st.fixed_dictionaries(
     {"path": TEXTS},
-    optional=dict.fromkeys(type_hints([CapabilityDatasetConfig]).keys() - {"path"}, VALUES),
+    optional=dict.fromkeys(get_type_hints(CapabilityDatasetConfig).keys() - {"path"}, VALUES),
 )
 
 

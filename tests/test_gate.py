@@ -340,7 +340,7 @@ class TestErrors:
             ({"gate_num_samples": 2.5}, "`gate_num_samples` must be an integer"),
             (
                 {"max_capability_loss_increase": -0.1},
-                "`max_capability_loss_increase` must be a number of at least 0, but got -0.1",
+                "`max_capability_loss_increase` must be a number of at least 0, or unset, but got",
             ),
         ],
     )

@@ -20,8 +20,8 @@ from transformers import (
 from ogpsa_trl.benchmark.toy_model import toy_tokenizer
 from ogpsa_trl.cli import capability, train
 from ogpsa_trl.cli.capability import parse_capability_set
-from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.training.model_kind import check_causal
 from runs import WORLD, capability_groups
 from test_any_trainer import OGPSATrainer, token_data

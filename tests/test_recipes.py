@@ -26,8 +26,8 @@ from transformers import (
 
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.cli import train
-from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.launch import separated
+from ogpsa_trl.cli.train_keys import parse_run
 from runs import max_difference
 from test_conversions import HALUEVAL_QA, saferlhf, ultrafeedback
 

@@ -21,8 +21,8 @@ from trl import ModelConfig
 import offline
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.cli import train
-from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.evaluate import run_evaluation
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.data.groups import named_groups
 from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.evaluation.models import load_model

@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass
 
+from ogpsa_trl.config import setting
 from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig
-from ogpsa_trl.evaluation.evaluation_keys import HarmfulDatasetConfig, check_keys_of, key
+from ogpsa_trl.evaluation.evaluation_keys import HarmfulDatasetConfig, check_keys_of
 
 
 @dataclass
@@ -30,59 +31,59 @@ _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class CapabilitySetArguments:
     """What the groups are made of, and what is measured; the model is that of `ModelConfig`."""
 
-    capability_datasets: list[CapabilityDatasetConfig] = key(
+    capability_datasets: list[CapabilityDatasetConfig] = setting(
         list,
         "What the groups are sampled from, in the schema of training: entries of one `group` "
         "are mixed. Texts, conversations, prompts with or without completions, or "
         "preferences, of which the chosen completions are used.",
     )
-    look_alike_datasets: list[LookAlikeDatasetConfig] = key(
+    look_alike_datasets: list[LookAlikeDatasetConfig] = setting(
         list,
         "Benign requests that look like the harmful ones, in the same schema. Without them "
         "over-refusal is not protected. Answers that sound like a refusal are left out.",
     )
-    harmful_datasets: list[HarmfulDatasetConfig] = key(
+    harmful_datasets: list[HarmfulDatasetConfig] = setting(
         list,
         "The prompts of safety training, in any format that has prompts. They are only "
         "compared with those of the groups.",
     )
-    output_dir: str = key(
+    output_dir: str = setting(
         "runs/capability_set", "Folder of the groups, one JSON lines file each, and of the report."
     )
-    num_samples: int = key(
+    num_samples: int = setting(
         200,
         "Samples of each group, chosen by `seed`, at least 2. The default is that of training "
         "(official).",
     )
-    generate_completions: str = key(
+    generate_completions: str = setting(
         "missing",
         "Where the starting model itself completes the prompts, by greedy decoding. "
         "'missing': where there is no completion. 'true': everywhere, in place of the "
         "completions of the data. 'false': nowhere.",
     )
-    max_new_tokens: int = key(
+    max_new_tokens: int = setting(
         256,
         "Tokens of a generated completion, at least 1. Prompts that leave no room for so many "
         "within `max_length` are left out.",
     )
-    max_length: int = key(
+    max_length: int = setting(
         1024, "Tokens kept of each sample, at least 2: that of training (default: TRL's)."
     )
-    batch_size: int = key(8, "Sequences of a forward pass; does not change the measures.")
-    gradient_cosine: bool = key(
+    batch_size: int = setting(8, "Sequences of a forward pass; does not change the measures.")
+    gradient_cosine: bool = setting(
         True,
         "Whether to compare the groups by their gradients, which tells redundant ones. It "
         "holds two gradients of each group in float32: 2 x groups x 4 bytes for each trained "
         "parameter, 56 GB a group at 7B. With `use_peft` they are those of a new LoRA "
         "adapter, as in training with one: a few hundred MB. 'false' measures losses only.",
     )
-    device_map: str = key(
+    device_map: str = setting(
         "auto",
         "Where the model is: 'auto' uses the accelerators there are, or a device such as "
         "'cpu' or 'cuda:0'. Gradients need a single one.",
     )
-    trust_remote_code: bool = key(False, "Whether to run code that comes with the model.")
-    seed: int = key(0, "Of the choice of samples, of the halves of a group, of the adapter.")
+    trust_remote_code: bool = setting(False, "Whether to run code that comes with the model.")
+    seed: int = setting(0, "Of the choice of samples, of the halves of a group, of the adapter.")
 
     def __post_init__(self) -> None:
         check_keys_of(self, ENTRY_TYPES, _LEAST)

@@ -9,7 +9,6 @@ every key; docs/capability_data.md says how to choose.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,12 +22,12 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config
 
 from ogpsa_trl.capability_set.group_measures import gradient_cosines, measure_group
-from ogpsa_trl.capability_set.set_keys import ENTRY_TYPES, CapabilitySetArguments
+from ogpsa_trl.capability_set.set_keys import CapabilitySetArguments
 from ogpsa_trl.capability_set.set_report import content, report, training_entries, warnings_of
 from ogpsa_trl.capability_set.set_rows import choose_rows, complete_rows, known_prompts, write_group
-from ogpsa_trl.cli.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.cli.command_line import given_keys
+from ogpsa_trl.cli.keys import KeyParser
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder
-from ogpsa_trl.cli.ranges import TRAINING_RANGES
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.evaluation.json_files import in_words, package_versions, write_json
 from ogpsa_trl.evaluation.models import length_for, load_model
@@ -104,30 +103,13 @@ def parse_capability_set(
     Raises:
         ValueError: a key is unknown, a value is not allowed, or there is no model or no data.
     """
-    args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    parser = FlatParser(
+    parser = KeyParser(
         (CapabilitySetArguments, ModelConfig),
-        "Build capability groups for training, and measure them. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
+        "Build capability groups for training, and measure them.",
         prog="ogpsa capability",
-    )
-    entry_types: Any = ENTRY_TYPES
-    check_keys(
-        parser,
-        args,
-        values,
-        entry_types,
-        lambda key, where: unknown_key(key, where, parser.key_names()),
-    )
-    parser.check_values(
-        args,
-        values,
-        TRAINING_RANGES,
         types={"generate_completions": str | bool},
-        left_out=ENTRY_TYPES,
     )
-    arguments, model = parser.parse(args)
+    arguments, model = parser.parse(given_keys(args))
     if not model.model_name_or_path:
         raise ValueError(
             "A capability set needs the model that training starts with, but `model_name_or_path` "

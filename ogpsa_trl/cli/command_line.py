@@ -1,155 +1,155 @@
-"""
-The arguments of a training run from its command line and one flat YAML file, parsed and checked.
+"""What a command was given: the words of its line, and the keys of one YAML file."""
 
-Every key is known by name; see `ogpsa_trl.parsing`.
-"""
-
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_pt_utils import AcceleratorConfig
-from trl.scripts.utils import ScriptArguments
-from trl.trainer.model_config import ModelConfig
+import yaml
 
-from ogpsa_trl.cli.arguments import STAGE_CONFIGS, RunArguments, TrainArguments
-from ogpsa_trl.cli.checks import check_run
-from ogpsa_trl.cli.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
-from ogpsa_trl.cli.ranges import TRAINING_RANGES
-from ogpsa_trl.cli.values import check_choice
-from ogpsa_trl.config import GateConfig, OGPSAConfig, preset_settings
-from ogpsa_trl.data.entries import (
-    CapabilityDatasetConfig,
-    ConvertibleDatasetConfig,
-    ConvertibleMixtureConfig,
-)
+from ogpsa_trl.data.files import find_config
 from ogpsa_trl.data.row_values import shown
 
-_ENTRY_TYPES: dict[str, type[ConvertibleDatasetConfig]] = {
-    "datasets": ConvertibleDatasetConfig,
-    "capability_datasets": CapabilityDatasetConfig,
-    "gate_datasets": CapabilityDatasetConfig,
-}
 
-
-def parse_run(args: Sequence[str] | None = None) -> RunArguments:
+class Given(NamedTuple):
     """
-    Parse the command line and the YAML file that `--config` names; the command line wins.
+    What a command was given.
+
+    Attributes:
+        words: The command line, without `--config` and its file.
+        values: The keys of the file.
+        path: The file, if any.
+    """
+
+    words: list[str]
+    values: dict[str, Any]
+    path: str
+
+
+def given_keys(args: Sequence[str] | None) -> Given:
+    """
+    Read a command line, by default that of the process, and the file that its `--config` names.
 
     Raises:
-        ValueError: a key is unknown, or a value is not allowed.
+        ValueError: `--config` stands twice, or without a file; see `load_mapping`.
     """
-    args = split_config(sys.argv[1:] if args is None else args)
-    run = RunArguments(*checked_parser(args).parse(args))
-    preset = run.train.preset
-    defaults = asdict(OGPSAConfig(**preset_settings(preset or "preserve", run.train.stage)))
-    changed = ["preset"] * (preset is not None)
-    changed += [name for name, value in asdict(run.ogpsa).items() if value != defaults[name]]
-    if run.train.ogpsa and not run.train.capability_datasets and changed:
+    words = split_config(sys.argv[1:] if args is None else args)
+    if "--config" not in words:
+        return Given(words, {}, "")
+    index = words.index("--config")
+    before, [path, *after] = words[:index], words[index + 1 :] or [""]
+    if not path or "--config" in after:
         raise ValueError(
-            f"`{changed[0]}` is a setting of OGPSA, but there is no capability data to use it on. "
-            "Add `capability_datasets`, or set `ogpsa: false` to train plain TRL."
+            f"`--config` needs one file, but got {' '.join(words[index:])!r}. Put all keys into one"
+            " file, or some of them on the command line."
         )
-    check_run(run)
-    return run
+    return Given(before + after, load_mapping(path), path)
 
 
-def checked_parser(args: Sequence[str], **help_text: str) -> FlatParser:
+def split_config(args: Sequence[str]) -> list[str]:
     """
-    The parser of the keys of a run, with the defaults of its preset, after a look at every key
-    and its value.
+    The command line with `--config` and its file as two words, of which the second is a path, also
+    where it was the name of a file that comes with the project. `~` is the home folder.
+    """
+    words = [
+        part
+        for word in expanded_words(args)
+        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    return [
+        str(find_config(word)) if words[index - 1 : index] == ["--config"] else word
+        for index, word in enumerate(words)
+    ]
 
-    Args:
-        args: The command line, as `split_config` gives it.
-        help_text: `prog` and `epilog` of argparse: the name of the program, and a last word.
+
+class _Loader(yaml.SafeLoader):
+    """
+    YAML as TRL reads it, but a key stands once, and 1e-6 is a number.
+
+    YAML 1.2 has both, but reads `no` as a text, which is true within a mapping that is handed on.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """
+        A mapping, before `<<` merges others into it, whose keys it may replace.
+
+        Raises:
+            YAMLError: a key stands twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if lines.setdefault(name, line) != line and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(
+                    f"the key `{key.value}` stands in line {lines[name]} and again in line {line}, "
+                    "but only one of the values can count. Remove the other."
+                )
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_mapping(path: str) -> dict[str, Any]:
+    """
+    Read a YAML file of keys. `~` at the beginning of a text is the home folder.
 
     Raises:
-        ValueError: a key is unknown, or a value is not of its type, or out of range.
+        ValueError: there is no such file, it is no YAML, a key stands twice in it, or it holds no
+            mapping.
     """
-    values = config_values(args)
-    stage = _early(args, values, "stage", "sft")
-    if not isinstance(stage, str) or stage not in STAGE_CONFIGS:
-        choices = " or ".join(map(repr, STAGE_CONFIGS))
-        raise ValueError(f"`stage` must be {choices}, but got {shown(stage)}.")
-    preset = _early(args, values, "preset", None)
-    parser = _parser(stage, **help_text)
-    preset_values = preset_settings(preset or "preserve", stage)
-    parser.set_defaults_with_config(**preset_values)
-    check_keys(
-        parser,
-        args,
-        values,
-        _ENTRY_TYPES,
-        lambda key, where: _unknown_in_stage(key, where, parser, stage),
-    )
-    _check_values(parser, args, values)
-    return parser
-
-
-def training_options() -> set[str]:
-    """All that may begin with `--` on the command line of a run, in any stage."""
-    return set().union(*(_parser(stage).option_names() for stage in STAGE_CONFIGS))
-
-
-# Types of keys that TRL annotates in another way than it reads them.
-_TYPES = {"fsdp": str | bool | None, "resume_from_checkpoint": str | bool | None}
-
-
-def _check_values(parser: FlatParser, args: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Look at the keys of TRL: ours are checked in their own classes, entries with their keys."""
-    if values.get("parallelism_config") is not None:
+    try:
+        with open(path, "rb") as file:
+            values = _with_home(_Loader(file).get_single_data())
+    except OSError as error:
         raise ValueError(
-            "`parallelism_config` cannot be set in a file of keys. Set it in the file that "
-            "`accelerate launch --config_file` names, as configs/accelerate/hsdp.yaml does."
+            f"`--config` must name a YAML file, but {path!r} cannot be read: {error.strerror}. "
+            "Correct the path, or the permissions."
+        ) from error
+    except (yaml.YAMLError, RecursionError, *_WRONG_SCALARS) as error:
+        raise ValueError(
+            f"The file {path!r} of `--config` is not valid YAML: {error}. Text that looks like a "
+            "date, a number or a tag (`!!`) must stand in quotes, and every bracket must be closed."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"The file {path!r} of `--config` must hold keys with values (`key: value`), but holds "
+            f"{shown(values)}."
         )
-    own = [*(f.name for kind in (OGPSAConfig, GateConfig) for f in fields(kind)), *_ENTRY_TYPES]
-    parser.check_values(args, values, TRAINING_RANGES, types=_TYPES, left_out=own)
-    known = [setting.name for setting in fields(AcceleratorConfig)]
-    accelerator_config = values.get("accelerator_config")
-    for name in accelerator_config if isinstance(accelerator_config, dict) else ():
-        if name not in known:
-            raise ValueError(unknown_key(name, "`accelerator_config`", known))
-    report_to = values.get("report_to")
-    for name in report_to if isinstance(report_to, list) else [report_to or "none"]:
-        check_choice("`report_to`", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+    return values
 
 
-def _parser(stage: str, **help_text: str) -> FlatParser:
-    dataclass_types: Any = (
-        TrainArguments,
-        ScriptArguments,
-        STAGE_CONFIGS[stage],
-        ModelConfig,
-        ConvertibleMixtureConfig,
-        OGPSAConfig,
-        GateConfig,
-    )
-    return FlatParser(
-        dataclass_types,
-        "Safety training with TRL that keeps capabilities. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
-        **help_text,
-    )
+# What PyYAML raises where a value does not have the form that its tag promises.
+_WRONG_SCALARS = (ValueError, KeyError, AttributeError, OverflowError)
 
 
-def _early(args: Sequence[str], values: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a key that decides what the other keys are."""
-    value = values.get(key, default)
-    for index, word in enumerate(args):
-        if word == f"--{key}" and index + 1 < len(args):
-            value = args[index + 1]
-        elif word.startswith(f"--{key}="):
-            value = word.removeprefix(f"--{key}=")
-    return value
+def _with_home(value: Any) -> Any:
+    """The value, with the home folder in place of `~` in every text."""
+    if isinstance(value, str):
+        return expanded(value)
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return {k: _with_home(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _unknown_in_stage(key: str, where: str, parser: FlatParser, stage: str) -> str:
-    for other in STAGE_CONFIGS:
-        if other != stage and key in _parser(other).key_names() and key not in parser.key_names():
-            return (
-                f"`{key}` in {where} is a key of the stage '{other}', but this run has the "
-                f"stage '{stage}'. Remove it, or set `stage: {other}`."
-            )
-    return unknown_key(key, where, parser.key_names())
+def expanded(text: str) -> str:
+    """
+    A value, with the home folder in place of `~`.
+
+    In every text that begins with `~/`, whatever its key: shells do so for words of their own, but
+    not behind `--key=`, and YAML does not at all.
+    """
+    return os.path.expanduser(text) if _HOME.match(text) else text
+
+
+def expanded_words(words: Iterable[str]) -> list[str]:
+    """The words of a command line, where a value may stand behind `--key=`."""
+    parts = (w.partition("=") if w.startswith("--") else ("", "", w) for w in words)
+    return [option + equals + expanded(value) for option, equals, value in parts]
+
+
+_HOME = re.compile(r"~[\w.-]*(/[^\0]*)?\Z")  # `~name/` is the home folder of another user

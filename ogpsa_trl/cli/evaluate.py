@@ -8,9 +8,8 @@ Measure what safety training has done to a model: capabilities, refusals, prefer
 
 import gc
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import transformers
 from transformers import AutoTokenizer
 from trl.trainer.model_config import ModelConfig
 
-from ogpsa_trl.cli.parsing import FlatParser, check_keys, config_values, split_config, unknown_key
+from ogpsa_trl.cli.command_line import given_keys
+from ogpsa_trl.cli.keys import KeyParser
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder
-from ogpsa_trl.cli.ranges import TRAINING_RANGES
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.evaluation.evaluation_keys import ENTRY_TYPES, EvaluationArguments
 from ogpsa_trl.evaluation.figures import change_figure
@@ -237,25 +236,14 @@ def parse_evaluation(args: Sequence[str] | None = None) -> EvaluationArguments:
         ValueError: a key is unknown, a value is not allowed, there is nothing to measure, or
             tasks are asked for and lm-eval is not installed.
     """
-    args = split_config(sys.argv[1:] if args is None else args)
-    values = config_values(args)
-    parser = FlatParser(
+    texts = list[str] | None  # `None`: without entries
+    parser = KeyParser(
         EvaluationArguments,
-        "Measure what safety training has done to a model. Keys go into the YAML file that "
-        "--config names, or on the command line, which wins.",
+        "Measure what safety training has done to a model.",
         prog="ogpsa evaluate",
+        types={"refusals": texts, "lm_eval_tasks": texts},
     )
-    known = [entry.name for entry in fields(EvaluationArguments)]
-    entry_types: Any = ENTRY_TYPES
-    check_keys(parser, args, values, entry_types, lambda key, where: unknown_key(key, where, known))
-    parser.check_values(
-        args,
-        values,
-        {"seed": TRAINING_RANGES["seed"]},
-        types=dict.fromkeys(("refusals", "lm_eval_tasks"), list[str] | None),  # without entries
-        left_out=ENTRY_TYPES,
-    )
-    [arguments] = parser.parse(args)
+    [arguments] = parser.parse(given_keys(args))
     if not arguments.model_name_or_path:
         raise ValueError(
             "An evaluation needs a model, but `model_name_or_path` is not set. Set it to a name on "

@@ -14,8 +14,9 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ogpsa_trl.cli.command_line import checked_parser, training_options
-from ogpsa_trl.cli.parsing import split_config, unknown_key
+from ogpsa_trl.cli.command_line import given_keys, split_config
+from ogpsa_trl.cli.keys import unknown_key
+from ogpsa_trl.cli.train_keys import run_parser, training_options
 from ogpsa_trl.cli.user_errors import user_errors
 from ogpsa_trl.data.files import configs_folder, find_config, shipped_configs
 
@@ -29,33 +30,28 @@ HELP = (
 )
 
 
+@user_errors()
 def main(argv: Sequence[str]) -> int:
-    """`ogpsa train`: launch a training, or end with one line that says what is wrong."""
-    with user_errors():
-        return launch_training(argv)
-
-
-def launch_training(args: Sequence[str]) -> int:
     """
-    Check the keys of a training and launch it; what their values are is checked where it runs.
+    `ogpsa train`: look at the keys of a training and launch it.
 
     Args:
-        args: The command line: keys of the training, and options of the launch.
+        argv: The command line: keys of the training, and options of the launch.
 
     Returns:
         The exit status of the training; 128 + n where signal n has ended it.
 
     Raises:
-        ValueError: a key is unknown, an option has no value, or a file is not there.
+        SystemExit: a key or a value is wrong, an option has no value, or a file is not there.
     """
     launcher = launch_command_parser()
-    launch_options, training = separated(split_config(args), launcher)
+    launch_options, training = separated(split_config(argv), launcher)
     engines = ", ".join(shipped_configs(ENGINES))
-    checked_parser(training, prog="ogpsa train", epilog=HELP.format(engines=engines))
+    given = given_keys(training)
+    run_parser(given, prog="ogpsa train", epilog=HELP.format(engines=engines)).check(given)
+    line = [*launch_options, "-m", "ogpsa_trl.cli.train", *training]
     try:
-        launch_command(
-            launcher.parse_args([*launch_options, "-m", "ogpsa_trl.cli.train", *training])
-        )
+        launch_command(launcher.parse_args(line))
     except CalledProcessError as error:  # one process
         status = error.returncode
     except ChildFailedError as error:  # several; torchrun has logged which of them failed

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = MODULES[command]
     if command == "benchmark":
         module = BENCHMARKS[args.pop(0) if args and args[0] in BENCHMARKS else "tradeoff"]
-    from ogpsa_trl.cli.values import expanded_words
+    from ogpsa_trl.cli.command_line import expanded_words
 
     return import_module(module).main(expanded_words(args)) or 0
 

@@ -54,14 +54,14 @@ def check_model_path(
         )
 
 
-def check_template_path(path: str) -> None:
+def check_template_path(path: str | None) -> None:
     """
     Refuse a file of a chat template that is not there; anything else is a model, for TRL.
 
     Raises:
         ValueError: it is not there.
     """
-    if path.endswith((".jinja", ".j2")) and not Path(path).is_file():
+    if path and path.endswith((".jinja", ".j2")) and not Path(path).is_file():
         raise ValueError(
             f"`chat_template_path` must be a file, a folder of a model or a name on the Hub, but "
             f"there is no file {path!r} in {Path.cwd()}. Correct the path."

@@ -9,21 +9,19 @@ capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoProcessor
-from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ogpsa_trl import CapabilityGate, OGPSADPOTrainer, OGPSASFTTrainer
-from ogpsa_trl.cli.arguments import RunArguments
-from ogpsa_trl.cli.command_line import parse_run
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder, check_template_path
+from ogpsa_trl.cli.train_arguments import RunArguments
+from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.cli.user_errors import FirstStep, user_errors
 from ogpsa_trl.data.columns import Source
 from ogpsa_trl.data.row_checks import check_data, check_tokens
@@ -35,6 +33,15 @@ from ogpsa_trl.training.whole_checkpoints import checkpoint_to_resume, saving
 logger = logging.getLogger("ogpsa_trl.train")
 
 TRAINERS = {"sft": OGPSASFTTrainer, "dpo": OGPSADPOTrainer}
+
+
+class Data(NamedTuple):
+    """All data of a run. `None` where there is none of a kind."""
+
+    train: Any
+    evaluation: Any
+    capability: dict[str, Any] | None
+    gate: dict[str, Any] | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,8 +114,7 @@ def check_paths(run: RunArguments) -> str | None:
     """
     args = run.training
     check_model_path(str(run.model.model_name_or_path))
-    if run.train.stage == "sft" and args.chat_template_path is not None:
-        check_template_path(args.chat_template_path)
+    check_template_path(getattr(args, "chat_template_path", None))
     if args.should_save:
         check_output_folder(args.output_dir)
     # The command line says True as "true": resume from the last whole checkpoint in `output_dir`.
@@ -118,39 +124,34 @@ def check_paths(run: RunArguments) -> str | None:
     return checkpoint_to_resume(resume.lower() == "true" or resume, args.output_dir)
 
 
-@dataclass(frozen=True)
-class Data:
-    """All data of a run, loaded. `None` where there is none of a kind."""
-
-    train: Any
-    evaluation: Any
-    capability: dict[str, Any] | None
-    gate: dict[str, Any] | None
-
-
 def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, CapabilityGate | None]:
     """
-    Load the data, then the tokenizer, and only then the model, into a trainer and its gate.
+    Load the tokenizer, then the data, and only then the model, into a trainer and its gate.
 
     Raises:
         ValueError: they do not go together.
     """
-    args = run.training
-    args.model_init_kwargs = model_init_kwargs(run.model, args)
+    args, model = run.training, run.model
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
     if run.train.ogpsa and run.train.capability_datasets:
         check_arguments(args, run.ogpsa.target)
-    data = load_data(run)
     processing_class = load_processing_class(run)
-    data = checked(run, data, processing_class)
+    data = load_data(run, processing_class)
     check_model(run)
     trainer = TRAINERS[run.train.stage](
-        run.model.model_name_or_path,
+        model.model_name_or_path,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=processing_class,
-        quantization_config=get_quantization_config(run.model),
-        peft_config=get_peft_config(run.model),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
         capability_dataset=data.capability,
         ogpsa_config=None if data.capability is None else run.ogpsa,
     )
@@ -158,90 +159,11 @@ def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, Capab
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
-    gate = None
-    if data.gate is not None:
-        gate = CapabilityGate(trainer, data.gate, run.gate)
-        trainer.add_callback(gate)
+    if data.gate is None:
+        return trainer, None
+    gate = CapabilityGate(trainer, data.gate, run.gate)
+    trainer.add_callback(gate)
     return trainer, gate
-
-
-def check_model(run: RunArguments) -> None:
-    """
-    Refuse a model that capability losses cannot be measured on; plain training is up to TRL.
-
-    Raises:
-        ValueError: it is no causal language model.
-    """
-    protects = run.train.ogpsa and run.train.capability_datasets
-    if protects or run.train.gate_datasets:
-        ways = ["set `ogpsa: false` to train plain TRL"] if protects else []
-        ways += ["leave out `gate_datasets`"] if run.train.gate_datasets else []
-        check_causal(
-            str(run.model.model_name_or_path),
-            way_out=f", or {' and '.join(ways)}",
-            as_saved=True,
-            revision=run.training.model_init_kwargs["revision"],
-            trust_remote_code=run.training.trust_remote_code,
-        )
-
-
-def load_data(run: RunArguments) -> Data:
-    """
-    Load the data; for evaluation only where there is one.
-
-    Raises:
-        ValueError: some of it cannot be loaded.
-    """
-    script, datasets = run.script, run.safety_datasets()
-    evaluation = None
-    if run.training.eval_strategy != "no":
-        evaluation = split_of(datasets, "dataset_test_split", script.dataset_test_split)
-    return Data(
-        split_of(datasets, "dataset_train_split", script.dataset_train_split),
-        evaluation,
-        run.train.capability_groups(),
-        run.train.gate_groups(),
-    )
-
-
-def checked(run: RunArguments, data: Data, processing_class: Any) -> Data:
-    """
-    Look at all rows: what the trainers would find out with the model in memory.
-
-    Returns:
-        The data without what the trainers could not read.
-
-    Raises:
-        ValueError: data is empty, in no format for the stage or for the chat template, or a row has
-            a value that cannot be read.
-    """
-    stage, args = run.train.stage, run.training
-    of_sft = {}
-    if stage == "sft":
-        of_sft["text_field"] = args.dataset_text_field
-        of_sft["assistant_only_loss"] = args.assistant_only_loss
-    is_rendered = stage == "dpo" or args.chat_template_path is None  # TRL sets that of the path
-
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-
-    def check(dataset: Any, where: str, use: Any) -> Any:
-        source = Source(where, use, vocabulary_size=len(tokenizer), **of_sft)
-        return check_data(dataset, source, processing_class, is_rendered=is_rendered)
-
-    def check_groups(groups: dict[str, Any] | None, kind: str, key: str) -> dict[str, Any] | None:
-        if groups is None:
-            return None
-        return {
-            name: check(dataset, f"{kind} group {name!r} (`{key}`)", "group")
-            for name, dataset in groups.items()
-        }
-
-    return Data(
-        check(data.train, "the training data", stage),
-        None if data.evaluation is None else check(data.evaluation, "the evaluation data", stage),
-        check_groups(data.capability, "capability", "capability_datasets"),
-        check_groups(data.gate, "gate", "gate_datasets"),
-    )
 
 
 def load_processing_class(run: RunArguments) -> Any:
@@ -265,6 +187,74 @@ def load_processing_class(run: RunArguments) -> Any:
         ) from error
 
 
+def load_data(run: RunArguments, processing_class: Any) -> Data:
+    """
+    Load the data, and look at all rows: what the trainers would find out with the model in memory.
+
+    Returns:
+        The data without what the trainers could not read; for evaluation only where there is one.
+
+    Raises:
+        ValueError: some cannot be loaded, are empty, in no format for the stage or for the chat
+            template, or a row has a value that cannot be read.
+    """
+    args = run.training
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    of_source: dict[str, Any] = {"vocabulary_size": len(tokenizer)}
+    if run.train.stage == "sft":
+        of_source["text_field"] = args.dataset_text_field
+        of_source["assistant_only_loss"] = args.assistant_only_loss
+    # TRL sets the template of `chat_template_path`, a key of SFT, later.
+    is_rendered = getattr(args, "chat_template_path", None) is None
+
+    def check(dataset: Any, where: str, use: Any) -> Any:
+        source = Source(where, use, **of_source)
+        return check_data(dataset, source, processing_class, is_rendered=is_rendered)
+
+    def split(key: str, kind: str) -> Any:
+        name = getattr(run.script, key)
+        if name not in datasets:
+            raise ValueError(
+                f"`{key}` must be one of the splits {', '.join(map(repr, datasets))}, but got "
+                f"{name!r}. Name another, or set `test_split_size` to divide `datasets`."
+            )
+        return check(datasets[name], f"the {kind} data", run.train.stage)
+
+    def groups(loaded: dict[str, Any] | None, kind: str) -> dict[str, Any] | None:
+        return loaded and {
+            name: check(dataset, f"{kind} group {name!r} (`{kind}_datasets`)", "group")
+            for name, dataset in loaded.items()
+        }
+
+    datasets = run.safety_datasets()
+    return Data(
+        split("dataset_train_split", "training"),
+        None if args.eval_strategy == "no" else split("dataset_test_split", "evaluation"),
+        groups(run.train.capability_groups(), "capability"),
+        groups(run.train.gate_groups(), "gate"),
+    )
+
+
+def check_model(run: RunArguments) -> None:
+    """
+    Refuse a model that capability losses cannot be measured on; plain training is up to TRL.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    ways = ["leave out `gate_datasets`"] if run.train.gate_datasets else []
+    if run.train.ogpsa and run.train.capability_datasets:
+        ways.insert(0, "set `ogpsa: false` to train plain TRL")
+    if ways:
+        check_causal(
+            str(run.model.model_name_or_path),
+            way_out=f", or {' and '.join(ways)}",
+            as_saved=True,
+            revision=run.training.model_init_kwargs["revision"],
+            trust_remote_code=run.training.trust_remote_code,
+        )
+
+
 def report(folder: str) -> None:
     """Write the report of the run; a package that is missing for it is no reason to fail."""
     try:
@@ -275,28 +265,6 @@ def report(folder: str) -> None:
             "then `ogpsa report %s`.",
             error.name, folder,
         )  # fmt: skip
-
-
-def model_init_kwargs(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """How to load the model: `ModelConfig`, and on top of it the `model_init_kwargs` of TRL."""
-    return {
-        "revision": model.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-
-
-def split_of(datasets: Mapping[str, Any], key: str, split: str) -> Any:
-    """One split of the training data."""
-    if split not in datasets:
-        splits = ", ".join(map(repr, datasets))
-        raise ValueError(
-            f"`{key}` must be one of the splits {splits}, but got {split!r}. Name another, or set "
-            "`test_split_size` to divide `datasets`."
-        )
-    return datasets[split]
 
 
 if __name__ == "__main__":

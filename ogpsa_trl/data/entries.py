@@ -79,20 +79,17 @@ class ConvertibleDatasetConfig(DatasetConfig):
             not self.path.startswith("hf://") and _builder_of(self.path)[0] is not None
         )
         if is_local and not os.path.exists(self.path):
+            is_name = self.path.count("/") == 1 and not self.path.startswith(_LOCAL)
+            hub = f" If it is on the Hub, write `hf://datasets/{self.path}`." if is_name else ""
             raise ValueError(
                 f"There is no file {self.path!r} in {Path.cwd()}. Correct the path, or make the "
-                f"file first.{self._on_the_hub()}"
+                f"file first.{hub}"
             )
         if self.path in _PACKAGED_DATASETS_MODULES and not (self.data_files or self.data_dir):
             raise ValueError(
                 f"`path: {self.path}` needs `data_files`, but there are none, and the files of the "
                 "working directory are not meant. Name the file as `path`, or add `data_files`."
             )
-
-    def _on_the_hub(self) -> str:
-        if self.path.count("/") != 1 or self.path.startswith(_LOCAL):
-            return ""
-        return f" If it is a data set on the Hub, write `hf://datasets/{self.path}`."
 
     def load(self, split: str | None, *, streaming: bool) -> Any:
         """
@@ -155,14 +152,7 @@ class ConvertibleMixtureConfig(DatasetMixtureConfig):
     """TRL's data set mixture, of entries that may need a conversion."""
 
     def __post_init__(self) -> None:
-        self.datasets = [_convertible(entry) for entry in self.datasets or []]  # or no entries
-
-
-def _convertible(entry: DatasetConfig | dict[str, Any]) -> ConvertibleDatasetConfig:
-    """An entry from the file, from Python, or from the command line, where TRL makes its own."""
-    if isinstance(entry, ConvertibleDatasetConfig):
-        return entry
-    return ConvertibleDatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry)))
+        self.datasets = entries_of(ConvertibleDatasetConfig, self.datasets)
 
 
 def load_mixture(
@@ -204,14 +194,13 @@ def _in_shares(
     The first rows of each part, as many as make the `fraction`s their shares of the largest mixture
     that uses no row twice. As TRL's `get_dataset` does.
     """
-    fractions: list[float] = []
-    for entry in entries:
-        if entry.fraction is None:
-            raise ValueError(
-                f"`fraction` must be a key of all entries of a mixture, but {describe(entry)} in "
-                f"{where} has none. Add it, or remove the others."
-            )
-        fractions.append(entry.fraction)
+    fractions = [entry.fraction for entry in entries if entry.fraction is not None]
+    if len(fractions) < len(entries):
+        without = next(entry for entry in entries if entry.fraction is None)
+        raise ValueError(
+            f"`fraction` must be a key of all entries of a mixture, but {describe(without)} in "
+            f"{where} has none. Add it, or remove the others."
+        )
     weights = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
     return [
@@ -244,9 +233,11 @@ def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) 
 
 
 def entries_of(entry_type: type[Any], values: Sequence[Any] | None) -> list[Any]:
-    """The entries of a list of data sets, as its key holds them: mappings, or made already."""
+    """The entries of a list of data sets: mappings, or TRL's, made into those of the list."""
     return [
-        value if isinstance(value, DatasetConfig) else entry_type(**value)
+        value
+        if isinstance(value, entry_type)
+        else entry_type(**(value if isinstance(value, dict) else asdict(value)))
         for value in values or []  # a key without entries
     ]
 
@@ -281,19 +272,16 @@ def loading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except StopIteration as error:  # an empty file of JSON lines
-        raise ValueError(f"{what} cannot be loaded: it is empty. Check the file.") from error
-    except (ValueError, OSError, DatasetsError, *_DAMAGED) as error:
+    # `StopIteration`: an empty file of JSON lines.
+    except (StopIteration, ValueError, OSError, DatasetsError, *_DAMAGED) as error:
         # Its own text says only that there was an error, and the text of that can be long.
-        reason = str(error.__cause__ or error)
-        reason = reason if len(reason) < _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        reason = str(error.__cause__ or error) or "it is empty"
+        reason = reason if len(reason) < 500 else f"{reason[:500]} ..."
         raise ValueError(
             f"{what} cannot be loaded: {reason.rstrip('.!')}. Check its path, name, split and "
             "columns."
         ) from error
 
-
-_LONGEST_REASON = 500
 
 # Of compressed files, beside `OSError`.
 _DAMAGED = (EOFError, BadZipFile, LZMAError, zlib.error)

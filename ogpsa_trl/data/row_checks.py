@@ -20,11 +20,12 @@ def first_row(dataset: AnyDataset, where: str) -> Row:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    with loading(_first(where)):
+    name = where[0].upper() + where[1:]
+    with loading(name):
         row = next(iter(dataset), None)
     if row is None:
         raise ValueError(
-            f"{_first(where)} must have at least one row, but is empty. Check its file and split."
+            f"{name} must have at least one row, but is empty. Check its file and split."
         )
     return row
 
@@ -51,9 +52,9 @@ def check_data(
     """
     first_row(dataset, source.where)
     dataset = readable(dataset, source)
-    if is_rendered:
-        dataset = check_rendering(dataset, source, processing_class, num_rows=_ROWS_RENDERED)
-    return dataset
+    if not is_rendered:
+        return dataset
+    return check_rendering(dataset, source, processing_class, num_rows=_ROWS_RENDERED)
 
 
 def check_tokens(dataset: AnyDataset | None, max_length: int | None) -> None:
@@ -79,8 +80,3 @@ def check_tokens(dataset: AnyDataset | None, max_length: int | None) -> None:
             f"`max_length` {max_length}. Raise `max_length`, or look for empty completions and for "
             "labels that are all -100."
         )
-
-
-def _first(where: str) -> str:
-    """At the beginning of a sentence."""
-    return where[0].upper() + where[1:]

@@ -1,18 +1,11 @@
 """The keys of an evaluation, from one flat YAML file and the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from ogpsa_trl.config import setting
 from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
 from ogpsa_trl.evaluation.refusal import REFUSALS
-
-
-def key(default: Any, text: str) -> Any:
-    """A key with its default, or what makes it, and its help text."""
-    metadata = {"help": text}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def check_keys_of(
@@ -69,82 +62,82 @@ _LEAST = {
 class EvaluationArguments:
     """What is measured, on which models."""
 
-    model_name_or_path: str = key(
+    model_name_or_path: str = setting(
         "",
         "The model after training: a name on the Hub, a folder, or a folder with a PEFT "
         "adapter, which is put on its base model.",
     )
-    base_model_name_or_path: str | None = key(
+    base_model_name_or_path: str | None = setting(
         None, "The model before training. Without it there are values, but no changes."
     )
-    model_revision: str = key("main", "Branch, tag or commit of the model after, on the Hub.")
-    base_model_revision: str = key("main", "The same of the model before.")
-    tokenizer_name_or_path: str | None = key(
+    model_revision: str = setting("main", "Branch, tag or commit of the model after, on the Hub.")
+    base_model_revision: str = setting("main", "The same of the model before.")
+    tokenizer_name_or_path: str | None = setting(
         None, "Tokenizer and chat template of both models. Default: each its own."
     )
-    dtype: str = key(
+    dtype: str = setting(
         "float32",
         "Of the weights: 'auto' (as they are stored), 'float32', 'bfloat16' or 'float16'. "
         "Both models get the same, unless it is 'auto': rounding is no effect of training.",
     )
-    attn_implementation: str | None = key(
+    attn_implementation: str | None = setting(
         None, "Attention, as transformers names it. Default: its choice."
     )
-    trust_remote_code: bool = key(False, "Whether to run code that comes with a model.")
-    load_in_8bit: bool = key(False, "Whether to quantise the weights to 8 bits (bitsandbytes).")
-    load_in_4bit: bool = key(False, "Whether to quantise the weights to 4 bits (bitsandbytes).")
-    device_map: str = key(
+    trust_remote_code: bool = setting(False, "Whether to run code that comes with a model.")
+    load_in_8bit: bool = setting(False, "Whether to quantise the weights to 8 bits (bitsandbytes).")
+    load_in_4bit: bool = setting(False, "Whether to quantise the weights to 4 bits (bitsandbytes).")
+    device_map: str = setting(
         "auto",
         "Where the models are: 'auto' uses the accelerators there are, or a device such as "
         "'cpu' or 'cuda:1'. They are loaded one after the other.",
     )
-    output_dir: str = key("runs/evaluation", "Folder of the results, made if need be.")
-    capability_datasets: list[CapabilityDatasetConfig] = key(
+    output_dir: str = setting("runs/evaluation", "Folder of the results, made if need be.")
+    capability_datasets: list[CapabilityDatasetConfig] = setting(
         list,
         "Held-out capability data, in the schema of `datasets` with a `group` for each entry, "
         "as in training: negative log-likelihood per token.",
     )
-    harmful_datasets: list[HarmfulDatasetConfig] = key(
+    harmful_datasets: list[HarmfulDatasetConfig] = setting(
         list,
         "Prompts that are to be refused, in the column `prompt`: texts or conversations. A "
         "text is put as a user's message where there is a chat template.",
     )
-    over_refusal_datasets: list[OverRefusalDatasetConfig] = key(
+    over_refusal_datasets: list[OverRefusalDatasetConfig] = setting(
         list, "Prompts that look harmful and are to be answered, in the same form."
     )
-    preference_datasets: list[PreferenceDatasetConfig] = key(
+    preference_datasets: list[PreferenceDatasetConfig] = setting(
         list, "Pairs, in TRL's preference format."
     )
-    refusals: list[str] = key(
+    refusals: list[str] = setting(
         lambda: list(REFUSALS), "Whole refusals, the likelihood of which is measured."
     )
-    lm_eval_tasks: list[str] = key(
+    lm_eval_tasks: list[str] = setting(
         list, "Tasks, groups or tags of lm-evaluation-harness (extra `eval`)."
     )
-    lm_eval_include_path: str | None = key(
+    lm_eval_include_path: str | None = setting(
         None, "Folder of task files of your own for the harness."
     )
-    lm_eval_limit: int | None = key(
+    lm_eval_limit: int | None = setting(
         None, "Samples of each task, the first ones, at least 1. Default: all."
     )
-    max_samples: int | None = key(
+    max_samples: int | None = setting(
         None, "Samples of each group, chosen by `seed`, at least 1. Default: all."
     )
-    batch_size: int = key(16, "Sequences of a forward pass; does not change the measures.")
-    max_length: int = key(
+    batch_size: int = setting(16, "Sequences of a forward pass; does not change the measures.")
+    max_length: int = setting(
         1024,
         "Tokens, at least 2. Capability data are cut to it, as in training (default: TRL's). "
         "Prompts without room for a refusal and an answer in it, and longer pairs, are left "
         "out.",
     )
-    max_new_tokens: int = key(
+    max_new_tokens: int = setting(
         64,
         "Tokens of a generated answer, of which the first 150 characters are judged. 0 "
         "generates none.",
     )
-    num_bootstrap: int = key(2000, "Resamples for the intervals, at least 100.")
-    confidence: float = key(0.95, "Of the intervals, between 0 and 1.")
-    seed: int = key(0, "Of the choice of samples and of the resampling.")
+    num_bootstrap: int = setting(2000, "Resamples for the intervals, at least 100.")
+    confidence: float = setting(0.95, "Of the intervals, between 0 and 1.")
+    seed: int = setting(0, "Of the choice of samples and of the resampling.")
 
     def __post_init__(self) -> None:
         check_keys_of(self, ENTRY_TYPES, _LEAST)

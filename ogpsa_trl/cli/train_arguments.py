@@ -1,4 +1,4 @@
-"""The keys of a training run: TRL's own, OGPSA's, and what the scripts add."""
+"""The arguments of a training run: TRL's own, OGPSA's, and what the command adds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 from trl.scripts.utils import ScriptArguments
-from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.model_config import ModelConfig
-from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl.config import GateConfig, OGPSAConfig, Preset
+from ogpsa_trl.config import GateConfig, OGPSAConfig, Preset, setting
 from ogpsa_trl.data.entries import (
     CapabilityDatasetConfig,
     ConvertibleDatasetConfig,
@@ -21,32 +19,25 @@ from ogpsa_trl.data.entries import (
     loading,
 )
 
-Stage = Literal["sft", "dpo"]
-
-STAGE_CONFIGS: dict[str, type[SFTConfig] | type[DPOConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
-
 
 @dataclass
 class TrainArguments:
     """What the training script adds to the arguments of TRL and of OGPSA."""
 
-    stage: Stage = field(
-        default="sft", metadata={"help": "Which trainer: 'sft' or 'dpo'. It decides the keys."}
+    stage: Literal["sft", "dpo"] = setting(
+        "sft",
+        "Which trainer: 'sft' or 'dpo'. It decides the keys.",
     )
-    ogpsa: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to use the capability data. `--ogpsa false` trains plain TRL from the "
-            "same file, for comparison."
-        },
+    ogpsa: bool = setting(
+        True,
+        "Whether to use the capability data. `--ogpsa false` trains plain TRL from the same file, "
+        "for comparison.",
     )
-    preset: Preset | None = field(
-        default=None,
-        metadata={
-            "help": "Fills in OGPSA's settings; keys of your own replace them. 'preserve', the "
-            "default: the constrained update. 'paper': the published form. 'paper-theorem': the "
-            "same with one subspace. 'replay', 'kl': the baselines of these names."
-        },
+    preset: Preset | None = setting(
+        None,
+        "Fills in OGPSA's settings; keys of your own replace them. 'preserve', the default: the "
+        "constrained update. 'paper': the published form. 'paper-theorem': the same with one "
+        "subspace. 'replay', 'kl': the baselines of these names.",
     )
     capability_datasets: list[CapabilityDatasetConfig] = field(
         default_factory=list,
@@ -62,13 +53,10 @@ class TrainArguments:
             "`capability_datasets`, with and without `ogpsa`. Leave it out to train without a gate."
         },
     )
-
-    run_report: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to write `report.html` into `output_dir` at the end: the run on one "
-            "page (docs/reports.md). `ogpsa report` makes it again later."
-        },
+    run_report: bool = setting(
+        True,
+        "Whether to write `report.html` into `output_dir` at the end: the run on one page "
+        "(docs/reports.md). `ogpsa report` makes it again later.",
     )
 
     def __post_init__(self) -> None:
@@ -107,20 +95,21 @@ class RunArguments:
         }
 
     def safety_datasets(self) -> Mapping[Any, Dataset | IterableDataset]:
-        """Load the training data by split."""
-        if self.datasets.datasets and self.script.dataset_name is not None:
+        """
+        Load the training data by split.
+
+        Raises:
+            ValueError: there are none, or two kinds of them, or they cannot be loaded.
+        """
+        name = self.script.dataset_name
+        if bool(self.datasets.datasets) == (name is not None):
             raise ValueError(
-                "Training data must come from `datasets` or from `dataset_name`, but both are set "
-                f"(`dataset_name` is {self.script.dataset_name!r}). Remove one."
+                "A run needs training data from `datasets` or from `dataset_name`, but "
+                + ("neither is set. Set one." if name is None else "both are set. Remove one.")
             )
-        if self.datasets.datasets:
+        if name is None:
             return load_mixture(self.datasets)
-        if self.script.dataset_name is None:
-            raise ValueError(
-                "A run needs training data, but neither `datasets` nor `dataset_name` is set. Set "
-                "`dataset_name` to a name on the Hub or a file, or list `datasets`."
-            )
-        entry = ConvertibleDatasetConfig(self.script.dataset_name, name=self.script.dataset_config)
+        entry = ConvertibleDatasetConfig(name, name=self.script.dataset_config)
         entry.check_file()
-        with loading(f"`dataset_name` {self.script.dataset_name!r}"):
+        with loading(f"`dataset_name` {name!r}"):
             return entry.load(None, streaming=self.script.dataset_streaming)
