@@ -1,10 +1,13 @@
 """Short training runs on the toy world, and what they are compared by."""
 
+import itertools
+
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from laws import largest_cosine
 from ogpsa_trl import CapabilityGate, OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 
@@ -34,6 +37,10 @@ ARGUMENTS = {
 
 def arguments(stage, output_dir, **overrides):
     return CONFIGS[stage](**{"output_dir": str(output_dir), **ARGUMENTS, **overrides})
+
+
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
 
 
 def paper(**settings):
@@ -70,6 +77,11 @@ def trained(*args, **kwargs):
     before = weights(trainer)
     trainer.train()
     return trainer, before, weights(trainer)
+
+
+def flat(tensors):
+    """All entries of a state, or of another mapping of tensors."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]).double()
 
 
 class SaveAfter(TrainerCallback):
@@ -137,41 +149,60 @@ def trl_entries(trainer):
 
 
 class WeightsCallback(TrainerCallback):
-    """The weights after every step."""
+    """The weights before training and after every step."""
 
     def __init__(self):
         self.states = []
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    on_step_end = on_train_begin
 
 
 class CosineCallback(TrainerCallback):
-    """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
+    """The largest cosine of a gradient with any basis row, just before every optimizer step."""
 
     def __init__(self):
         self.cosines = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         subspace = self.trainer.subspace
-        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
-            if parameter.grad is not None and rows is not None and parameter.grad.any():
-                gradient = parameter.grad.flatten().double()
-                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
+        gradients = [parameter.grad for _, parameter in subspace.backend.parameters]
+        pairs = [
+            (gradient.flatten(), rows)
+            for gradient, rows in zip(gradients, subspace.basis, strict=True)
+            if gradient is not None and rows is not None and gradient.any()
+        ]
+        if pairs:
+            self.cosines.append(largest_cosine(*zip(*pairs, strict=True), scope="parameter"))
+
+
+def change_losses(trainer, groups, change):
+    """Let every sum of the capability losses of these groups be another: a function of it."""
+    original = trainer.capability_loss.sum
+
+    def changed(batch):
+        loss = original(batch)
+        is_meant = any(sample.name.split("/")[0] in groups for sample in batch.samples)
+        return change(loss) if is_meant else loss
+
+    trainer.capability_loss.sum = changed
 
 
 def to_messages(rows):
     """Prompt-completion rows as conversations of the same text."""
-
-    def convert(row):
-        return {
-            "messages": [
-                {"role": "user", "content": row["prompt"].removesuffix(" =>").strip()},
-                {"role": "assistant", "content": row["completion"].strip()},
-            ]
-        }
-
-    return Dataset.from_list([convert(row) for row in rows])
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"].removesuffix(" =>").strip()},
+                    {"role": "assistant", "content": row["completion"].strip()},
+                ]
+            }
+            for row in rows
+        ]
+    )
 
 
 def literal_kl(model, start, tokenizer, rows):
@@ -202,3 +233,37 @@ def literal_nll(model, tokenizer, rows):
         total = total - sum(logits[position - 1, ids[position]] for position in targets)
         num_tokens += len(targets)
     return total / num_tokens
+
+
+def literal_model(path, state=None):
+    """A model with its tokenizer, at the weights of a state."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def literal_losses(path, state=None, groups=None):
+    """The loss of every capability group, or of others, by name."""
+    model, tokenizer = literal_model(path, state)
+    with torch.no_grad():
+        return {
+            name: literal_nll(model, tokenizer, rows).item()
+            for name, rows in (groups or capability_groups()).items()
+        }
+
+
+def literal_gradients(path, state):
+    """The gradients of the loss of every capability group, by autograd, shape [R, N]."""
+    model, tokenizer = literal_model(path, state)
+    losses = [literal_nll(model, tokenizer, rows) for rows in capability_groups().values()]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients])
+
+
+def step_cosines(states, path, scope):
+    """Of every step with the literal capability gradients before it, the largest."""
+    for before, after in itertools.pairwise(states):
+        sizes = [tensor.numel() for tensor in before.values()]
+        update, rows = flat(after) - flat(before), literal_gradients(path, before)
+        yield largest_cosine(update.split(sizes), rows.split(sizes, dim=1), scope)
