@@ -89,10 +89,6 @@ def assert_orthogonal(vector_N, rows_RN, relative_to, atol):
     assert cosines.abs().max() <= atol
 
 
-def assert_not_longer(after_N, before_N):
-    assert after_N.double().norm() <= before_N.double().norm() * (1 + 1e-6)
-
-
 SIZES = (7, 5, 4)
 ZEROS = [torch.zeros(size) for size in SIZES]
 ONES = [torch.ones(size) for size in SIZES]
