@@ -234,64 +234,62 @@ class TestPastTolerance:
         assert known[False].gate.last.largest_increase > 0
         assert not known[False].gate.is_exceeded
 
-    def test_a_loss_that_is_no_number_is(self, base_model_path, tmp_path):
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_no_number_is(self, value, make):
         config = GateConfig(max_capability_loss_increase=1e9)
-        _, gate = contradicted_run(base_model_path, tmp_path, config)
-        start = {"a": 1.0, "b": 1.0, "c": 1.0}
-        for value in (math.nan, math.inf):
-            gate.last = Measurement(1, start, {"a": 5.0, "b": value, "c": 7.0})
-            assert gate.last.worst == "b"
-            assert gate.is_exceeded
+        gate = gated(make(capability=None), contradicted(), config)
+        gate.last = Measurement(1, dict.fromkeys("abc", 1.0), {"a": 5.0, "b": value, "c": 7.0})
+        assert gate.last.worst == "b"
+        assert gate.is_exceeded
+
+
+# Whether with LoRA, the step whose weights are the last within the tolerance, and options.
+BEST = {
+    "full": (False, 2, {}, [2, 6]),
+    "lora": (True, 2, {}, [2, 6]),
+    "last": (False, 5, {"max_steps": 5}, [4, 5]),
+    # An epoch has four steps.
+    "epochs": (
+        False, 4, {"save_strategy": "epoch", "max_steps": 8, "save_total_limit": 1}, [4],
+    ),
+}  # fmt: skip
 
 
 class TestBest:
     """The latest checkpoint within the tolerance is kept, and is the model in the end."""
 
-    def run(self, path, folder, tolerance, **options):
-        config = GateConfig(
-            gate_interval=100, max_capability_loss_increase=tolerance, gate_action="best"
-        )
-        options = {**SAVES, "save_total_limit": 2, **options}
-        trainer, gate = contradicted_run(path, folder, config, **options)
-        trainer.train()
-        return trainer, gate, sorted(path.name for path in folder.glob("checkpoint-*"))
+    @pytest.fixture
+    def run(self, base_model_path, tmp_path):
+        def run(tolerance, **options):
+            config = GateConfig(
+                gate_interval=100, max_capability_loss_increase=tolerance, gate_action="best"
+            )
+            options = {**SAVES, "save_total_limit": 2, **options}
+            trainer, gate = contradicted_run(base_model_path, tmp_path, config, **options)
+            trainer.train()
+            return trainer, gate
 
-    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-    def test_it_survives_the_limit_and_is_loaded(self, lora, known, base_model_path, tmp_path):
-        trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path, between(known[lora], 2), lora=lora
-        )
-        assert checkpoints == ["checkpoint-2", "checkpoint-6"]
-        state = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
-        assert state["best_metric"] == known[lora].increases[2]
-        assert max_difference(weights(trainer), known[lora].states[2]) == 0
+        return run
+
+    @pytest.mark.parametrize("name", BEST)
+    def test_it_survives_the_limit_and_is_loaded(self, name, known, run, tmp_path):
+        lora, best, options, checkpoints = BEST[name]
+        trainer, gate = run(between(known[lora], best), lora=lora, **options)
+        folders = [tmp_path / f"checkpoint-{step}" for step in checkpoints]
+        assert sorted(tmp_path.glob("checkpoint-*")) == folders
+        state = json.loads((folders[-1] / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+        assert state["best_metric"] == known[lora].increases[best]
+        assert max_difference(weights(trainer), known[lora].states[best]) == 0
         assert not gate.is_exceeded
-        assert gate.last.largest_increase == known[lora].increases[2]
+        assert gate.last.largest_increase == known[lora].increases[best]
 
-    def test_last_weights_within_the_tolerance_are_kept(self, known, base_model_path, tmp_path):
-        trainer, _, checkpoints = self.run(base_model_path, tmp_path, 1e9, max_steps=3)
-        assert checkpoints == ["checkpoint-2", "checkpoint-3"]
-        assert max_difference(weights(trainer), known[False].states[3]) == 0
-        assert len(gate_entries(trainer)) == 4
-
-    def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(
-        self, base_model_path, tmp_path, caplog
-    ):
+    def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(self, run, caplog):
         with caplog.at_level(logging.WARNING):
-            trainer, gate, _ = self.run(base_model_path, tmp_path, 0.0, max_steps=2)
+            trainer, gate = run(0.0, max_steps=2)
         assert "no checkpoint within the tolerance is there to be loaded" in caplog.text
         assert trainer.state.best_model_checkpoint is None
         assert gate.is_exceeded
-
-    def test_checkpoints_of_epochs_count(self, known, base_model_path, tmp_path):
-        trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path, between(known[False], 4), save_strategy="epoch",
-            max_steps=8, save_total_limit=1,
-        )  # fmt: skip
-        assert checkpoints == ["checkpoint-4"]  # an epoch has four steps
-        assert trainer.state.best_global_step == 4
-        assert not gate.is_exceeded
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -415,54 +415,46 @@ LOSING = {
 }
 
 
+def train_on(values, trainer):
+    """Train with a gradient that holds these values in these steps, or is zero for `None`."""
+    around_optimizer = trainer.constrained_step.around_optimizer
+
+    @contextlib.contextmanager
+    def broken_step():
+        step = trainer.state.global_step
+        if step in values and values[step] is None:
+            trainer.model.zero_grad(set_to_none=False)
+        elif step in values:
+            trainer.model.model.embed_tokens.weight.grad[5, 3] = values[step]
+        with around_optimizer():
+            yield
+
+    trainer.constrained_step.around_optimizer = broken_step
+    trainer.train()
+    return weights(trainer)
+
+
 class TestLostGradients:
     """A training gradient that is not finite is one of zero, whatever is projected."""
 
-    @pytest.fixture
-    def run(self, make):
-        """Train with a gradient that holds these values in these steps, or is zero for `None`."""
-
-        def run(config, values, max_steps=5):
-            trainer = make(
-                config=config, optim="adamw_torch", learning_rate=1e-2, max_steps=max_steps,
-                max_grad_norm=1.0, weight_decay=0.1,
-            )  # fmt: skip
-            around_optimizer = trainer.constrained_step.around_optimizer
-
-            @contextlib.contextmanager
-            def broken_step():
-                value = values.get(trainer.state.global_step, 1.0)
-                if value is None:
-                    for parameter in trainer.model.parameters():
-                        parameter.grad.zero_()
-                elif value != 1.0:
-                    trainer.model.model.embed_tokens.weight.grad[5, 3] = value
-                with around_optimizer():
-                    yield
-
-            trainer.constrained_step.around_optimizer = broken_step
-            trainer.train()
-            return trainer
-
-        return run
-
     @pytest.mark.parametrize("name", LOSING)
-    def test_the_step_is_that_of_a_zero_gradient(self, name, run, caplog):
+    def test_the_step_is_that_of_a_zero_gradient(self, name, make, caplog):
         """The last value is too long for its square."""
         values = {1: float("nan"), 2: -float("inf"), 3: 1e30}
-        expected = weights(run(LOSING[name], dict.fromkeys(values)))
-        trainer = run(LOSING[name], values)
-        assert max_difference(weights(trainer), expected) == 0
+        options = {**ADAMW, "max_steps": 5, "max_grad_norm": 1.0, "weight_decay": 0.1}
+        expected = train_on(dict.fromkeys(values), make(config=LOSING[name], **options))
+        trainer = make(config=LOSING[name], **options)
+        assert max_difference(train_on(values, trainer), expected) == 0
         assert flat(expected).isfinite().all()
         logs = trainer.state.log_history[:5]
         assert [entry.get("ogpsa/lost_gradients") for entry in logs] == [None, 1, 1, 1, None]
         assert "Step 2: the training gradient is not finite and counts as zero" in caplog.text
 
-    def test_too_many_in_a_row_end_the_run(self, run):
+    def test_too_many_in_a_row_end_the_run(self, make):
         """Those before the last finite one do not count."""
         values = dict.fromkeys({*range(20)} - {1}, float("nan"))
         with pytest.raises(FloatingPointError, match=r"Step 12: .* not been finite in 11 steps"):
-            run(paper(), values, max_steps=20)
+            train_on(values, make(max_steps=20))
 
 
 # A capability loss that is not finite; one with a finite value, and a gradient that is not.
