@@ -192,47 +192,41 @@ def change_losses(trainer, groups, change):
 
 def to_messages(rows):
     """Prompt-completion rows as conversations of the same text."""
+    texts = [(row["prompt"].removesuffix(" =>").strip(), row["completion"].strip()) for row in rows]
+    roles = ("user", "assistant")
     return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": row["prompt"].removesuffix(" =>").strip()},
-                    {"role": "assistant", "content": row["completion"].strip()},
-                ]
-            }
-            for row in rows
-        ]
-    )
+        [{"messages": [{"role": r, "content": t} for r, t in zip(roles, pair, strict=True)]}
+         for pair in texts]
+    )  # fmt: skip
+
+
+def completion_log_probs(model, tokenizer, row):
+    """Of every token after the prompt, over the whole vocabulary, shape [T, V]; and its tokens."""
+    prompt_ids = tokenizer(row["prompt"])["input_ids"]
+    target_ids = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+    ids = torch.tensor(prompt_ids + target_ids)[None, :-1]  # the end is only predicted
+    logits_TV = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
+    return logits_TV.double().log_softmax(dim=-1), torch.tensor(target_ids)
 
 
 def literal_kl(model, start, tokenizer, rows):
     """Token-mean KL(start || model) on the completions, over the whole vocabulary."""
-    total, num_tokens = 0.0, 0
+    divergences = []
     for row in rows:
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
-        ids = prompt_ids + tokenizer(row["completion"])["input_ids"]  # the end is only predicted
-        ids = torch.tensor(ids)[None]
         with torch.no_grad():
-            expected = start(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
-        actual = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
-        expected, actual = (logits.double().log_softmax(dim=-1) for logits in (expected, actual))
-        total = total + (expected.exp() * (expected - actual)).sum()
-        num_tokens += len(expected)
-    return total / num_tokens
+            expected, _ = completion_log_probs(start, tokenizer, row)
+        actual, _ = completion_log_probs(model, tokenizer, row)
+        divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
+    return torch.cat(divergences).mean()
 
 
 def literal_nll(model, tokenizer, rows):
     """Token-mean NLL of the completions of some rows, one sample at a time, from the logits."""
-    total, num_tokens = 0.0, 0
+    losses = []
     for row in rows:
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor(prompt_ids + tokenizer(row["completion"])["input_ids"])
-        ids = torch.cat([ids, torch.tensor([tokenizer.eos_token_id])])
-        logits = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
-        targets = range(len(prompt_ids), len(ids))
-        total = total - sum(logits[position - 1, ids[position]] for position in targets)
-        num_tokens += len(targets)
-    return total / num_tokens
+        log_probs_TV, targets_T = completion_log_probs(model, tokenizer, row)
+        losses.append(-log_probs_TV.gather(1, targets_T[:, None])[:, 0])
+    return torch.cat(losses).mean()
 
 
 def literal_model(path, state=None):

@@ -170,38 +170,34 @@ def test_kto_resumes_bit_for_bit(make, tmp_path):
     assert_resume_is_bitwise(again, tmp_path, steps=(1,))
 
 
-class TestRefused:
-    def test_reward_models_have_no_language_to_protect(self, tmp_path):
-        class OGPSARewardTrainer(OGPSAMixin, RewardTrainer):
-            pass
+class OGPSARewardTrainer(OGPSAMixin, RewardTrainer):
+    """A reward model has no language to protect."""
 
-        config = tiny_llama_config(32, 1, 2, 32)
-        config.num_labels = 1
-        message = "LlamaForSequenceClassification has no language-modeling head"
-        with pytest.raises(ValueError, match=message):
-            OGPSARewardTrainer(
-                LlamaForSequenceClassification(config),
-                args=RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
-                train_dataset=safety_data("dpo"),
-                processing_class=TOKENIZER,
-                capability_dataset=capability_groups(),
-            )
 
-    def assert_refused(self, message, path, output, **keywords):
-        with pytest.raises(ValueError, match=message):
-            OGPSATrainer(
-                model=AutoModelForCausalLM.from_pretrained(path),
-                args=TrainingArguments(str(output), use_cpu=True, report_to="none"),
-                train_dataset=token_data(),
-                capability_dataset=capability_groups(),
-                **keywords,
-            )
+REFUSED = {
+    "no language": "LlamaForSequenceClassification has no language-modeling head",
+    "no tokenizer": "`processing_class` is NoneType",
+    # TRL's trainers refuse copies on several devices themselves.
+    "copies": r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV",
+}
 
-    def test_a_trainer_without_a_tokenizer(self, base_model_path, tmp_path):
-        self.assert_refused("`processing_class` is NoneType", base_model_path, tmp_path)
 
-    def test_copies_on_several_devices(self, base_model_path, tmp_path, monkeypatch):
-        """TRL's trainers refuse them themselves."""
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_protected_is_refused(what, tmp_path, monkeypatch):
+    config, arguments_class = tiny_llama_config(32, 1, 2, 32), RewardConfig
+    if what == "no language":
+        config.num_labels, data = 1, safety_data("dpo")
+        model, trainer_class = LlamaForSequenceClassification(config), OGPSARewardTrainer
+    else:
+        model, data = AutoModelForCausalLM.from_config(config), token_data()
+        arguments_class, trainer_class = TrainingArguments, OGPSATrainer
+    if what == "copies":
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-        message = r"2 GPUs.*DataParallel.*ddp\.yaml.*CUDA_VISIBLE_DEV"
-        self.assert_refused(message, base_model_path, tmp_path, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match=REFUSED[what]):
+        trainer_class(
+            model=model,
+            args=arguments_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=data,
+            processing_class=None if what == "no tokenizer" else TOKENIZER,
+            capability_dataset=capability_groups(),
+        )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save
 
 from ogpsa_trl.data.groups import Sample
 from ogpsa_trl.engines.backend import Shard
@@ -159,11 +160,6 @@ def test_a_process_needs_its_own_file_only(tmp_path):
 class TestWithoutAUsableBasis:
     """A warning and a refresh before the next step, on all processes; or an error."""
 
-    @pytest.fixture(autouse=True)
-    def saved(self, tmp_path):
-        save_all(tmp_path, by_rows, 1)
-        return tmp_path / FILE_NAME
-
     def test_a_missing_shard_is_a_warning(self, tmp_path, caplog):
         save_all(tmp_path, by_rows, 4)
         (tmp_path / file_names(4)[1]).unlink()
@@ -171,27 +167,36 @@ class TestWithoutAUsableBasis:
         assert f"holds no whole capability subspace ({file_names(4)[0]}, " in caplog.text
 
     def test_so_are_other_settings(self, tmp_path, caplog):
+        save_all(tmp_path, by_rows, 1)
         assert load(tmp_path, WHOLE, scope="model").is_due
         assert "was made with the settings {'scope': 'parameter', " in caplog.text
 
     def test_all_processes_refresh_if_one_has_no_basis(self, tmp_path):
+        save_all(tmp_path, by_rows, 1)
         assert load(tmp_path, WHOLE, others_agree=False, num_processes=2).is_due
 
-    def test_other_parameters_are_an_error(self, tmp_path):
-        with pytest.raises(ValueError, match=r"does not fit this model.*other parameters.*'head'"):
-            load(tmp_path, {"embed": (0, 12), "norm": (0, 3)})
-
-    def test_a_damaged_file_is_an_error(self, saved, tmp_path):
-        content = saved.read_bytes()
-        for damaged in (b"", content[: len(content) // 2], b"x" * 100):
-            saved.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"cannot be read .* delete this file"):
-                load(tmp_path, WHOLE)
-
-    def test_another_format_is_an_error(self, saved, tmp_path):
-        save_file(load_file(saved), saved, {"format": "2"})
-        with pytest.raises(ValueError, match=r"has format '2', but this version reads '3'"):
-            load(tmp_path, WHOLE)
+    @pytest.mark.parametrize(
+        ("damage", "shards", "message"),
+        [
+            (None, {"embed": (0, 12)}, r"does not fit this model.*other parameters.*'head'"),
+            (lambda content: b"", WHOLE, r"cannot be read .* delete this file"),
+            (lambda content: content[:400], WHOLE, r"cannot be read .* delete this file"),
+            (lambda content: b"x" * 100, WHOLE, r"cannot be read .* delete this file"),
+            (
+                lambda content: save(load_bytes(content), {"format": "2"}), WHOLE,
+                r"has format '2', but this version reads '3'",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_the_subspace_of_this_model_is_an_error(
+        self, damage, shards, message, tmp_path
+    ):
+        save_all(tmp_path, by_rows, 1)
+        if damage:
+            file = tmp_path / FILE_NAME
+            file.write_bytes(damage(file.read_bytes()))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, shards)
 
 
 class TestStartingPoint:

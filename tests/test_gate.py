@@ -294,19 +294,14 @@ class TestBest:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (
-                {"metric_for_best_model": "loss"},
-                "`metric_for_best_model` is 'loss' and would mark another. Leave it out",
-            ),
-            (
-                {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1},
-                "`load_best_model_at_end`, which sets it",
-            ),
+            ({"metric_for_best_model": "loss"}, "is 'loss' and would mark another. Leave it out"),
+            ({"load_best_model_at_end": True}, "`load_best_model_at_end`, which sets it"),
         ],
     )
     def test_another_choice_of_the_best_is_an_error(self, options, message, tmp_path):
         config = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
-        with pytest.raises(ValueError, match=message):
+        options |= {"eval_strategy": "steps", "eval_steps": 1}
+        with pytest.raises(ValueError, match=f"`metric_for_best_model` .*{message}"):
             config.check_saving(arguments("sft", tmp_path, **SAVES | options))
 
 
@@ -314,21 +309,18 @@ class TestErrors:
     """Each names the rule, the value and the way out."""
 
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("name", "value", "rule"),
         [
-            ({"gate_action": "halt"}, "`gate_action` must be one of 'warn', .* but got 'halt'"),
-            ({"gate_action": "stop"}, "`gate_action` 'stop' needs a tolerance, .* Set it, in nats"),
-            ({"gate_interval": 0}, "`gate_interval` must be an integer of at least 1, but got 0"),
-            ({"gate_num_samples": 2.5}, "`gate_num_samples` must be an integer"),
-            (
-                {"max_capability_loss_increase": -0.1},
-                "`max_capability_loss_increase` must be a number of at least 0, but got -0.1",
-            ),
+            ("gate_action", "halt", "must be one of 'warn', .* but got 'halt'"),
+            ("gate_action", "stop", "'stop' needs a tolerance, .* Set it, in nats"),
+            ("gate_interval", 0, "must be an integer of at least 1, but got 0"),
+            ("gate_num_samples", 2.5, "must be an integer"),
+            ("max_capability_loss_increase", -0.1, "must be a number of at least 0, but got -0.1"),
         ],
     )
-    def test_settings(self, settings, message):
-        with pytest.raises(ValueError, match=message):
-            GateConfig(**settings)
+    def test_settings(self, name, value, rule):
+        with pytest.raises(ValueError, match=f"`{name}` {rule}"):
+            GateConfig(**{name: value})
 
     @pytest.mark.parametrize(
         ("plain", "data", "action", "message"),
