@@ -53,18 +53,14 @@ def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, reason, run_
         assert re.search(piece, str(error.value))
 
 
-def test_what_is_made_anew_may_be_taken_away(run_folder):
-    (run_folder / "checkpoint-3" / FILE_NAME).unlink()
-    assert what_is_missing(run_folder / "checkpoint-3") is None
-
-
-def test_without_a_list_it_is_not_whole(run_folder):
-    unmark(run_folder / "checkpoint-3")
-    assert what_is_missing(run_folder / "checkpoint-3") == (
-        f"{LIST_NAME}, which is written last, is not there"
-    )
-    mark(run_folder / "checkpoint-3")
-    assert what_is_missing(run_folder / "checkpoint-3") is None
+def test_what_is_whole(run_folder):
+    """Not without the list; but what is made anew may be taken away."""
+    folder = run_folder / "checkpoint-3"
+    unmark(folder)
+    assert what_is_missing(folder) == f"{LIST_NAME}, which is written last, is not there"
+    mark(folder)
+    (folder / FILE_NAME).unlink()
+    assert what_is_missing(folder) is None
 
 
 def test_where_none_is_whole_the_error_names_them_all(run_folder):

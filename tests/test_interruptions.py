@@ -111,12 +111,12 @@ class TestTheStartIsKept:
     def test_but_not_that_of_another_model(self):
         """`model_init` makes a new one for every `train`."""
         loss = CapabilityLoss(OGPSAConfig(), [], None, None)
-        models, start = [tiny_model(seed=seed) for seed in (0, 1)], object()
-        loss.begin(models[0])
+        model, start = tiny_model(seed=0), object()
+        loss.begin(model)
         loss.start = start
-        loss.begin(models[0])
+        loss.begin(model)
         assert loss.start is start
-        loss.begin(models[1])
+        loss.begin(tiny_model(seed=1))
         assert loss.start is None
 
 
@@ -210,12 +210,10 @@ class TestCheckpoints:
         assert pushed == [(str(tmp_path / f"checkpoint-{step}"), None) for step in (1, 2)]
         trainer._save_checkpoint(trainer.model, None)  # where a step is saved twice
         folders = sorted(tmp_path.glob("checkpoint-*"))
-        assert [folder.name for folder in folders] == ["checkpoint-1", "checkpoint-2"][
-            -(limit or 2) :
-        ]
+        assert len(folders) == (limit or 2) and folders[-1].name == "checkpoint-2"
         files = [(folder / START_FILE_NAME).stat() for folder in folders]
         # Every one has the file, the disk has its bytes once.
-        assert {(file.st_ino, file.st_nlink) for file in files} == {(files[0].st_ino, limit or 2)}
+        assert {(file.st_ino, file.st_nlink) for file in files} == {(files[0].st_ino, len(files))}
         for folder in folders:
             assert what_is_missing(folder) is None
             assert not list(folder.glob("*unfinished"))
@@ -226,6 +224,5 @@ def test_diagnostics_that_are_never_logged_do_not_grow():
     diagnostics = Diagnostics([])
     for value in range(6):
         diagnostics.record(cosine=torch.tensor(float(value)))
-    ((total, count),) = diagnostics.sums.values()
-    assert (total, count) == (15, 6)
-    assert total.numel() == 1
+    [(total, count)] = diagnostics.sums.values()
+    assert (total.tolist(), count) == (15, 6)

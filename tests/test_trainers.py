@@ -175,27 +175,37 @@ def leaves_nothing(make):
 
 
 # Each stands in one run, beside others that TRL takes together.
-SFT_FEATURES = {
-    "packing, gradient checkpointing": {
+FEATURES = {
+    "packing, gradient checkpointing": ("sft", {
         "packing": True, "max_length": 48, "gradient_checkpointing": True,
-    },
-    "padding-free, full sequence loss": {
+    }),
+    "padding-free, full sequence loss": ("sft", {
         "padding_free": True, "max_length": None, "completion_only_loss": False,
-    },
-    "reentrant checkpointing, evaluation": {
+    }),
+    "reentrant checkpointing, evaluation": ("sft", {
         "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "eval_strategy": "steps", "eval_steps": 1, "more": {"eval_dataset": safety_data("sft")},
-    },
-    "dft, epochs": {
+    }),
+    "dft, epochs": ("sft", {
         "loss_type": "dft", "max_steps": -1, "num_train_epochs": 1,
         "gradient_accumulation_steps": 3,
-    },
+    }),
+    "log-probabilities of the reference in advance": ("dpo", {"precompute_ref_log_probs": True}),
+    "weighting, length": ("dpo", {
+        "gradient_checkpointing": True, "use_weighting": True, "ld_alpha": 0.5,
+    }),
+    # Autocast computes in bf16, but the gradients and the basis are float32.
+    "bf16": ("sft", {"bf16": True}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("features", SFT_FEATURES)
-def test_sft_feature_leaves_nothing_in_the_subspace(features, leaves_nothing):
-    leaves_nothing(**SFT_FEATURES[features])
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature_leaves_nothing_in_the_subspace(name, leaves_nothing, base_model_path):
+    stage, options = FEATURES[name]
+    if name == "weighting, length":  # and a reference of one's own
+        reference = AutoModelForCausalLM.from_pretrained(base_model_path)
+        options = {**options, "more": {"ref_model": reference}}
+    leaves_nothing(stage, **options)
 
 
 def test_assistant_only_loss_of_conversations(leaves_nothing):
@@ -219,23 +229,6 @@ def test_dpo_loss_type_leaves_nothing_in_the_subspace(leaves_nothing):
     text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     assert set(re.findall(r"`'(\w+)'`", text)) == set(DPO_LOSS_TYPES)
     leaves_nothing("dpo", loss_type=DPO_LOSS_TYPES, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("has_reference", [False, True])
-def test_dpo_feature_leaves_nothing_in_the_subspace(has_reference, leaves_nothing, base_model_path):
-    """Log-probabilities of the reference in advance; a reference of one's own, and all the rest."""
-    options = {"precompute_ref_log_probs": True}
-    if has_reference:
-        options = {
-            "gradient_checkpointing": True, "use_weighting": True, "ld_alpha": 0.5,
-            "more": {"ref_model": AutoModelForCausalLM.from_pretrained(base_model_path)},
-        }  # fmt: skip
-    leaves_nothing("dpo", **options)
-
-
-def test_bf16_leaves_nothing_in_the_subspace(leaves_nothing):
-    """Autocast computes in bf16, but the gradients and the basis are float32."""
-    leaves_nothing(bf16=True)
 
 
 def test_bfloat16_parameters_leave_their_rounding_only(leaves_nothing):
@@ -360,20 +353,15 @@ def test_refreshes_come_at_every_interval_and_metrics_are_means_since_the_last_l
         config=paper(refresh_interval=3), max_steps=8, learning_rate=0.1, logging_steps=2,
         gradient_accumulation_steps=2,
     )  # fmt: skip
-    refreshes, cosines = [], []
+    refreshes, recorded = [], []
     refresh, record = trainer.refresh_subspace, trainer.diagnostics.record
-
-    def recording(**metrics):
-        cosines.extend(metrics[name] for name in metrics if name == "cosine")
-        record(**metrics)
-
-    trainer.diagnostics.record = recording
+    trainer.diagnostics.record = lambda **metrics: (recorded.append(metrics), record(**metrics))
     trainer.refresh_subspace = lambda: (refreshes.append(trainer.state.global_step), refresh())
     trainer.train()
     assert refreshes == [0, 3, 6]
     means = [e["ogpsa/cosine"] for e in trainer.state.log_history if "loss" in e]
-    pairs = zip(cosines[::2], cosines[1::2], strict=True)
-    assert means == pytest.approx([(float(a) + float(b)) / 2 for a, b in pairs])
+    cosines = torch.stack([metrics["cosine"] for metrics in recorded if "cosine" in metrics])
+    assert means == pytest.approx(cosines.view(4, 2).mean(dim=1).tolist())
     assert len(set(means)) == 4
 
 
@@ -490,17 +478,16 @@ class TestExplosion:
         assert ("ogpsa/capability_loss/skills" in logs) == (how == "gradient")
         assert all(math.isfinite(value) for value in logs.values())
 
-    def test_of_all_groups_is_an_error(self, train):
-        trainer = train()
-        change_losses(trainer, capability_groups(), EXPLOSIONS["loss"])
-        with pytest.raises(FloatingPointError, match=r"'skills' .* nor is that of any other group"):
-            trainer.refresh_subspace()
-        assert trainer.subspace.is_due
-        assert all(rows is None for rows in trainer.subspace.basis)
-
-    def test_in_the_first_refresh_is_an_error(self, make):
+    def test_without_an_older_one_or_of_all_groups_it_is_an_error(self, make):
         trainer = make()
         change_losses(trainer, ["language"], EXPLOSIONS["loss"])
         message = r"group 'language' \(loss inf\) is not finite, and there is no older one"
         with pytest.raises(FloatingPointError, match=message):
             trainer.train()
+        trainer = make()
+        trainer.train()
+        change_losses(trainer, capability_groups(), EXPLOSIONS["loss"])
+        with pytest.raises(FloatingPointError, match=r"'skills' .* nor is that of any other group"):
+            trainer.refresh_subspace()
+        assert trainer.subspace.is_due
+        assert all(rows is None for rows in trainer.subspace.basis)
