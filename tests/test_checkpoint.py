@@ -1,6 +1,7 @@
 """A checkpoint is the same subspace for any number of processes, however they shard it."""
 
 import dataclasses
+import itertools
 import logging
 from types import SimpleNamespace
 
@@ -68,26 +69,29 @@ def filled(shards, **process):
     return subspace
 
 
+def between(size, first, last):
+    """The entries of a parameter between two places: where they begin, and how many they are."""
+    start, end = (min(max(place, 0), size) for place in (first, last))
+    return start, end - start
+
+
 def by_rows(num_processes, process_index):
     """Every parameter is divided: FSDP2 and ZeRO-3. Small ones leave some processes nothing."""
-    shards = {}
-    for name, size in SIZES.items():
-        per_process = -(-size // num_processes)
-        start = min(per_process * process_index, size)
-        shards[name] = (start, min(per_process, size - start))
-    return shards
+    of_each = {name: -(-size // num_processes) for name, size in SIZES.items()}
+    return {
+        name: between(size, of_each[name] * process_index, of_each[name] * (process_index + 1))
+        for name, size in SIZES.items()
+    }
 
 
 def end_to_end(num_processes, process_index):
     """One range of all parameters laid end to end: ZeRO-1 and ZeRO-2."""
     per_process = -(-sum(SIZES.values()) // num_processes)
-    first, shards, offset = per_process * process_index, {}, 0
-    for name, size in SIZES.items():
-        start = min(max(first - offset, 0), size)
-        end = min(max(first + per_process - offset, 0), size)
-        shards[name] = (start if end > start else 0, end - start)
-        offset += size
-    return shards
+    first, offsets = per_process * process_index, itertools.accumulate(SIZES.values(), initial=0)
+    return {
+        name: between(size, first - offset, first + per_process - offset)
+        for (name, size), offset in zip(SIZES.items(), offsets, strict=False)
+    }
 
 
 def in_replicas(num_processes, process_index):
@@ -219,22 +223,19 @@ class TestStartingPoint:
         ],
     )
     def test_that_is_lost_is_said(self, change, reason, tmp_path, caplog):
-        config = self.CONFIG
         samples, path = self.save(tmp_path)
-        backend = make_subspace(WHOLE).backend
 
-        def loaded():
+        def loaded(config=self.CONFIG):
             groups = [SimpleNamespace(samples=samples)]
-            return load_start(backend, groups, config, str(tmp_path))
+            return load_start(make_subspace(WHOLE).backend, groups, config, str(tmp_path))
 
         assert torch.equal(loaded().losses, torch.arange(3.0).double())
         if change == "file":
             path.unlink()
         elif change == "samples":
             samples.pop()
-        else:
-            config = dataclasses.replace(config, kl_tokens=3)
-        assert loaded() is None
+        kl_tokens = 3 if change == "settings" else self.CONFIG.kl_tokens
+        assert loaded(dataclasses.replace(self.CONFIG, kl_tokens=kl_tokens)) is None
         assert f"starting point of {tmp_path} cannot be used (" in caplog.text
         assert reason.lower() in caplog.text.lower()
         assert "drift, and so the divergence, counts from the weights of this" in caplog.text
