@@ -54,10 +54,8 @@ def known(base_model_path, tmp_path_factory):
     """The known case: weights and increase of the loss after every step, full training and LoRA."""
     results = {}
     for lora in (False, True):
-        trainer, gate = contradicted_run(
-            base_model_path, tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1),
-            lora=lora,
-        )  # fmt: skip
+        folder, config = tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1)
+        trainer, gate = contradicted_run(base_model_path, folder, config, lora=lora)
         watch = WeightsCallback()
         trainer.add_callback(watch)
         trainer.train()
@@ -104,11 +102,9 @@ class TestMeasurement:
     @WITH_AND_WITHOUT
     def test_it_leaves_no_trace_in_training(self, stage, capability, make, base_model_path):
         """Weights, metrics and their entries in the log are bit for bit those without a gate."""
-        options = {"disable_dropout": False}
-        lora = {}
+        options, lora = {"disable_dropout": False}, None
         if stage == "sft":
-            options = {"neftune_noise_alpha": 5.0}
-            lora = {"peft_config": LoraConfig(**LORA, lora_dropout=0.3)}
+            options, lora = {"neftune_noise_alpha": 5.0}, LoraConfig(**LORA, lora_dropout=0.3)
 
         def run(has_gate):
             trainer = make(
@@ -116,7 +112,7 @@ class TestMeasurement:
                 model=AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3),
                 more={
                     "processing_class": AutoTokenizer.from_pretrained(base_model_path),
-                    "eval_dataset": safety_data(stage, 4), **lora,
+                    "eval_dataset": safety_data(stage, 4), "peft_config": lora,
                 },
                 max_steps=3, optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0,
                 gradient_accumulation_steps=2, gradient_checkpointing=True, logging_steps=2,
