@@ -161,21 +161,17 @@ class WeightsCallback(TrainerCallback):
 
 
 class CosineCallback(TrainerCallback):
-    """The largest cosine of a gradient with any basis row, just before every optimizer step."""
+    """The largest cosine of each gradient with any basis row, just before the optimizer's step."""
 
     def __init__(self):
         self.cosines = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         subspace = self.trainer.subspace
-        gradients = [parameter.grad for _, parameter in subspace.backend.parameters]
-        pairs = [
-            (gradient.flatten(), rows)
-            for gradient, rows in zip(gradients, subspace.basis, strict=True)
-            if gradient is not None and rows is not None and gradient.any()
-        ]
-        if pairs:
-            self.cosines.append(largest_cosine(*zip(*pairs, strict=True), scope="parameter"))
+        for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
+            if parameter.grad is not None and rows is not None and parameter.grad.any():
+                cosine = largest_cosine([parameter.grad.flatten()], [rows], "parameter")
+                self.cosines.append(cosine)
 
 
 def change_losses(trainer, groups, change):
