@@ -42,6 +42,33 @@ def base_model_path(tmp_path_factory):
 
 
 @pytest.fixture
+def make(base_model_path, tmp_path):
+    """Make a trainer with capability data, in the folder of the test."""
+    from runs import capability_groups, make_trainer
+
+    def make(stage="sft", *, model=base_model_path, folder=tmp_path, **options):
+        options = {"capability": capability_groups(), **options}
+        return make_trainer(stage, model, folder, **options)
+
+    return make
+
+
+@pytest.fixture
+def train(make):
+    """Make one and train it; it then has `states`: the weights before and after every step."""
+    from runs import WeightsCallback
+
+    def train(*args, **options):
+        trainer, watch = make(*args, **options), WeightsCallback()
+        trainer.add_callback(watch)
+        trainer.train()
+        trainer.states = watch.states
+        return trainer
+
+    return train
+
+
+@pytest.fixture
 def config(base_model_path, tmp_path):
     """Write the configuration of a tiny training, of a stage; returns its path."""
     from runs import capability_groups, safety_data

@@ -5,9 +5,11 @@ That takes ten seconds of every process that torchrun starts, more than what it 
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from multiprocessing import connection
 
@@ -45,32 +47,48 @@ def launch(num_processes, main, *arguments, folder, on_gpu=False):
     Raises:
         AssertionError: a process has failed; with the end of its output.
     """
-    files = [folder / f"output-{rank}.txt" for rank in range(num_processes)]
+    processes = start(places(num_processes), main, *arguments, folder=folder, on_gpu=on_gpu)
+    failed = wait(processes)
+    assert failed is None, (folder / f"output-{failed}.txt").read_text()[-6000:]
+
+
+def start(environments, main, *arguments, folder, on_gpu=False):
+    """Processes that run a function, each with its environment."""
     processes = [
-        _FORKS.Process(target=_run, args=(place, file, main, arguments))
-        for place, file in zip(places(num_processes), files, strict=True)
+        _FORKS.Process(target=_run, args=(place, folder / f"output-{rank}.txt", main, arguments))
+        for rank, place in enumerate(environments)
     ]
-    with _hidden_gpus(on_gpu):  # the process that they are forked from has what it starts with
+    with _environment(on_gpu):  # the process that they are forked from has what it starts with
         for process in processes:
             process.start()
+    return processes
+
+
+def wait(processes):
+    """
+    Until all are done or one has failed: the others, which wait for it, are killed then.
+
+    Returns:
+        The number of the first that failed, or `None`.
+    """
     end = time.monotonic() + _SECONDS
     running = {process.sentinel: process for process in processes}
     while running and not any(process.exitcode for process in processes):
-        if not (done := connection.wait(running, timeout=max(0, end - time.monotonic()))):
-            break
+        done = connection.wait(running, timeout=max(0, end - time.monotonic()))
+        assert done, f"The launch has not ended in {_SECONDS} s."
         for sentinel in done:
             running.pop(sentinel).join()
-    failed = [file for process, file in zip(processes, files, strict=True) if process.exitcode]
-    for process in running.values():  # they wait for the one that has failed
+    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+    for process in running.values():
         process.kill()
         process.join()
-    assert not failed, failed[0].read_text()[-6000:]
-    assert not running, f"The launch has not ended in {_SECONDS} s."
+    return next(iter(failed), None)
 
 
 @contextlib.contextmanager
-def _hidden_gpus(on_gpu):
+def _environment(on_gpu):
     before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11 does not hand it on
     if not on_gpu:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     try:
@@ -81,8 +99,9 @@ def _hidden_gpus(on_gpu):
 
 
 def _run(place, file, main, arguments):
-    with file.open("w") as output:
+    with file.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ |= place
+    gc.freeze()  # collecting garbage would look through the libraries
     main(*arguments)

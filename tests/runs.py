@@ -1,10 +1,13 @@
 """Short training runs on the toy world, and what they are compared by."""
 
+import itertools
+
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from laws import largest_cosine
 from ogpsa_trl import CapabilityGate, OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 
@@ -34,6 +37,10 @@ ARGUMENTS = {
 
 def arguments(stage, output_dir, **overrides):
     return CONFIGS[stage](**{"output_dir": str(output_dir), **ARGUMENTS, **overrides})
+
+
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
 
 
 def paper(**settings):
@@ -70,6 +77,11 @@ def trained(*args, **kwargs):
     before = weights(trainer)
     trainer.train()
     return trainer, before, weights(trainer)
+
+
+def flat(tensors):
+    """All entries of a state, or of another mapping of tensors."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]).double()
 
 
 class SaveAfter(TrainerCallback):
@@ -137,68 +149,111 @@ def trl_entries(trainer):
 
 
 class WeightsCallback(TrainerCallback):
-    """The weights after every step."""
+    """The weights before training and after every step."""
 
     def __init__(self):
         self.states = []
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    on_step_end = on_train_begin
 
 
 class CosineCallback(TrainerCallback):
-    """The largest cosine of the gradient with any basis row, just before the optimizer's step."""
+    """The largest cosine of each gradient with any basis row, just before the optimizer's step."""
 
     def __init__(self):
         self.cosines = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         subspace = self.trainer.subspace
         for (_, parameter), rows in zip(subspace.backend.parameters, subspace.basis, strict=True):
             if parameter.grad is not None and rows is not None and parameter.grad.any():
-                gradient = parameter.grad.flatten().double()
-                self.cosines.append((rows.double() @ gradient).abs().max() / gradient.norm())
+                cosine = largest_cosine([parameter.grad.flatten()], [rows], "parameter")
+                self.cosines.append(cosine)
+
+
+def change_losses(trainer, groups, change):
+    """Let every sum of the capability losses of these groups be another: a function of it."""
+    original = trainer.capability_loss.sum
+
+    def changed(batch):
+        loss = original(batch)
+        is_meant = any(sample.name.split("/")[0] in groups for sample in batch.samples)
+        return change(loss) if is_meant else loss
+
+    trainer.capability_loss.sum = changed
 
 
 def to_messages(rows):
     """Prompt-completion rows as conversations of the same text."""
+    texts = [(row["prompt"].removesuffix(" =>").strip(), row["completion"].strip()) for row in rows]
+    roles = ("user", "assistant")
+    return Dataset.from_list(
+        [{"messages": [{"role": r, "content": t} for r, t in zip(roles, pair, strict=True)]}
+         for pair in texts]
+    )  # fmt: skip
 
-    def convert(row):
-        return {
-            "messages": [
-                {"role": "user", "content": row["prompt"].removesuffix(" =>").strip()},
-                {"role": "assistant", "content": row["completion"].strip()},
-            ]
-        }
 
-    return Dataset.from_list([convert(row) for row in rows])
+def completion_log_probs(model, tokenizer, row):
+    """Of every token after the prompt, over the whole vocabulary, shape [T, V]; and its tokens."""
+    prompt_ids = tokenizer(row["prompt"])["input_ids"]
+    target_ids = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+    ids = torch.tensor(prompt_ids + target_ids)[None, :-1]  # the end is only predicted
+    logits_TV = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
+    return logits_TV.double().log_softmax(dim=-1), torch.tensor(target_ids)
 
 
 def literal_kl(model, start, tokenizer, rows):
     """Token-mean KL(start || model) on the completions, over the whole vocabulary."""
-    total, num_tokens = 0.0, 0
+    divergences = []
     for row in rows:
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
-        ids = prompt_ids + tokenizer(row["completion"])["input_ids"]  # the end is only predicted
-        ids = torch.tensor(ids)[None]
         with torch.no_grad():
-            expected = start(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
-        actual = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
-        expected, actual = (logits.double().log_softmax(dim=-1) for logits in (expected, actual))
-        total = total + (expected.exp() * (expected - actual)).sum()
-        num_tokens += len(expected)
-    return total / num_tokens
+            expected, _ = completion_log_probs(start, tokenizer, row)
+        actual, _ = completion_log_probs(model, tokenizer, row)
+        divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
+    return torch.cat(divergences).mean()
 
 
 def literal_nll(model, tokenizer, rows):
     """Token-mean NLL of the completions of some rows, one sample at a time, from the logits."""
-    total, num_tokens = 0.0, 0
+    losses = []
     for row in rows:
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor(prompt_ids + tokenizer(row["completion"])["input_ids"])
-        ids = torch.cat([ids, torch.tensor([tokenizer.eos_token_id])])
-        logits = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
-        targets = range(len(prompt_ids), len(ids))
-        total = total - sum(logits[position - 1, ids[position]] for position in targets)
-        num_tokens += len(targets)
-    return total / num_tokens
+        log_probs_TV, targets_T = completion_log_probs(model, tokenizer, row)
+        losses.append(-log_probs_TV.gather(1, targets_T[:, None])[:, 0])
+    return torch.cat(losses).mean()
+
+
+def literal_model(path, state=None):
+    """A model with its tokenizer, at the weights of a state."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def literal_losses(path, state=None, groups=None):
+    """The loss of every capability group, or of others, by name."""
+    model, tokenizer = literal_model(path, state)
+    with torch.no_grad():
+        return {
+            name: literal_nll(model, tokenizer, rows).item()
+            for name, rows in (groups or capability_groups()).items()
+        }
+
+
+def literal_gradients(path, state):
+    """The gradients of the loss of every capability group, by autograd, shape [R, N]."""
+    model, tokenizer = literal_model(path, state)
+    losses = [literal_nll(model, tokenizer, rows) for rows in capability_groups().values()]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients])
+
+
+def step_cosines(states, path, scope):
+    """Of every step with the literal capability gradients before it, the largest."""
+    for before, after in itertools.pairwise(states):
+        sizes = [tensor.numel() for tensor in before.values()]
+        update, rows = flat(after) - flat(before), literal_gradients(path, before)
+        yield largest_cosine(update.split(sizes), rows.split(sizes, dim=1), scope)

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+from ogpsa_trl.method.saved_state import FILE_NAME
 from ogpsa_trl.training import whole_checkpoints
 from ogpsa_trl.training.whole_checkpoints import (
     LIST_NAME,
@@ -13,19 +16,9 @@ from ogpsa_trl.training.whole_checkpoints import (
     unmark,
     what_is_missing,
 )
-from runs import capability_groups, make_trainer, paper
+from runs import SAVES, paper
 
-NAMES = {
-    "model.safetensors", "optimizer.pt", "trainer_state.json", "ogpsa_subspace.safetensors",
-}  # fmt: skip
-
-
-def saving(base_model_path, output, *, plain=False, **overrides):
-    return make_trainer(
-        "sft", base_model_path, output, plain=plain,
-        capability=None if plain else capability_groups(), config=None if plain else paper(),
-        max_steps=3, save_strategy="steps", save_steps=1, **overrides,
-    )  # fmt: skip
+NAMES = {"model.safetensors", "optimizer.pt", "trainer_state.json", FILE_NAME}
 
 
 @pytest.fixture
@@ -41,42 +34,33 @@ def run_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [("model.safetensors", "gone"), ("ogpsa_subspace.safetensors", "cut")]
+    ("name", "damage", "reason"),
+    [
+        ("model.safetensors", Path.unlink, "is not there"),
+        (FILE_NAME, lambda path: os.truncate(path, 6), "has 6 bytes instead of 13"),
+    ],
 )
-def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, run_folder, caplog):
-    file = run_folder / "checkpoint-3" / name
-    if damage == "gone":
-        file.unlink()
-        reason = f"{name} is not there"
-    else:
-        os.truncate(file, 6)
-        reason = f"{name} has 6 bytes instead of 13"
-    found = checkpoint_to_resume(True, str(run_folder))
-    assert found == str(run_folder / "checkpoint-2")
+def test_a_damaged_checkpoint_is_named_and_left_aside(name, damage, reason, run_folder, caplog):
+    last, before = run_folder / "checkpoint-3", str(run_folder / "checkpoint-2")
+    damage(last / name)
+    assert checkpoint_to_resume(True, str(run_folder)) == before
     assert caplog.messages == [
-        f"Not resuming from {run_folder / 'checkpoint-3'}: {reason}. Resuming from {found}."
+        f"Not resuming from {last}: {name} {reason}. Resuming from {before}."
     ]
-    with pytest.raises(ValueError) as error:
-        checkpoint_to_resume(str(run_folder / "checkpoint-3"), str(run_folder))
-    assert str(error.value) == (
-        f"`resume_from_checkpoint` must be a whole checkpoint, but in "
-        f"{str(run_folder / 'checkpoint-3')!r} {reason}. The last whole one in "
-        f"{str(run_folder)!r} is {found!r}."
-    )
+    with pytest.raises(ValueError, match=r"must be a whole checkpoint") as error:
+        checkpoint_to_resume(str(last), str(run_folder))
+    for piece in (repr(str(last)), f"{name} {reason}", f"last whole one .* is {before!r}"):
+        assert re.search(piece, str(error.value))
 
 
-def test_what_is_made_anew_may_be_taken_away(run_folder):
-    (run_folder / "checkpoint-3" / "ogpsa_subspace.safetensors").unlink()
-    assert what_is_missing(run_folder / "checkpoint-3") is None
-
-
-def test_without_a_list_it_is_not_whole(run_folder):
-    unmark(run_folder / "checkpoint-3")
-    assert what_is_missing(run_folder / "checkpoint-3") == (
-        f"{LIST_NAME}, which is written last, is not there"
-    )
-    mark(run_folder / "checkpoint-3")
-    assert what_is_missing(run_folder / "checkpoint-3") is None
+def test_what_is_whole(run_folder):
+    """Not without the list; but what is made anew may be taken away."""
+    folder = run_folder / "checkpoint-3"
+    unmark(folder)
+    assert what_is_missing(folder) == f"{LIST_NAME}, which is written last, is not there"
+    mark(folder)
+    (folder / FILE_NAME).unlink()
+    assert what_is_missing(folder) is None
 
 
 def test_where_none_is_whole_the_error_names_them_all(run_folder):
@@ -88,20 +72,26 @@ def test_where_none_is_whole_the_error_names_them_all(run_folder):
         checkpoint_to_resume(True, str(run_folder / "nowhere"))
 
 
-def test_checkpoints_of_plain_trl_can_be_resumed(base_model_path, tmp_path, caplog):
-    saving(base_model_path, tmp_path, plain=True).train()
+def test_checkpoints_of_plain_trl_can_be_resumed(train, make, tmp_path, caplog):
+    """What they do not hold is made anew at once, in the middle of an interval, and it is said."""
+    train(plain=True, max_steps=3, **SAVES)
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"cut":')
-    trainer = saving(base_model_path, tmp_path)
+    config = paper(refresh_interval=100, samples_per_refresh=3)
+    trainer = make(config=config, max_steps=4, **SAVES)
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "checkpoint-2"
     assert "trainer_state.json is not there, or is cut" in caplog.text
-    assert "holds no whole capability subspace" in caplog.text
+    assert f"{checkpoint} holds no whole capability subspace (no {FILE_NAME})" in caplog.text
+    assert f"starting point of {checkpoint} cannot be used (there is none): drift" in caplog.text
+    refreshed = [entry["step"] for entry in trainer.state.log_history if "ogpsa/rank" in entry]
+    assert refreshed == [3]
     assert what_is_missing(tmp_path / "checkpoint-3") is None  # saved anew
 
 
-def test_a_whole_checkpoint_is_there_at_any_moment(base_model_path, tmp_path, monkeypatch):
+def test_a_whole_checkpoint_is_there_at_any_moment(make, tmp_path, monkeypatch):
     """Also with room for one only: the old one goes when the new one is marked, and not before."""
-    trainer, seen = saving(base_model_path, tmp_path, save_total_limit=1), []
+    trainer, seen = make(max_steps=3, save_total_limit=1, **SAVES), []
 
     def look_and_mark(folder):
         seen.append([p.name for p in tmp_path.glob("checkpoint-*") if not what_is_missing(p)])

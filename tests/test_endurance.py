@@ -10,9 +10,10 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from engine_worker import ProjectionProbe
+from laws import subspace_error
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
-from runs import capability_groups, make_trainer, paper
+from runs import ADAMW, paper
 
 NUM_STEPS = 2000
 LOGGING_STEPS = 10
@@ -39,17 +40,6 @@ METRICS = {
 }  # fmt: skip
 
 
-def resident_megabytes():
-    """Memory of this process that is in use."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def num_tensors():
-    gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-
-
 class Watch(TrainerCallback):
     """Measures at every log, and memory every hundred steps."""
 
@@ -61,37 +51,25 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % LOGGING_STEPS:
             return
-        self.basis_errors.append(self.basis_error())
+        self.basis_errors.append(subspace_error(self.trainer.subspace))
         self.cosines.append(self.probe.largest)
         self.probe.largest = 0.0
         if state.global_step % 100 == 0:
-            self.tensors[state.global_step] = num_tensors()
-            self.megabytes[state.global_step] = resident_megabytes()
-
-    def basis_error(self):
-        """Largest entry of B B^T - 1; rows of zeros are directions that are not there."""
-        subspace = self.trainer.subspace
-        grams = [rows.double() @ rows.double().T for rows in subspace.basis if rows is not None]
-        if subspace.config.scope == "model":
-            grams = [torch.stack(grams).sum(dim=0)]
-        errors = [gram - torch.diag((gram.diagonal() > 0.5).double()) for gram in grams]
-        return max(error.abs().max().item() for error in errors)
-
-
-def largest(values, start, end):
-    """Of the steps from `start` to `end`."""
-    return max(values[start // LOGGING_STEPS : end // LOGGING_STEPS])
+            gc.collect()
+            things = gc.get_objects()
+            self.tensors[state.global_step] = sum(isinstance(t, torch.Tensor) for t in things)
+            pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
+            self.megabytes[state.global_step] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_thousand_steps(name, tmp_path, record_property):
+def test_two_thousand_steps(name, make):
     model = tiny_model(hidden_size=16, num_layers=1, ffn_size=32)
-    trainer = make_trainer(
-        "sft", model, tmp_path, capability=capability_groups(), config=CONFIGS[name],
-        more={"processing_class": toy_tokenizer()}, max_steps=NUM_STEPS, optim="adamw_torch",
-        learning_rate=1e-3, logging_steps=LOGGING_STEPS, dataloader_num_workers=0,
+    trainer = make(
+        model=model, config=CONFIGS[name], more={"processing_class": toy_tokenizer()},
+        logging_steps=LOGGING_STEPS, **ADAMW | {"max_steps": NUM_STEPS},
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     watch = Watch(trainer)
@@ -99,17 +77,14 @@ def test_two_thousand_steps(name, tmp_path, record_property):
     trainer.train()
 
     growth = watch.megabytes[NUM_STEPS] - watch.megabytes[WARM_UP]
-    record_property("megabytes", watch.megabytes)
-    record_property("tensors", watch.tensors)
-    record_property("basis_error", max(watch.basis_errors))
-    record_property("cosine", max(watch.cosines))
     # The log itself takes 160 entries of 20 numbers, 0.3 MB.
     assert growth < 4
     assert watch.tensors[NUM_STEPS] == watch.tensors[WARM_UP]
 
     # Rounding of the rows, of the first quarter and of the last alike.
     assert max(watch.basis_errors) < 1e-5
-    first, last = largest(watch.basis_errors, 0, 500), largest(watch.basis_errors, 1500, 2000)
+    quarter = len(watch.basis_errors) // 4
+    first, last = max(watch.basis_errors[:quarter]), max(watch.basis_errors[-quarter:])
     assert last < 2 * first + 1e-6
     if not CONFIGS[name].restoration:  # that moves along the subspace
         assert max(watch.cosines) < 1e-4

@@ -1,31 +1,19 @@
 """Restoration, averaging and replay: what is fed back from the measured capability losses."""
 
 import copy
+import itertools
 import logging
 
 import pytest
 import torch
 
-from laws import random_gradients, refresh, small_subspace, take_step
+from laws import ALONG, random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import SubspaceCallback
 from ogpsa_trl.method.loss_history import Refresh
 from ogpsa_trl.training.diagnostics import Diagnostics
-from runs import (
-    capability_groups,
-    make_trainer,
-    max_difference,
-    paper,
-    trained,
-)
-from test_update import ADAMW, flat, literal_gradients, run
+from runs import ADAMW, capability_groups, flat, literal_gradients, paper
 
 GROUPS = list(capability_groups())
-ALONG = [gradient_RN[0] for gradient_RN in random_gradients(seed=9)]
-
-
-def product(rows, vector):
-    """A u, over all parameters."""
-    return torch.cat(rows, dim=1).double() @ torch.cat(vector).double()
 
 
 class TestRestoration:
@@ -42,10 +30,8 @@ class TestRestoration:
         for step in range(5):
             projection, update = take_step(subspace, ALONG)
             expected = torch.tensor([-0.02 * 0.5 / 4 if step < 4 else 0.0, 0.0, 0.0])
-            torch.testing.assert_close(
-                product(rows, update).float(), expected, rtol=1e-3, atol=1e-6
-            )
-            torch.testing.assert_close(projection.changes, expected, rtol=1e-3, atol=1e-6)
+            for changes in (torch.cat(rows, dim=1) @ torch.cat(update), projection.changes):
+                torch.testing.assert_close(changes, expected, rtol=1e-3, atol=1e-6)
             assert projection.restoration.is_capped == 0
         _, change = refresh(subspace, rows)
         assert change.predicted_change == pytest.approx([-0.02 * 0.5, 0.0, 0.0], abs=1e-5)
@@ -75,13 +61,13 @@ class TestRestoration:
             take_step(subspace, ALONG)
         assert shares == [0.25] * 4 + [0.25] + [1.0, 0.0, 0.0, 0.0]
 
-    def test_the_real_step_takes_back_what_the_losses_have_risen(self, base_model_path, tmp_path):
+    def test_the_real_step_takes_back_what_the_losses_have_risen(self, train, base_model_path):
         """Each rise is that of the loss since the start."""
-        gain = 0.5
-        trainer, probe = run(
-            base_model_path, tmp_path, target="update", scope="parameter", metric="optimizer",
-            restoration=gain, restoration_cap=100.0,
+        config = paper(
+            target="update", metric="optimizer", restoration=0.5, restoration_cap=100.0,
+            refresh_interval=1,
         )  # fmt: skip
+        trainer = train(config=config, **ADAMW | {"learning_rate": 1e-2})
         entries = trainer.state.log_history[:-1]
         losses, drifts = (
             [[entry[f"ogpsa/{name}/{group}"] for group in GROUPS] for entry in entries]
@@ -89,13 +75,14 @@ class TestRestoration:
         )
         assert max(map(max, drifts)) > 1e-4
         assert all("ogpsa/restoration_ratio" in entry for entry in entries)
-        for (update, gradients), drift, loss in zip(probe.steps, drifts, losses, strict=True):
+        steps = itertools.pairwise(trainer.states)
+        for (before, after), drift, loss in zip(steps, drifts, losses, strict=True):
             rises = [now - start for now, start in zip(loss, losses[0], strict=True)]
             assert drift == pytest.approx(rises, abs=1e-6)
-            changes = [(flat(g, update) @ flat(update, update)).item() for g in gradients]
-            expected = [-gain * max(rise, 0) for rise in drift]
+            gradients = literal_gradients(base_model_path, before).double()
+            changes = (gradients @ (flat(after) - flat(before))).tolist()
             # Weights of size 1 round a step: 6e-8 times the 1-norm of the gradient.
-            assert changes == pytest.approx(expected, abs=2e-5)
+            assert changes == pytest.approx([-0.5 * max(rise, 0) for rise in drift], abs=2e-5)
 
 
 @pytest.mark.parametrize("scope", ["parameter", "model"])
@@ -115,42 +102,19 @@ def test_gradients_and_drifts_are_exponential_means(scope):
     torch.testing.assert_close(subspace.history.rises, rises[-1])
 
 
-class TestReplay:
-    @pytest.mark.parametrize("scope", ["parameter", "model"])
-    def test_it_adds_the_mean_capability_gradient_once_for_every_refresh(self, scope):
-        config = paper(target="none", replay_weight=0.5, scope=scope)
-        subspace, rows = small_subspace(torch.optim.SGD, config=config), random_gradients()
-        for _ in range(2):
-            refresh(subspace, rows)
-            _, first = take_step(subspace, ALONG)
-            _, second = take_step(subspace, ALONG)
-            for index, rows_RN in enumerate(rows):
-                added = -1e-2 * 0.5 * rows_RN.mean(dim=0)
-                torch.testing.assert_close(
-                    first[index] - second[index], added, rtol=1e-4, atol=1e-6
-                )
-
-    @pytest.mark.parametrize("target", ["none", "gradient"])
-    def test_without_projection_it_adds_the_capability_gradient(
-        self, target, base_model_path, tmp_path
-    ):
-        """And with one, to the projected gradient."""
-        weight, results = 0.7, []
-        for replay_weight in (0.0, weight):
-            config = paper(
-                target=target, scope="model", replay_weight=replay_weight, refresh_interval=1
-            )
-            trainer, before, after = trained(
-                "sft", base_model_path, tmp_path, capability=capability_groups(), config=config
-            )
-            results.append(after)
-        gradients = literal_gradients(base_model_path, before)
-        mean = {n: sum(g[n] for g in gradients) / len(gradients) for n in before}
-        expected = {n: results[0][n] - weight * mean[n] for n in before}
-        # float32 weights of size 1 and steps of size 1e-2.
-        assert max_difference(results[1], expected) < 2e-6
-        length = trainer.state.log_history[0]["ogpsa/replay_length"]
-        assert length == pytest.approx(weight * flat(mean, mean).norm().item(), rel=1e-4)
+@pytest.mark.parametrize("target", ["none", "gradient"])
+@pytest.mark.parametrize("scope", ["parameter", "model"])
+def test_replay_adds_the_mean_capability_gradient_once_for_every_refresh(scope, target):
+    """To the gradient, or to the projected one."""
+    config = paper(target=target, replay_weight=0.5, scope=scope)
+    subspace, rows = small_subspace(torch.optim.SGD, config=config), random_gradients()
+    for _ in range(2):
+        refresh(subspace, rows)
+        _, first = take_step(subspace, ALONG)
+        _, second = take_step(subspace, ALONG)
+        for index, rows_RN in enumerate(rows):
+            added = -1e-2 * 0.5 * rows_RN.mean(dim=0)
+            torch.testing.assert_close(first[index] - second[index], added, rtol=1e-4, atol=1e-6)
 
 
 class TestPrediction:
@@ -167,19 +131,16 @@ class TestPrediction:
         else:
             assert second.predicted_change is None
 
-    def test_small_steps_change_the_losses_as_predicted(self, base_model_path, tmp_path):
+    def test_small_steps_change_the_losses_as_predicted(self, make):
         """
         Of losses that are said to have risen, so that there is something to restore: half in a
         step, as two are expected between refreshes, and all of it once there has been one.
         """
-        trainer = make_trainer(
-            "sft", base_model_path, tmp_path, capability=capability_groups(),
-            config=paper(
-                target="update", scope="model", refresh_interval=2, restoration=0.1,
-                restoration_cap=1000.0,
-            ),
-            **ADAMW | {"learning_rate": 1e-4},
+        config = paper(
+            target="update", scope="model", refresh_interval=2, restoration=0.1,
+            restoration_cap=1000.0,
         )  # fmt: skip
+        trainer = make(config=config, **ADAMW | {"learning_rate": 1e-4, "max_steps": 3})
         rises = trainer.capability_loss.rises
         trainer.capability_loss.rises = lambda *args: [rise + 0.05 for rise in rises(*args)]
         trainer.remove_callback(SubspaceCallback)
@@ -229,8 +190,7 @@ def test_a_saved_subspace_goes_on_bitwise():
         updates = []
         for subspace in [first] if step < 3 else [first, resumed]:
             if step % 2 == 0:
-                _, change = refresh(
-                    subspace, random_gradients(seed=step), rises=[0.01 * step, 0.02]
-                )
+                rows, rises = random_gradients(seed=step), [0.01 * step, 0.02]
+                _, change = refresh(subspace, rows, rises)
             updates.append((torch.cat(take_step(subspace, ALONG)[1]).tolist(), change))
         assert updates[0] == updates[-1]

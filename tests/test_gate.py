@@ -7,13 +7,13 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.training.gate import Measurement
 from runs import (
+    SAVES,
     WeightsCallback,
     arguments,
     assert_resume_is_bitwise,
@@ -21,7 +21,7 @@ from runs import (
     contradicted,
     gate_entries,
     gated,
-    literal_nll,
+    literal_losses,
     logged,
     make_trainer,
     max_difference,
@@ -32,6 +32,10 @@ from runs import (
 )
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+# OGPSA, and plain training.
+WITH_AND_WITHOUT = pytest.mark.parametrize(
+    ("stage", "capability"), [("sft", capability_groups()), ("dpo", None)], ids=["sft", "dpo"]
+)
 
 
 def contradicted_run(path, output_dir, config, *, lora=False, **options):
@@ -50,17 +54,15 @@ def known(base_model_path, tmp_path_factory):
     """The known case: weights and increase of the loss after every step, full training and LoRA."""
     results = {}
     for lora in (False, True):
-        trainer, gate = contradicted_run(
-            base_model_path, tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1),
-            lora=lora,
-        )  # fmt: skip
-        before, watch = weights(trainer), WeightsCallback()
+        folder, config = tmp_path_factory.mktemp("known"), GateConfig(gate_interval=1)
+        trainer, gate = contradicted_run(base_model_path, folder, config, lora=lora)
+        watch = WeightsCallback()
         trainer.add_callback(watch)
         trainer.train()
         increases = [entry["ogpsa/gate_increase/answers"] for entry in gate_entries(trainer)]
         assert all(after - before > 0.005 for before, after in pairwise(increases[1:]))
         results[lora] = SimpleNamespace(
-            trainer=trainer, gate=gate, states=[before, *watch.states], increases=increases
+            trainer=trainer, gate=gate, states=watch.states, increases=increases
         )
     return results
 
@@ -80,26 +82,16 @@ def test_the_log_of_a_gate_stands_apart_from_that_of_training(known):
 
 
 class TestMeasurement:
-    @pytest.mark.parametrize(
-        ("stage", "capability"), [("sft", capability_groups()), ("dpo", None)], ids=["sft", "dpo"]
-    )
-    def test_it_is_the_token_mean_over_all_samples(
-        self, stage, capability, base_model_path, tmp_path
-    ):
-        trainer = make_trainer(
-            stage, base_model_path, tmp_path, capability=capability, max_steps=5, learning_rate=0.3
-        )
+    @WITH_AND_WITHOUT
+    def test_it_is_the_token_mean_over_all_samples(self, stage, capability, make, base_model_path):
+        trainer = make(stage, capability=capability, max_steps=5, learning_rate=0.3)
         groups = capability_groups(7)
         gate = gated(trainer, groups, GateConfig(gate_interval=2, gate_batch_size=2))
         trainer.train()
         entries = gate_entries(trainer)
         assert [entry["step"] for entry in entries] == [0, 2, 4, 5]
-        tokenizer = AutoTokenizer.from_pretrained(base_model_path)
-        before = AutoModelForCausalLM.from_pretrained(base_model_path)
-        for model, entry in ((before, entries[0]), (trainer.model.eval(), entries[-1])):
-            with torch.no_grad():
-                losses = {n: literal_nll(model, tokenizer, g).item() for n, g in groups.items()}
-            for name, loss in losses.items():
+        for state, entry in ((None, entries[0]), (weights(trainer), entries[-1])):
+            for name, loss in literal_losses(base_model_path, state, groups).items():
                 # Sums over samples are rounded in another order, in float32.
                 assert entry[f"ogpsa/gate_loss/{name}"] == pytest.approx(loss, abs=1e-5)
                 increase = entry[f"ogpsa/gate_loss/{name}"] - entries[0][f"ogpsa/gate_loss/{name}"]
@@ -107,47 +99,40 @@ class TestMeasurement:
         assert entries[-1]["ogpsa/gate_largest_increase"] == max(gate.last.increases.values())
         assert entries[0]["ogpsa/gate_tokens/skills"] == gate.parts["skills"].num_tokens
 
-    @pytest.mark.parametrize(
-        ("stage", "form", "capability"),
-        [("sft", "lora", capability_groups()), ("dpo", "full", None)],
-        ids=["sft-lora-ogpsa", "dpo-full-plain"],
-    )
-    def test_it_leaves_no_trace_in_training(
-        self, stage, form, capability, base_model_path, tmp_path
-    ):
+    @WITH_AND_WITHOUT
+    def test_it_leaves_no_trace_in_training(self, stage, capability, make, base_model_path):
         """Weights, metrics and their entries in the log are bit for bit those without a gate."""
+        options, lora = {"disable_dropout": False}, None
+        if stage == "sft":
+            options, lora = {"neftune_noise_alpha": 5.0}, LoraConfig(**LORA, lora_dropout=0.3)
 
-        def run(gate):
-            model = AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3)
-            more = {"processing_class": AutoTokenizer.from_pretrained(base_model_path)}
-            more["eval_dataset"] = safety_data(stage, 4)
-            if form == "lora":
-                more["peft_config"] = LoraConfig(**LORA, lora_dropout=0.3)
-            trainer = make_trainer(
-                stage, model, tmp_path, capability=capability, more=more, max_steps=3,
-                config=capability and paper(refresh_interval=2), optim="adamw_torch",
-                learning_rate=1e-2, gradient_accumulation_steps=2, max_grad_norm=1.0,
-                gradient_checkpointing=True, logging_steps=2, include_num_input_tokens_seen=True,
-                eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-                **({"neftune_noise_alpha": 5.0} if stage == "sft" else {"disable_dropout": False}),
+        def run(has_gate):
+            trainer = make(
+                stage, capability=capability, config=capability and paper(refresh_interval=2),
+                model=AutoModelForCausalLM.from_pretrained(base_model_path, attention_dropout=0.3),
+                more={
+                    "processing_class": AutoTokenizer.from_pretrained(base_model_path),
+                    "eval_dataset": safety_data(stage, 4), "peft_config": lora,
+                },
+                max_steps=3, optim="adamw_torch", learning_rate=1e-2, max_grad_norm=1.0,
+                gradient_accumulation_steps=2, gradient_checkpointing=True, logging_steps=2,
+                include_num_input_tokens_seen=True, eval_strategy="steps", eval_steps=2,
+                **options, **SAVES | {"save_steps": 2},
             )  # fmt: skip
-            if gate:
+            if has_gate:
                 gated(trainer, capability_groups(7), GateConfig(gate_interval=1))
             trainer.train()
             return trainer
 
-        without, gate = run(gate=False), run(gate=True)
+        without, gate = run(has_gate=False), run(has_gate=True)
         assert len(gate_entries(gate)) == 4
         assert max_difference(weights(gate), weights(without)) == 0
         assert trl_entries(gate) == trl_entries(without)
 
-    def test_nothing_is_random_where_modules_checkpoint(self, base_model_path, tmp_path):
+    def test_nothing_is_random_where_modules_checkpoint(self, make):
         """No module is in training mode, where it may drop out in its own `forward`."""
-        modes = set()
-        trainer = make_trainer(
-            "sft", base_model_path, tmp_path, more={"peft_config": LoraConfig(**LORA)},
-            gradient_checkpointing=True,
-        )  # fmt: skip
+        modes, more = set(), {"peft_config": LoraConfig(**LORA)}
+        trainer = make(capability=None, more=more, gradient_checkpointing=True)
         gate = gated(trainer, capability_groups())
         trainer.train()
         for module in trainer.model.modules():
@@ -165,9 +150,8 @@ class TestMeasurement:
                 control.should_training_stop = state.global_step == 2
 
         trainer, gate = contradicted_run(
-            base_model_path, tmp_path, GateConfig(gate_interval=100), save_strategy="steps",
-            save_steps=2,
-        )  # fmt: skip
+            base_model_path, tmp_path, GateConfig(gate_interval=100), **SAVES | {"save_steps": 2}
+        )
         trainer.add_callback(Stop())
         trainer.train()
         assert trainer.state.global_step == gate.last.step == 3
@@ -176,33 +160,30 @@ class TestMeasurement:
         steps = [e["step"] for e in state["log_history"] if "ogpsa/gate_largest_increase" in e]
         assert steps == [0, 2]
 
-    def test_samples_that_training_protects_are_a_warning(self, base_model_path, tmp_path, caplog):
-        trainer = make_trainer("sft", base_model_path, tmp_path, capability=capability_groups(4))
+    def test_samples_that_training_protects_are_a_warning(self, make, caplog):
+        trainer = make(capability=capability_groups(4))
         with caplog.at_level(logging.WARNING):
             CapabilityGate(trainer, capability_groups(6))
         assert "'skills': 4 of its 6 samples are among those of `capability_dataset`" in caplog.text
 
 
 class TestResume:
-    @pytest.mark.parametrize(
-        ("stage", "capability"), [("sft", capability_groups()), ("dpo", None)], ids=["sft", "dpo"]
-    )
+    @WITH_AND_WITHOUT
     def test_a_resumed_run_logs_and_marks_what_the_straight_one_does(
-        self, stage, capability, base_model_path, tmp_path
+        self, stage, capability, make, tmp_path
     ):
-        def make():
-            trainer = make_trainer(
-                stage, base_model_path, tmp_path, capability=capability, max_steps=4,
-                config=capability and paper(refresh_interval=2), learning_rate=0.3,
-                gradient_accumulation_steps=2, save_strategy="steps", save_steps=3,
+        best = {"max_capability_loss_increase": 10.0, "gate_action": "best"}
+
+        def again():
+            trainer = make(
+                stage, capability=capability, config=capability and paper(refresh_interval=2),
+                max_steps=4, learning_rate=0.3, gradient_accumulation_steps=2,
+                **SAVES | {"save_steps": 3},
             )  # fmt: skip
-            config = GateConfig(
-                gate_interval=2, max_capability_loss_increase=10.0, gate_action="best"
-            )
-            gated(trainer, capability_groups(7), config)
+            gated(trainer, capability_groups(7), GateConfig(gate_interval=2, **best))
             return trainer
 
-        straight, resumed = assert_resume_is_bitwise(make, tmp_path, steps=(3,))
+        straight, resumed = assert_resume_is_bitwise(again, tmp_path, steps=(3,))
         assert [entry["step"] for entry in gate_entries(resumed)] == [0, 2, 3, 4]
         assert straight.state.best_global_step == 4
         for name in ("best_global_step", "best_metric", "best_model_checkpoint"):
@@ -219,144 +200,137 @@ class TestResume:
 
 
 class TestPastTolerance:
-    def test_stop_ends_training_at_the_first_measurement_past_it(
-        self, known, base_model_path, tmp_path, caplog
-    ):
-        tolerance = between(known[False], 2)
-        config = GateConfig(
-            gate_interval=2, max_capability_loss_increase=tolerance, gate_action="stop"
-        )
-        trainer, gate = contradicted_run(base_model_path, tmp_path, config, logging_steps=2)
-        with caplog.at_level(logging.WARNING):
-            trainer.train()
-        assert trainer.state.global_step == 4
-        assert gate.is_exceeded
+    @pytest.fixture
+    def run(self, known, base_model_path, tmp_path, caplog):
+        """With a tolerance that is met after some steps and not after the next."""
+
+        def run(step, **settings):
+            settings["max_capability_loss_increase"] = between(known[False], step)
+            trainer, gate = contradicted_run(base_model_path, tmp_path, GateConfig(**settings))
+            with caplog.at_level(logging.WARNING):
+                trainer.train()
+            assert gate.is_exceeded
+            return trainer.state.global_step, gate
+
+        return run
+
+    def test_stop_ends_training_at_the_first_measurement_past_it(self, run, known, caplog):
+        num_steps, gate = run(2, gate_interval=2, gate_action="stop")
+        assert num_steps == 4
         assert "Step 4: the held-out loss of gate group 'answers'" in caplog.text
         report = gate.report("runs/sft")
         assert "Training made 4 of 6 steps. The model is in runs/sft" in report
-        assert f"({tolerance})" in report
+        assert f"({between(known[False], 2)})" in report
 
-    def test_warn_trains_on(self, known, base_model_path, tmp_path, caplog):
-        config = GateConfig(gate_interval=3, max_capability_loss_increase=between(known[False], 3))
-        trainer, gate = contradicted_run(base_model_path, tmp_path, config)
-        with caplog.at_level(logging.WARNING):
-            trainer.train()
-        assert trainer.state.global_step == 6
-        assert gate.is_exceeded
+    def test_warn_trains_on(self, run, caplog):
+        assert run(3, gate_interval=3)[0] == 6
         assert [line[:7] for line in caplog.messages if "held-out" in line] == ["Step 6:"]
 
     def test_without_a_tolerance_nothing_is_past_it(self, known):
         assert known[False].gate.last.largest_increase > 0
         assert not known[False].gate.is_exceeded
 
-    def test_a_loss_that_is_no_number_is(self, base_model_path, tmp_path):
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_loss_that_is_no_number_is(self, value, make):
         config = GateConfig(max_capability_loss_increase=1e9)
-        _, gate = contradicted_run(base_model_path, tmp_path, config)
-        start = {"a": 1.0, "b": 1.0, "c": 1.0}
-        for value in (math.nan, math.inf):
-            gate.last = Measurement(1, start, {"a": 5.0, "b": value, "c": 7.0})
-            assert gate.last.worst == "b"
-            assert gate.is_exceeded
+        gate = gated(make(capability=None), contradicted(), config)
+        gate.last = Measurement(1, dict.fromkeys("abc", 1.0), {"a": 5.0, "b": value, "c": 7.0})
+        assert gate.last.worst == "b"
+        assert gate.is_exceeded
+
+
+# Whether with LoRA, the step whose weights are the last within the tolerance, and options.
+BEST = {
+    "full": (False, 2, {}, [2, 6]),
+    "lora": (True, 2, {}, [2, 6]),
+    "last": (False, 5, {"max_steps": 5}, [4, 5]),
+    # An epoch has four steps.
+    "epochs": (
+        False, 4, {"save_strategy": "epoch", "max_steps": 8, "save_total_limit": 1}, [4],
+    ),
+}  # fmt: skip
 
 
 class TestBest:
     """The latest checkpoint within the tolerance is kept, and is the model in the end."""
 
-    def run(self, path, folder, tolerance, **options):
-        config = GateConfig(
-            gate_interval=100, max_capability_loss_increase=tolerance, gate_action="best"
-        )
-        options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, **options}
-        trainer, gate = contradicted_run(path, folder, config, **options)
-        trainer.train()
-        return trainer, gate, sorted(path.name for path in folder.glob("checkpoint-*"))
+    @pytest.fixture
+    def run(self, base_model_path, tmp_path):
+        def run(tolerance, **options):
+            config = GateConfig(
+                gate_interval=100, max_capability_loss_increase=tolerance, gate_action="best"
+            )
+            options = {**SAVES, "save_total_limit": 2, **options}
+            trainer, gate = contradicted_run(base_model_path, tmp_path, config, **options)
+            trainer.train()
+            return trainer, gate
 
-    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-    def test_it_survives_the_limit_and_is_loaded(self, lora, known, base_model_path, tmp_path):
-        trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path, between(known[lora], 2), lora=lora
-        )
-        assert checkpoints == ["checkpoint-2", "checkpoint-6"]
-        state = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
-        assert state["best_metric"] == known[lora].increases[2]
-        assert max_difference(weights(trainer), known[lora].states[2]) == 0
+        return run
+
+    @pytest.mark.parametrize("name", BEST)
+    def test_it_survives_the_limit_and_is_loaded(self, name, known, run, tmp_path):
+        lora, best, options, checkpoints = BEST[name]
+        trainer, gate = run(between(known[lora], best), lora=lora, **options)
+        folders = [tmp_path / f"checkpoint-{step}" for step in checkpoints]
+        assert sorted(tmp_path.glob("checkpoint-*")) == folders
+        state = json.loads((folders[-1] / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+        assert state["best_metric"] == known[lora].increases[best]
+        assert max_difference(weights(trainer), known[lora].states[best]) == 0
         assert not gate.is_exceeded
-        assert gate.last.largest_increase == known[lora].increases[2]
+        assert gate.last.largest_increase == known[lora].increases[best]
 
-    def test_last_weights_within_the_tolerance_are_kept(self, known, base_model_path, tmp_path):
-        trainer, _, checkpoints = self.run(base_model_path, tmp_path, 1e9, max_steps=3)
-        assert checkpoints == ["checkpoint-2", "checkpoint-3"]
-        assert max_difference(weights(trainer), known[False].states[3]) == 0
-        assert len(gate_entries(trainer)) == 4
-
-    def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(
-        self, base_model_path, tmp_path, caplog
-    ):
+    def test_where_none_is_within_the_tolerance_the_gate_is_not_passed(self, run, caplog):
         with caplog.at_level(logging.WARNING):
-            trainer, gate, _ = self.run(base_model_path, tmp_path, 0.0, max_steps=2)
+            trainer, gate = run(0.0, max_steps=2)
         assert "no checkpoint within the tolerance is there to be loaded" in caplog.text
         assert trainer.state.best_model_checkpoint is None
         assert gate.is_exceeded
 
-    def test_checkpoints_of_epochs_count(self, known, base_model_path, tmp_path):
-        trainer, gate, checkpoints = self.run(
-            base_model_path, tmp_path, between(known[False], 4), save_strategy="epoch",
-            max_steps=8, save_total_limit=1,
-        )  # fmt: skip
-        assert checkpoints == ["checkpoint-4"]  # an epoch has four steps
-        assert trainer.state.best_global_step == 4
-        assert not gate.is_exceeded
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (
-                {"metric_for_best_model": "loss"},
-                "`metric_for_best_model` is 'loss' and would mark another. Leave it out",
-            ),
-            (
-                {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1},
-                "`load_best_model_at_end`, which sets it",
-            ),
+            ({"metric_for_best_model": "loss"}, "is 'loss' and would mark another. Leave it out"),
+            ({"load_best_model_at_end": True}, "`load_best_model_at_end`, which sets it"),
         ],
     )
     def test_another_choice_of_the_best_is_an_error(self, options, message, tmp_path):
         config = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
-        options = {"save_strategy": "steps", "save_steps": 1, **options}
-        with pytest.raises(ValueError, match=message):
-            config.check_saving(arguments("sft", tmp_path, **options))
+        options |= {"eval_strategy": "steps", "eval_steps": 1}
+        with pytest.raises(ValueError, match=f"`metric_for_best_model` .*{message}"):
+            config.check_saving(arguments("sft", tmp_path, **SAVES | options))
 
 
 class TestErrors:
     """Each names the rule, the value and the way out."""
 
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("name", "value", "rule"),
         [
-            ({"gate_action": "halt"}, "`gate_action` must be one of 'warn', .* but got 'halt'"),
-            ({"gate_action": "stop"}, "`gate_action` 'stop' needs a tolerance, .* Set it, in nats"),
-            ({"gate_interval": 0}, "`gate_interval` must be an integer of at least 1, but got 0"),
-            ({"gate_num_samples": 2.5}, "`gate_num_samples` must be an integer"),
+            ("gate_action", "halt", "must be one of 'warn', .* but got 'halt'"),
+            ("gate_action", "stop", "'stop' needs a tolerance, .* Set it, in nats"),
+            ("gate_interval", 0, "must be an integer of at least 1, but got 0"),
+            ("gate_num_samples", 2.5, "must be an integer"),
             (
-                {"max_capability_loss_increase": -0.1},
-                "`max_capability_loss_increase` must be a number of at least 0, or unset, but got",
+                "max_capability_loss_increase",
+                -0.1,
+                "must be a number of at least 0, or unset, but got",
             ),
         ],
     )
-    def test_settings(self, settings, message):
+    def test_settings(self, name, value, rule):
+        with pytest.raises(ValueError, match=f"`{name}` {rule}"):
+            GateConfig(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("plain", "data", "action", "message"),
+        [
+            (True, {}, "warn", r"needs an `OGPSASFTTrainer` .* got a SFTTrainer"),
+            (False, [{"text": "a"}], "warn", r"`gate_dataset` must be a `Dataset`, .* got list"),
+            (False, capability_groups(), "best", "`save_strategy` is 'no'"),
+        ],
+    )
+    def test_what_the_gate_is_given(self, plain, data, action, message, make):
+        config = GateConfig(gate_action=action, max_capability_loss_increase=1.0)
         with pytest.raises(ValueError, match=message):
-            GateConfig(**settings)
-
-    def test_a_trainer_of_another_kind(self, base_model_path, tmp_path):
-        trainer = make_trainer("sft", base_model_path, tmp_path, plain=True)
-        with pytest.raises(ValueError, match=r"needs an `OGPSASFTTrainer` .* got a SFTTrainer"):
-            CapabilityGate(trainer, capability_groups())
-
-    def test_data_of_another_kind_and_a_trainer_that_saves_nothing(self, base_model_path, tmp_path):
-        trainer = make_trainer("sft", base_model_path, tmp_path)
-        with pytest.raises(ValueError, match=r"`gate_dataset` must be a `Dataset`, .* got list"):
-            CapabilityGate(trainer, [{"text": "a"}])
-        best = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
-        with pytest.raises(ValueError, match="`save_strategy` is 'no'"):
-            CapabilityGate(trainer, capability_groups(), best)
+            CapabilityGate(make(plain=plain, capability=None), data, config)

@@ -8,8 +8,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tens
 from transformers import Adafactor, Trainer, TrainingArguments
 
 from ogpsa_trl.engines import adam_moments
-from runs import assert_resume_is_bitwise, capability_groups, make_trainer, paper
-from test_update import ADAMW, run
+from runs import ADAMW, assert_resume_is_bitwise, paper, step_cosines
 
 NUM_STEPS, BETA = 6, 0.99
 ROWS, COLUMNS = 24, 512  # of a tensor with 48 blocks of 256 entries, which quantised forms need
@@ -57,7 +56,7 @@ def class_of(module, name):
     return getattr(pytest.importorskip(module, exc_type=ImportError), name)
 
 
-def make(form, parameters, **more):
+def make_optimizer(form, parameters, **more):
     if form in FORMS:
         module, name, options, _ = FORMS[form]
         return class_of(module, name)(parameters, betas=(0.9, BETA), **options, **more)
@@ -94,7 +93,7 @@ def read(optimizer, parameter, start=0, size=None):
 
 def tensor_and_optimizer(form, **more):
     parameter = torch.nn.Parameter(torch.ones(ROWS, COLUMNS))
-    return parameter, make(form, [parameter], **more)
+    return parameter, make_optimizer(form, [parameter], **more)
 
 
 @every_form
@@ -138,7 +137,7 @@ def test_of_a_sharded_tensor_it_is_this_processs_part(form, tmp_path):
         scatter = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
         sharded = torch.nn.Parameter(scatter(torch.ones(ROWS, COLUMNS)))
         plain, reference = tensor_and_optimizer(form)
-        optimizer = make(form, [sharded])
+        optimizer = make_optimizer(form, [sharded])
         for gradient in gradients():
             sharded.grad, plain.grad = scatter(gradient), gradient
             optimizer.step()
@@ -192,24 +191,20 @@ def test_the_optimizers_that_an_error_names_are_all_tested():
     assert set(adam_moments._SETTINGS) == set(SETTINGS)
 
 
-def test_the_step_is_orthogonal_to_every_capability_gradient(base_model_path, tmp_path):
+def test_the_step_is_orthogonal_to_every_capability_gradient(train, base_model_path):
     """With states of 8 bits."""
     pytest.importorskip("bitsandbytes", exc_type=ImportError)
-    config = {"target": "update", "metric": "optimizer", "scope": "model"}
-    _, probe = run(base_model_path, tmp_path, **config, **ADAMW | {"optim": "paged_adamw_8bit"})
-    assert max(probe.cosines("model")) < 1e-4  # weights of size 1 round steps of 1e-2 to 1e-5
+    config = paper(target="update", metric="optimizer", scope="model", refresh_interval=1)
+    options = {"optim": "paged_adamw_8bit", "learning_rate": 1e-2, "weight_decay": 0.1}
+    states = train(config=config, max_steps=3, **options).states
+    # Weights of size 1 round steps of 1e-2 to 1e-5.
+    assert max(step_cosines(states, base_model_path, "model")) < 1e-4
 
 
 @pytest.mark.slow
-def test_resume_is_bitwise(base_model_path, tmp_path):
+def test_resume_is_bitwise(make, tmp_path):
     """Tensors of torchao are written and read by transformers."""
     pytest.importorskip("torchao", exc_type=ImportError)
-
-    def make_run():
-        return make_trainer(
-            "sft", base_model_path, tmp_path, capability=capability_groups(),
-            config=paper(target="update", metric="optimizer", refresh_interval=2),
-            save_strategy="steps", save_steps=1, **ADAMW | {"optim": "adamw_torch_8bit"},
-        )  # fmt: skip
-
-    assert_resume_is_bitwise(make_run, tmp_path, steps=(1,))
+    config = paper(target="update", metric="optimizer", refresh_interval=2)
+    again = functools.partial(make, config=config, **ADAMW | {"optim": "adamw_torch_8bit"})
+    assert_resume_is_bitwise(again, tmp_path, steps=(1,))

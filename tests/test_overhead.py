@@ -100,7 +100,7 @@ def test_the_benchmark_runs_end_to_end(tmp_path):
         (["--tokens", "100"], "--tokens must be at least 256"),
         (["--sizes", "3M"], "invalid choice: '3M'"),
         (["--ranks", "64"], "`gradients_per_group` must be at most `num_samples`"),
-        (["--metrics", "optimizer"], "`metric` 'optimizer' is a metric of"),
+        (["--metrics", "optimizer"], "`metric` 'optimizer' is for updates"),
     ],
 )
 def test_bad_options_are_named(words, message, capsys):

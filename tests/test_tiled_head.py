@@ -17,11 +17,14 @@ SIZES = {
 }  # fmt: skip
 
 
+CONFIG = LlamaConfig(**SIZES)
+
+
 class Changing(LlamaForCausalLM):
     """Does something to its logits, with a bias that is zero at first."""
 
     def __init__(self, change):
-        super().__init__(LlamaConfig(**SIZES))
+        super().__init__(CONFIG)
         self.change = change
         self.bias = torch.nn.Parameter(torch.zeros(NUM_WORDS))
 
@@ -31,22 +34,16 @@ class Changing(LlamaForCausalLM):
         return output
 
 
-class WithoutCall(LlamaForCausalLM):
-    """Multiplies by the weight of its head, and never calls it."""
+class WithHead(LlamaForCausalLM):
+    """Makes its logits of the last hidden states in another way."""
+
+    def __init__(self, apply):
+        super().__init__(CONFIG)
+        self.apply_head = apply
 
     def forward(self, input_ids, **kwargs):
         output = self.model(input_ids, **kwargs)
-        output.logits = output.last_hidden_state @ self.lm_head.weight.T
-        return output
-
-
-class Flattening(LlamaForCausalLM):
-    """Gives its head all positions in one row."""
-
-    def forward(self, input_ids, **kwargs):
-        output = self.model(input_ids, **kwargs)
-        logits = self.lm_head(output.last_hidden_state.flatten(0, 1))
-        output.logits = logits.view(*input_ids.shape, -1)
+        output.logits = self.apply_head(self.lm_head, output.last_hidden_state)
         return output
 
 
@@ -59,16 +56,18 @@ class WithVirtualTokens(LlamaForCausalLM):
 
 
 MODELS = {
-    "plain": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "plain": lambda: LlamaForCausalLM(CONFIG),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "virtual tokens": lambda: WithVirtualTokens(LlamaConfig(**SIZES)),
+    "virtual tokens": lambda: WithVirtualTokens(CONFIG),
     "soft cap": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)
     ),
     "cut": lambda: Changing(lambda logits, _: logits[..., :-10]),
     "mask": lambda: Changing(lambda logits, _: logits.index_fill(2, torch.tensor([5]), -1e9)),
-    "flat": lambda: Flattening(LlamaConfig(**SIZES)),
-    "without call": lambda: WithoutCall(LlamaConfig(**SIZES)),
+    "all positions in one row": lambda: WithHead(
+        lambda head, states: head(states.flatten(0, 1)).view(*states.shape[:2], -1)
+    ),
+    "without call": lambda: WithHead(lambda head, states: states @ head.weight.T),
 }
 PLAIN = {"plain", "tied", "virtual tokens"}
 # What is done to logits without changing them, with a bias of zero: and whether it may change them
@@ -127,20 +126,23 @@ def gradients(model, scores_T):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(scores, model, expected, literal_model):
+    """The same scores, and the same gradients of them."""
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    found, wanted = gradients(model, scores), gradients(literal_model, expected)
+    assert found.keys() - {"bias"} == wanted.keys() - {"bias"}
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("share", "tile"), [(0.0, 5), (0.3, 1), (0.3, 1000), (1.0, 5)])
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_and_gradients_are_those_of_the_whole_logits(name, share, tile, monkeypatch):
     monkeypatch.setattr(tiled_head, "_TILE", tile)
     model, (ids, is_scored) = make(name), make_batch(3, share)
     expected = literally_scored(model, ids, is_scored)
-    expected_gradients = gradients(model, expected)
-    scores = scored(model, ids, is_scored)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
-    found = gradients(model, scores)
-    assert found.keys() == expected_gradients.keys()
-    for key, gradient in expected_gradients.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+    assert_same(scored(model, ids, is_scored), model, expected, model)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -149,14 +151,10 @@ def test_a_model_whose_output_is_rounded_has_exact_scores(share):
     model, (ids, is_scored) = make("plain"), make_batch(3, share)
     rounded = Changing(lambda logits, _: logits.bfloat16())
     rounded.load_state_dict(model.state_dict(), strict=False)
-    expected = literally_scored(model, ids, is_scored)
     head = TiledHead(rounded.get_output_embeddings)
     scores = scored(rounded, ids, is_scored, head)
     assert head.is_plain
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
-    found, wanted = gradients(rounded, scores), gradients(model, expected)
-    for key, gradient in wanted.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+    assert_same(scores, rounded, literally_scored(model, ids, is_scored), model)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -168,13 +166,9 @@ def test_a_model_that_changes_its_logits_is_found_out_once(name, share):
     """
     model, (ids, is_scored) = make(name), make_batch(3, share)
     head, num_passes = TiledHead(model.get_output_embeddings), []
-
-    def logits():
-        num_passes.append(1)
-        return model(input_ids=ids).logits
-
+    model.register_forward_hook(lambda *_: num_passes.append(1))
     for expected in (2, 3, 4):
-        head.scores(logits, is_scored, score)
+        scored(model, ids, is_scored, head)
         assert len(num_passes) == expected
     assert head.is_plain == (name in PLAIN)
 
@@ -189,10 +183,8 @@ def test_a_copy_is_told_from_what_leaves_logits_as_they_are_only_for_now(name):
     assert head.is_plain is not may_change
     if may_change:
         torch.nn.init.normal_(model.bias, std=0.5)
-        scores, expected = (
-            scored(model, ids, is_scored, head),
-            literally_scored(model, ids, is_scored),
-        )
+        scores = scored(model, ids, is_scored, head)
+        expected = literally_scored(model, ids, is_scored)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
