@@ -256,24 +256,6 @@ class GateConfig:
                 "`gate_action: warn`."
             )
 
-    def check_saving(self, args: Any) -> None:
-        """Raise a `ValueError` where `TrainingArguments` save no checkpoint, or mark another."""
-        if self.gate_action != "best":
-            return
-        if args.metric_for_best_model is not None:
-            raise ValueError(
-                "`gate_action` 'best' marks the best checkpoint by its capability loss, but "
-                f"`metric_for_best_model` is {args.metric_for_best_model!r} and would mark another."
-                " Leave it out, and `load_best_model_at_end`, which sets it, as schedulers that "
-                "watch a metric do: the gate loads its checkpoint by itself."
-            )
-        if args.save_strategy not in ("steps", "epoch"):
-            raise ValueError(
-                "`gate_action` 'best' needs checkpoints to choose from, but `save_strategy` is "
-                f"{str(args.save_strategy.value)!r}. Set `save_strategy: steps` or `epoch`, or "
-                "`gate_action: stop`."
-            )
-
 
 def preset_settings(name: str, stage: str = "sft") -> dict[str, Any]:
     """What a preset sets in a stage, by field. `ValueError`: there is no such preset or stage."""

@@ -96,3 +96,12 @@ def test_what_is_named_exists():
             assert (ROOT / path).exists() or "*" in path, (name, path)
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document):
             assert ((ROOT / name).parent / link).exists(), (name, link)
+
+
+def test_the_house_stays_one_that_can_be_drawn():
+    """Few rooms, and none that is a warehouse: see CONTRIBUTING.md."""
+    package = ROOT / "ogpsa_trl"
+    rooms = {path.name for path in package.iterdir() if path.name != "__pycache__"}
+    assert len(rooms) <= 14, rooms
+    lengths = {path: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
+    assert {str(path): length for path, length in lengths.items() if length > 300} == {}

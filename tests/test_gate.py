@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from ogpsa_trl import CapabilityGate, GateConfig
 from ogpsa_trl.training.gate import Measurement
+from ogpsa_trl.training.setup import check_gate_saving
 from runs import (
     SAVES,
     WeightsCallback,
@@ -298,7 +299,7 @@ class TestBest:
         config = GateConfig(gate_action="best", max_capability_loss_increase=1.0)
         options |= {"eval_strategy": "steps", "eval_steps": 1}
         with pytest.raises(ValueError, match=f"`metric_for_best_model` .*{message}"):
-            config.check_saving(arguments("sft", tmp_path, **SAVES | options))
+            check_gate_saving(config, arguments("sft", tmp_path, **SAVES | options))
 
 
 class TestErrors:

@@ -23,6 +23,7 @@ from ogpsa_trl.data.entries import (
     GroupedDatasetConfig,
     describe,
 )
+from ogpsa_trl.training.setup import check_gate_saving
 
 STAGE_CONFIGS: dict[str, type[SFTConfig] | type[DPOConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 
@@ -179,7 +180,7 @@ def _check_groups(key: str, entries: Sequence[GroupedDatasetConfig]) -> None:
 
 def _check_gate(run: RunArguments) -> None:
     if run.train.gate_datasets:
-        run.gate.check_saving(run.training)
+        check_gate_saving(run.gate, run.training)
     else:
         for name, value in _changed(run.gate, GateConfig()).items():
             raise ValueError(

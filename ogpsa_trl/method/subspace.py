@@ -265,17 +265,11 @@ class CapabilitySubspace:
         small = [getattr(self, name) for name in _OWN_STATE]
         small += [getattr(self.history, name) for name in _HISTORY]
         is_finite = all(bool(values.isfinite().all()) for values in small)
-        return (
-            is_finite
-            # Other shards add up in another order, and other processors invert with other digits.
-            and torch.allclose(gram_BKK, self.gram, rtol=1e-4, atol=1e-4)
-            and torch.allclose(
-                matrices.inverse_gram(gram_BKK).float(),
-                self.inverse_gram.cpu(),
-                rtol=1e-3,
-                atol=1e-3,
-            )
-        )
+        # Other shards add up in another order, and other processors invert with other digits.
+        is_same = torch.allclose(gram_BKK, self.gram, rtol=1e-4, atol=1e-4)
+        inverse_BKK = matrices.inverse_gram(gram_BKK).float()
+        is_same &= torch.allclose(inverse_BKK, self.inverse_gram.cpu(), rtol=1e-3, atol=1e-3)
+        return is_finite and is_same
 
     def _store(self, rows_PRN: list[Tensor | None], weights_BKR: Tensor) -> None:
         """Make rows a basis, in their memory, or one parameter at a time in less."""

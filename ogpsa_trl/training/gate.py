@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from ogpsa_trl.config import GateConfig
-from ogpsa_trl.data.groups import Part, Sample, named_groups
+from ogpsa_trl.data.groups import Part, named_groups
 from ogpsa_trl.data.preparation import prepare_group
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.engines.choose import make_backend
@@ -22,7 +22,11 @@ from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.callbacks import record_settings
 from ogpsa_trl.training.measurement import Measurement
 from ogpsa_trl.training.mixin import OGPSAMixin
-from ogpsa_trl.training.setup import check_text_model
+from ogpsa_trl.training.setup import (
+    check_gate_saving,
+    check_text_model,
+    warn_of_protected_samples,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ class CapabilityGate(TrainerCallback):
             )
         self.trainer = trainer
         self.config = config or GateConfig()
-        self.config.check_saving(trainer.args)
+        check_gate_saving(self.config, trainer.args)
         check_text_model(trainer)
         check_supported(trainer.accelerator, None, "none")
         is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -112,7 +116,7 @@ class CapabilityGate(TrainerCallback):
         check_same_on_all(
             {f"gate group {name!r}": content(part.samples) for name, part in self.parts.items()}
         )
-        self._warn_of_samples_in_training()
+        warn_of_protected_samples(self.parts, trainer.capability_groups)
         trainer.checkpoint_texts[SAMPLES_NAME] = self._samples_text
         # Set when training begins: the engine wraps the model only then.
         self.backend: GradientBackend | None = None
@@ -130,12 +134,7 @@ class CapabilityGate(TrainerCallback):
         return not self.last.largest_increase <= tolerance
 
     def report(self, folder: str) -> str:
-        """
-        Say in one screen why the gate is not passed.
-
-        Args:
-            folder: Where the model is.
-        """
+        """Say in one screen why the gate is not passed. The model is in `folder`."""
         assert self.last is not None
         return self.last.report(
             self.config.max_capability_loss_increase, self.trainer.state.max_steps, folder
@@ -235,10 +234,9 @@ class CapabilityGate(TrainerCallback):
         """Token-mean losses at the current weights, on every process the same: one all-reduce."""
         backend = self.backend
         assert backend is not None
-        parts = self.parts.values()
-        sums = torch.zeros(len(parts), dtype=torch.float64, device=backend.device)
+        sums = torch.zeros(len(self.parts), dtype=torch.float64, device=backend.device)
         with backend.preserved(), deterministic(backend.wrapped_model), backend.other_passes():
-            for index, part in enumerate(parts):
+            for index, part in enumerate(self.parts.values()):
                 for batch in part.batches_of(backend.process_index, backend.num_processes):
                     sums[index] -= self.trainer.capability_log_probs(batch).sum()
         totals = backend.sum_over_processes(sums).tolist()
@@ -300,21 +298,3 @@ class CapabilityGate(TrainerCallback):
                     "the checkpoint.", name, num, self.trainer.resumed_from,
                 )  # fmt: skip
             self.parts[name] = replace(part, samples=samples)
-
-    def _warn_of_samples_in_training(self) -> None:
-        protected = {
-            _tokens(sample) for group in self.trainer.capability_groups for sample in group.samples
-        }
-        for name, part in self.parts.items():
-            num_known = sum(_tokens(sample) in protected for sample in part.samples)
-            if num_known:
-                logger.warning(
-                    "Gate group %r: %d of its %d samples are among those of `capability_dataset`, "
-                    "which training protects, so their loss says too little about others. Hold "
-                    "them out: take another split, or other rows.",
-                    name, num_known, len(part.samples),
-                )  # fmt: skip
-
-
-def _tokens(sample: Sample) -> tuple[int, ...]:
-    return tuple(sample.features["input_ids"])

@@ -1,15 +1,15 @@
 """What a trainer with capability data needs before it trains: checks, and the prepared groups."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.training_args import OptimizerNames
 
-from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.groups import CapabilityGroup, named_groups
+from ogpsa_trl.config import GateConfig, OGPSAConfig
+from ogpsa_trl.data.groups import CapabilityGroup, Part, named_groups
 from ogpsa_trl.data.preparation import (
     prepare_group,
     warn_of_samples_in_training,
@@ -138,3 +138,42 @@ def prepared_groups(trainer: "OGPSAMixin", datasets: Mapping[str, Any]) -> list[
     warn_of_samples_in_training(groups, trainer.train_dataset)
     logger.info("OGPSA settings: %s", asdict(config))
     return groups
+
+
+def check_gate_saving(config: GateConfig, args: Any) -> None:
+    """
+    Refuse `TrainingArguments` that save no checkpoint for `gate_action: best`, or mark another.
+
+    Raises:
+        ValueError: they do.
+    """
+    if config.gate_action != "best":
+        return
+    if args.metric_for_best_model is not None:
+        raise ValueError(
+            "`gate_action` 'best' marks the best checkpoint by its capability loss, but "
+            f"`metric_for_best_model` is {args.metric_for_best_model!r} and would mark another."
+            " Leave it out, and `load_best_model_at_end`, which sets it, as schedulers that "
+            "watch a metric do: the gate loads its checkpoint by itself."
+        )
+    if args.save_strategy not in ("steps", "epoch"):
+        raise ValueError(
+            "`gate_action` 'best' needs checkpoints to choose from, but `save_strategy` is "
+            f"{str(args.save_strategy.value)!r}. Set `save_strategy: steps` or `epoch`, or "
+            "`gate_action: stop`."
+        )
+
+
+def warn_of_protected_samples(parts: Mapping[str, Part], groups: Sequence[CapabilityGroup]) -> None:
+    """Warn where a gate measures what training protects."""
+    protected = {
+        tuple(sample.features["input_ids"]) for group in groups for sample in group.samples
+    }
+    for name, part in parts.items():
+        num_known = sum(tuple(s.features["input_ids"]) in protected for s in part.samples)
+        if num_known:
+            logger.warning(
+                "Gate group %r: %d of its %d samples are among those of `capability_dataset`, "
+                "which training protects, so their loss says too little about others. Hold them "
+                "out: take another split, or other rows.", name, num_known, len(part.samples),
+            )  # fmt: skip
