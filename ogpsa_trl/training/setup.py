@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.training_args import OptimizerNames
@@ -18,9 +18,6 @@ from ogpsa_trl.data.preparation import (
 from ogpsa_trl.engines.supported import check_same_on_all, check_supported
 from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.model_kind import check_no_encoder
-
-if TYPE_CHECKING:
-    from ogpsa_trl.training.mixin import OGPSAMixin
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ def checked_datasets(capability_dataset: Any, config: OGPSAConfig | None) -> dic
     return named_groups(capability_dataset)
 
 
-def check_trainer(trainer: "OGPSAMixin") -> None:
+def check_trainer(trainer: Any) -> None:
     """
     Refuse what the method cannot train.
 
@@ -65,7 +62,7 @@ def check_trainer(trainer: "OGPSAMixin") -> None:
         )
 
 
-def check_text_model(trainer: "OGPSAMixin") -> None:
+def check_text_model(trainer: Any) -> None:
     """
     Refuse models and processors that no text can be scored with.
 
@@ -107,7 +104,7 @@ def keep_adapters_in_float32(model: Any) -> None:
                 parameter.data = parameter.data.float()
 
 
-def prepared_groups(trainer: "OGPSAMixin", datasets: Mapping[str, Any]) -> list[CapabilityGroup]:
+def prepared_groups(trainer: Any, datasets: Mapping[str, Any]) -> list[CapabilityGroup]:
     """
     The capability groups as tokens. A collective call: every process makes it.
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,9 +27,6 @@ from ogpsa_trl.method.projection import copy_weights, measure_update, project, p
 from ogpsa_trl.method.saved_start import load_start, save_start
 from ogpsa_trl.method.saved_state import load_subspace, save_subspace
 from ogpsa_trl.method.subspace import CapabilitySubspace
-
-if TYPE_CHECKING:
-    from ogpsa_trl.training.mixin import OGPSAMixin
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +42,10 @@ class ConstrainedStep:
     The method around a trainer's optimizer step.
 
     Args:
-        trainer: The trainer. Its `subspace` is made by `begin`.
+        trainer: An `OGPSAMixin`, which imports this module. `begin` makes its `subspace`.
     """
 
-    def __init__(self, trainer: "OGPSAMixin") -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.config = trainer.ogpsa_config
         # Steps, up to now, whose training gradient was not finite.
