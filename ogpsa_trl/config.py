@@ -22,12 +22,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper-theorem": {**_PAPER, "scope": "model"},
     "preserve": {},
     "replay": {
-        **_PAPER, "scope": "model", "replay_weight": 1.0, "refresh_interval": 2,
+        **_PAPER, "scope": "model", "capability_weight": 1.0, "refresh_interval": 2,
         "samples_per_refresh": 16,
     },
     "kl": {
         "target": "none", "metric": "euclidean", "restoration": 0.0, "capability_ema": 0.0,
-        "replay_weight": 1.0,
+        "capability_weight": 1.0,
     },
 }  # fmt: skip
 # What is different in DPO.
@@ -70,7 +70,7 @@ class OGPSAConfig:
         "'update': what the optimizer did to the weights, with momentum, preconditioner, clipping "
         "and weight decay, so that the first-order guarantee holds for any optimizer; costs a "
         "copy of the trained weights during the optimizer's step. 'none': nothing; with "
-        "`replay_weight` the run is replay, or a KL penalty.",
+        "`capability_weight` the run is replay, or a KL penalty.",
     )
     metric: Metric = setting(
         "optimizer",
@@ -143,12 +143,12 @@ class OGPSAConfig:
         "Share of the old capability gradients (and rises of their losses) kept in a refresh, at "
         "least 0 and below 1. 0 is off (official).",
     )
-    replay_weight: float = setting(
+    capability_weight: float = setting(
         0.0,
         "Adds this multiple of the mean capability gradient of a refresh to the gradient of the "
         "step after it, at least 0. 0 is off (paper). With `target: none` and `refresh_interval: "
-        "1` it is replay of the capability data. Not with `target: update`, which would take it "
-        "out of the step again.",
+        "1` it is replay of the capability data (`nll`) or a KL penalty (`kl`). Not with "
+        "`target: update`, which would take it out of the step again.",
     )
     basis_dtype: BasisDtype = setting(
         "float32",
@@ -183,10 +183,11 @@ class OGPSAConfig:
                     f"{self.target!r}. Set `target: update`, or `{name}: {off}`; or begin with a "
                     "preset of that target, such as `preset: paper`."
                 )
-        if self.replay_weight and self.target == "update":
+        if self.capability_weight and self.target == "update":
             raise ValueError(
-                f"`replay_weight` ({self.replay_weight!r}) adds what `target: update` removes from "
-                "the step. Set `replay_weight: 0`, or begin with `preset: replay` or `preset: kl`."
+                f"`capability_weight` ({self.capability_weight!r}) adds what `target: update` "
+                "removes from the step. Set `capability_weight: 0`, or begin with `preset: replay` "
+                "or `preset: kl`."
             )
         if self.restoration_cap == 0:
             raise ValueError(

@@ -48,7 +48,7 @@ METHODS = {
     "feedback": {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
     },
-    "added replay": {"target": "none", "replay_weight": 0.5},
+    "added replay": {"target": "none", "capability_weight": 0.5},
     "preserve": {}, "replay": {}, "kl": {},
 }  # fmt: skip
 # Every method once, and every pair of stage, form and accumulation.

@@ -30,7 +30,7 @@ CHOICES = {
     "capability_loss": ("nll", "kl"),
     "basis_dtype": ("float32", "bfloat16"),
 }
-NUMBERS = ("restoration", "restoration_cap", "capability_ema", "replay_weight")
+NUMBERS = ("restoration", "restoration_cap", "capability_ema", "capability_weight")
 COUNTS = (
     "refresh_interval", "num_samples", "gradients_per_group", "kl_tokens", "capability_batch_size",
 )  # fmt: skip
@@ -60,7 +60,7 @@ PAPER = {
     "restoration": 0.0,
     "restoration_cap": 1.0,
     "capability_ema": 0.0,
-    "replay_weight": 0.0,
+    "capability_weight": 0.0,
     "basis_dtype": "float32",
 }
 DRAWN = {"capability_loss": "kl", "refresh_interval": 1, "samples_per_refresh": 8, "scope": "model"}
@@ -71,9 +71,10 @@ PRESETS = {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
     },
     "replay": PAPER | {
-        "scope": "model", "refresh_interval": 2, "samples_per_refresh": 16, "replay_weight": 1.0,
+        "scope": "model", "refresh_interval": 2, "samples_per_refresh": 16,
+        "capability_weight": 1.0,
     },
-    "kl": PAPER | DRAWN | {"target": "none", "replay_weight": 1.0},
+    "kl": PAPER | DRAWN | {"target": "none", "capability_weight": 1.0},
 }  # fmt: skip
 
 
@@ -138,8 +139,8 @@ TOGETHER = [
      f"`target: update`, or `metric: euclidean`; {PRESET}"),
     ({"target": "none", "metric": "euclidean"}, "`restoration` 1.0 is for updates, but `target` is "
      f"'none'. Set `target: update`, or `restoration: 0`; {PRESET}"),
-    ({"replay_weight": 0.5}, "`replay_weight` (0.5) adds what `target: update` removes from the "
-     "step. Set `replay_weight: 0`, or begin with `preset: replay` or `preset: kl`."),
+    ({"capability_weight": 0.5}, "`capability_weight` (0.5) adds what `target: update` removes "
+     "from the step. Set `capability_weight: 0`, or begin with `preset: replay` or `preset: kl`."),
     ({"restoration_cap": 0},
      "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` for none."),
     *(({"capability_ema": value}, "`capability_ema` must be below 1, for new gradients to count, "
@@ -157,7 +158,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
 def test_settings_that_go_together_are_accepted():
     OGPSAConfig(metric="optimizer", target="update", restoration=1)
-    OGPSAConfig.from_preset("replay", replay_weight=2)
+    OGPSAConfig.from_preset("replay", capability_weight=2)
     OGPSAConfig(gradients_per_group=3, num_samples=3)
 
 

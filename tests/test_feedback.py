@@ -106,7 +106,7 @@ def test_gradients_and_drifts_are_exponential_means(scope):
 @pytest.mark.parametrize("scope", ["parameter", "model"])
 def test_replay_adds_the_mean_capability_gradient_once_for_every_refresh(scope, target):
     """To the gradient, or to the projected one."""
-    config = paper(target=target, replay_weight=0.5, scope=scope)
+    config = paper(target=target, capability_weight=0.5, scope=scope)
     subspace, rows = small_subspace(torch.optim.SGD, config=config), random_gradients()
     for _ in range(2):
         refresh(subspace, rows)

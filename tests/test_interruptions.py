@@ -35,7 +35,7 @@ from runs import (
 CONFIGS = {
     "gradient": paper(refresh_interval=1),
     "update": OGPSAConfig(samples_per_refresh=3),
-    "none": paper(target="none", replay_weight=1.0, refresh_interval=1),
+    "none": paper(target="none", capability_weight=1.0, refresh_interval=1),
 }
 # Callbacks' events, and methods of the trainer and of its optimizer, in the order of a step.
 PLACES = (

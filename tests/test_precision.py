@@ -205,7 +205,7 @@ class TestFloor:
     def test_drift_counts_from_it_and_a_resumed_run_knows_it(self, base_model_path, tmp_path):
         def again():
             return self.make(
-                base_model_path, tmp_path, target="none", replay_weight=1.0, capability_ema=0.0
+                base_model_path, tmp_path, target="none", capability_weight=1.0, capability_ema=0.0
             )
 
         trainer = again()

@@ -19,7 +19,7 @@ from runs import (
 
 # A KL penalty with all probabilities of the starting model.
 PENALTY = paper(
-    target="none", replay_weight=0.7, refresh_interval=1, capability_loss="kl", kl_tokens=9999
+    target="none", capability_weight=0.7, refresh_interval=1, capability_loss="kl", kl_tokens=9999
 )  # fmt: skip
 
 

@@ -399,7 +399,7 @@ def test_what_the_trainer_is_given_is_checked(given, message, make):
 LOSING = {
     "gradient": paper(refresh_interval=1),
     "update": OGPSAConfig(samples_per_refresh=3),
-    "replay": paper(target="none", replay_weight=0.5, refresh_interval=1),
+    "replay": paper(target="none", capability_weight=0.5, refresh_interval=1),
 }
 
 

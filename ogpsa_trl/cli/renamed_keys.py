@@ -9,6 +9,8 @@ Source: `TrainingArguments` of transformers 4.40 to 5, and the configurations of
 
 # The key, or the key with its value, that has taken over.
 RENAMED = {
+    # OGPSA
+    "replay_weight": "capability_weight",
     # transformers
     "torch_dtype": "dtype",
     "evaluation_strategy": "eval_strategy",

@@ -194,7 +194,7 @@ class CapabilitySubspace:
         Returns:
             The length of what was added; None in other steps.
         """
-        weight = self.config.replay_weight
+        weight = self.config.capability_weight
         if not self.is_fresh or weight == 0:
             return None
         self.is_fresh = False

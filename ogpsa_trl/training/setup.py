@@ -55,10 +55,10 @@ def check_trainer(trainer: Any) -> None:
     check_text_model(trainer)
     optimizer = OptimizerNames(trainer.args.optim).value
     check_supported(trainer.accelerator, optimizer, trainer.ogpsa_config.target)
-    if trainer.ogpsa_config.target == "none" and not trainer.ogpsa_config.replay_weight:
+    if trainer.ogpsa_config.target == "none" and not trainer.ogpsa_config.capability_weight:
         logger.warning(
-            "With `target: none` and `replay_weight: 0` OGPSA measures the run and changes nothing."
-            " Set `replay_weight: 1` for replay or a KL penalty."
+            "With `target: none` and `capability_weight: 0` OGPSA measures the run and changes "
+            "nothing. Set `capability_weight: 1` for replay or a KL penalty."
         )
 
 
