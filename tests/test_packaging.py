@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import ogpsa_trl
-from ogpsa_trl.cli.main import main
+from ogpsa_trl.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,7 +136,7 @@ class TestWheel:
         text = run(installed / "ogpsa", "train", "--help", cwd=tmp_path)
         assert text.startswith("usage: ogpsa train ")
         assert "--refresh_interval" in text
-        for command in set(main.COMMANDS) - {"train"}:
+        for command in set(COMMANDS) - {"train"}:
             assert "usage: " in run(installed / "ogpsa", command, "--help", cwd=tmp_path)
         assert list(tmp_path.iterdir()) == []
 
