@@ -25,9 +25,14 @@ def find_config(name: str, folder: str = "") -> Path:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that it holds either what it did before or all of the text."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = unfinished_name(path)
     unfinished.write_text(text, encoding="utf-8")
     put_in_place(unfinished, path)
+
+
+def unfinished_name(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.files import put_in_place
+from ogpsa_trl.data.files import put_in_place, unfinished_name
 from ogpsa_trl.data.groups import CapabilityGroup, Sample
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.method.starting_point import StartingPoint, all_samples, is_sound
-from ogpsa_trl.method.state_file import ADVICE, opened, settings_of, unfinished_name, write
+from ogpsa_trl.method.state_file import ADVICE, opened, settings_of, write
 
 logger = logging.getLogger(__name__)
 

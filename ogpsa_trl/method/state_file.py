@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.files import put_in_place
+from ogpsa_trl.data.files import put_in_place, unfinished_name
 from ogpsa_trl.engines.backend import Shard
 
 FORMAT = "3"
@@ -64,11 +64,6 @@ def write(
     unfinished = unfinished_name(path)
     save_file(tensors, unfinished, metadata)
     put_in_place(unfinished, path)
-
-
-def unfinished_name(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f"{path.name}.unfinished")
 
 
 def settings_of(config: OGPSAConfig, names: Sequence[str]) -> dict[str, Any]:
