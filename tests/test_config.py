@@ -157,9 +157,13 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
 
 def test_settings_that_go_together_are_accepted():
-    OGPSAConfig(metric="optimizer", target="update", restoration=1)
-    OGPSAConfig.from_preset("replay", capability_weight=2)
-    OGPSAConfig(gradients_per_group=3, num_samples=3)
+    for preset, settings in [
+        ("preserve", {"metric": "optimizer", "target": "update", "restoration": 1}),
+        ("replay", {"capability_weight": 2}),
+        ("preserve", {"gradients_per_group": 3, "num_samples": 3}),
+    ]:
+        config = OGPSAConfig.from_preset(preset, **settings)
+        assert settings.items() <= asdict(config).items()
 
 
 def test_every_choice_and_the_smallest_count_are_accepted():
