@@ -15,12 +15,6 @@ class LookAlikeDatasetConfig(GroupedDatasetConfig):
     group: str = "look_alikes"
 
 
-ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
-    "capability_datasets": CapabilityDatasetConfig,
-    "look_alike_datasets": LookAlikeDatasetConfig,
-    "harmful_datasets": HarmfulDatasetConfig,
-}
-
 _LEAST = {"num_samples": 2, "max_new_tokens": 1, "max_length": 2, "batch_size": 1}
 
 # What a group's file may be called, on any system.
@@ -86,7 +80,7 @@ class CapabilitySetArguments:
     seed: int = setting(0, "Of the choice of samples, of the halves of a group, of the adapter.")
 
     def __post_init__(self) -> None:
-        check_keys_of(self, ENTRY_TYPES, _LEAST)
+        check_keys_of(self, _LEAST)
         self.generate_completions = str(self.generate_completions).lower()  # YAML has booleans
         if self.generate_completions not in ("missing", "true", "false"):
             raise ValueError(

@@ -23,7 +23,8 @@ from ogpsa_trl.cli.command_line import given_keys
 from ogpsa_trl.cli.keys import KeyParser
 from ogpsa_trl.cli.paths import check_model_path, check_output_folder
 from ogpsa_trl.cli.user_errors import user_errors
-from ogpsa_trl.evaluation.evaluation_keys import ENTRY_TYPES, EvaluationArguments
+from ogpsa_trl.data.entries import entry_types
+from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.evaluation.figures import change_figure
 from ogpsa_trl.evaluation.harness import check_installed
 from ogpsa_trl.evaluation.intervals import SampleValues
@@ -249,9 +250,10 @@ def parse_evaluation(args: Sequence[str] | None = None) -> EvaluationArguments:
             "An evaluation needs a model, but `model_name_or_path` is not set. Set it to a name on "
             "the Hub or a folder."
         )
-    if not any(getattr(arguments, key) for key in (*ENTRY_TYPES, "lm_eval_tasks")):
+    lists = entry_types(parser.hints)
+    if not any(getattr(arguments, key) for key in (*lists, "lm_eval_tasks")):
         raise ValueError(
-            f"There is nothing to measure: `{'`, `'.join(ENTRY_TYPES)}` and `lm_eval_tasks` are "
+            f"There is nothing to measure: `{'`, `'.join(lists)}` and `lm_eval_tasks` are "
             "all empty. Set at least one."
         )
     if arguments.lm_eval_tasks:

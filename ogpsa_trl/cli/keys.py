@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from inspect import get_annotations, isclass
+from inspect import get_annotations
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,7 @@ from trl.scripts.utils import DatasetConfig, TrlParser
 from ogpsa_trl.cli.command_line import Given
 from ogpsa_trl.cli.key_values import ENVIRONMENT, MAPPING, RANGES, check_value
 from ogpsa_trl.cli.renamed_keys import REMOVED, RENAMED
+from ogpsa_trl.data.entries import entry_types
 from ogpsa_trl.data.row_values import shown
 
 
@@ -54,6 +55,7 @@ class KeyParser(TrlParser):
         )
         self.types = dict(types or {})
         self.hints = dict(ChainMap(self.types, *map(get_type_hints, self.dataclass_types)))
+        self.entry_types = entry_types(self.hints)
         self.elsewhere = elsewhere or {}
         self.own_defaults = {action.dest: action.default for action in self._actions}
 
@@ -116,10 +118,8 @@ class KeyParser(TrlParser):
         for key in given.values:
             if key != "env" and key not in self.key_names():
                 raise ValueError(self._unknown(str(key), given.path))
-        for key, hint in self.hints.items():
-            entry_type = _entry_type(hint)
-            if entry_type is not None:
-                _check_entries(key, given.values.get(key), entry_type)
+        for key, entry_type in self.entry_types.items():
+            _check_entries(key, given.values.get(key), entry_type)
         for word in self.parse_known_args(given.words)[1]:
             if not word.startswith("--"):
                 raise ValueError(
@@ -138,7 +138,7 @@ class KeyParser(TrlParser):
             key, value = action.dest, getattr(namespace, action.dest, None)
             hint = self.hints.get(key)
             # What is not given may be of another type than its annotation.
-            if hint is None or _entry_type(hint) or value is self.own_defaults[key]:
+            if hint is None or key in self.entry_types or value is self.own_defaults[key]:
                 continue
             parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             if key in self.types:
@@ -179,12 +179,6 @@ def _source(dataclass_type: type, key: str) -> str:
     package, here = (c.__module__.partition(".")[0] for c in (owner, dataclass_type))
     name = dataclass_type.__name__ if package == here else owner.__name__
     return f"{package}.{name}"
-
-
-def _entry_type(hint: Any) -> type[DatasetConfig] | None:
-    """The type of the entries of a list of data sets; `None` for the type of another key."""
-    [entry, *_] = get_args(hint) or (None,)
-    return entry if isclass(entry) and issubclass(entry, DatasetConfig) else None
 
 
 def _check_entries(key: str, entries: Any, entry_type: type[DatasetConfig]) -> None:

@@ -11,9 +11,10 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from inspect import isclass
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
 from zipfile import BadZipFile
 
 from datasets import concatenate_datasets, load_dataset
@@ -230,6 +231,12 @@ def load_entry(entry: ConvertibleDatasetConfig, where: str, *, streaming: bool) 
             f"{where} has {loaded.column_names}. Name the conversion of this data set, or leave it "
             "out."
         ) from error
+
+
+def entry_types(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the entries, of the keys that are lists of data sets by their types."""
+    kinds = {name: get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is list}
+    return {n: k for n, k in kinds.items() if isclass(k) and issubclass(k, DatasetConfig)}
 
 
 def entries_of(entry_type: type[Any], values: Sequence[Any] | None) -> list[Any]:

@@ -1,23 +1,26 @@
 """The keys of an evaluation, from one flat YAML file and the command line."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from ogpsa_trl.config import setting
-from ogpsa_trl.data.entries import CapabilityDatasetConfig, GroupedDatasetConfig, entries_of
+from ogpsa_trl.data.entries import (
+    CapabilityDatasetConfig,
+    GroupedDatasetConfig,
+    entries_of,
+    entry_types,
+)
 from ogpsa_trl.evaluation.refusal import REFUSALS
 
 
-def check_keys_of(
-    arguments: Any, entry_types: dict[str, type[GroupedDatasetConfig]], least: dict[str, int]
-) -> None:
+def check_keys_of(arguments: Any, least: dict[str, int]) -> None:
     """
     Make the entries of lists of data sets, and see that no number is too small.
 
     Raises:
         ValueError: one is.
     """
-    for name, entry_type in entry_types.items():
+    for name, entry_type in entry_types(get_type_hints(type(arguments))).items():
         setattr(arguments, name, entries_of(entry_type, getattr(arguments, name)))
     for name, smallest in least.items():
         value = getattr(arguments, name)
@@ -46,12 +49,6 @@ class PreferenceDatasetConfig(GroupedDatasetConfig):
     group: str = "pairs"
 
 
-ENTRY_TYPES: dict[str, type[GroupedDatasetConfig]] = {
-    "capability_datasets": CapabilityDatasetConfig,
-    "harmful_datasets": HarmfulDatasetConfig,
-    "over_refusal_datasets": OverRefusalDatasetConfig,
-    "preference_datasets": PreferenceDatasetConfig,
-}
 _LEAST = {
     "lm_eval_limit": 1, "max_samples": 1, "batch_size": 1, "max_length": 2, "max_new_tokens": 0,
     "num_bootstrap": 100,
@@ -140,7 +137,7 @@ class EvaluationArguments:
     seed: int = setting(0, "Of the choice of samples and of the resampling.")
 
     def __post_init__(self) -> None:
-        check_keys_of(self, ENTRY_TYPES, _LEAST)
+        check_keys_of(self, _LEAST)
         self.lm_eval_tasks = list(self.lm_eval_tasks or [])
         if not 0 < self.confidence < 1:
             raise ValueError(
