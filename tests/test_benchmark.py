@@ -147,10 +147,17 @@ class TestMethods:
         assert all(is_applicable(m, ["dpo"]) for m in METHODS.values() if m is not mixed)
 
     @pytest.mark.parametrize(
-        "name", ["replay mixed in, 25%", "OGPSA paper", "OGPSA paper, streaming", "OGPSA preserve"]
+        "method",
+        [
+            *(
+                METHODS[n]
+                for n in ("replay mixed in, 25%", "OGPSA paper", "OGPSA paper, streaming")
+            ),
+            Method({"preset": "preserve", "samples_per_refresh": 8}),
+        ],
+        ids=["mixed", "paper", "streaming", "preserve"],
     )
-    def test_the_sequences_of_a_run_are_counted(self, recipe, start, tmp_path, name):
-        method = METHODS[name]
+    def test_the_sequences_of_a_run_are_counted(self, recipe, start, tmp_path, method):
         _, cost = trained(method, recipe, start, tmp_path)
         training = recipe.num_steps * BATCH_SIZE
         config = recipe.ogpsa_config(method)
@@ -218,11 +225,11 @@ class TestTables:
     def test_hold_what_the_runs_say(self):
         runs = results({"naive": (0.5, 2), "KL, weight 1": (0.7, 4), "KL, weight 3": (0.8, 4)})
         tables = Tables(runs, ToyTestbed(0))
-        assert tables.best_kl() == "KL, weight 3"
+        assert tables.best_kl(None) == "KL, weight 3"
         naive, first, _ = tables.levels()
         assert naive["capability at 0.9"] == "0.550 +- 0.071 (2)"
         assert first["- naive"] == "+0.200 +- 0.000 (2)"
-        assert first["- KL, weight 3"] == "-0.100 +- 0.000 (2)"
+        assert first["- best KL"] == "-0.100 +- 0.000 (2)"
         assert first["time"] == "2.0"
         assert (naive["forward"], naive["backward"]) == (100, 50)
         assert tables.details()[0]["sort"] == "0.250 +- 0.000 (2)"
@@ -237,6 +244,37 @@ class TestTables:
         _, lora = Tables(runs | shy, ToyTestbed(0)).levels()
         assert lora["method"] == "LoRA"
         assert lora["capability at 0.9"] is lora["- naive"] is None
+
+    def test_compare_with_the_best_kl_of_the_same_share(self):
+        kept = {"naive": (0.5, 2), "KL, weight 1": (0.7, 4), "OGPSA preserve": (0.8, 4)}
+        runs = {
+            replace(run, share=share): {
+                **v, "measures": {**v["measures"], "capability": v["measures"]["capability"] + more}
+            }
+            for run, v in results(kept).items()
+            for share, more in ([(None, 0)] if run.method == "naive" else [(1.0, 0.1), (0.25, 0)])
+        }  # fmt: skip
+        tables = Tables(runs, ToyTestbed(0))
+        rows = {row["method"]: row for row in tables.levels()}
+        assert list(rows) == [
+            "naive", "KL, weight 1, share 1", "KL, weight 1, share 0.25",
+            "OGPSA preserve, share 1", "OGPSA preserve, share 0.25",
+        ]  # fmt: skip
+        for share in ("1", "0.25"):
+            assert rows[f"OGPSA preserve, share {share}"]["- best KL"].startswith("+0.100")
+        means = {
+            name: {share: spread.mean for share, spread in of_share.items()}
+            for name, of_share in tables.by_share().items()
+        }
+        assert means["KL, weight 1"] == {1.0: pytest.approx(0.85), 0.25: pytest.approx(0.75)}
+        assert list(means) == ["KL, weight 1", "OGPSA preserve"]
+
+    def test_every_method_with_capability_data_in_its_steps_has_a_share(self):
+        with_share = {name for name, method in METHODS.items() if method.has_share}
+        assert {"replay added", "KL, weight 3", "OGPSA preserve"} <= with_share
+        assert not {"naive", "LoRA", "replay mixed in, 25%", "OGPSA paper"} & with_share
+        share = METHODS["KL, weight 3"].at_share(0.5).config("sft")
+        assert (share.capability_token_share, share.capability_weight) == (0.5, 3)
 
 
 def length_of(folder):
@@ -304,7 +342,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     assert json.loads(stale.read_text())["run"]["versions"]["torch"] != "1.0"
 
     # What fails is said.
-    monkeypatch.setitem(tradeoff.METHODS, "naive", Method({"preset": "none"}))
+    monkeypatch.setitem(tradeoff.METHODS, "naive", Method(learning_rate_factor=-1.0))
     with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
         run_benchmark(tmp_path, "--stages", "sft")
 

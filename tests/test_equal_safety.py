@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ogpsa_trl.evaluation import Spread, at_safety, paired_difference, tradeoff_figure
+from ogpsa_trl.evaluation.equal_safety import share_figure
 from scripted import saved_figures
 
 SWEEP = [
@@ -98,6 +99,20 @@ def test_a_picture_shows_every_method_with_its_number_and_colour(monkeypatch, tm
         assert axes.yaxis.get_inverted() and not axes.xaxis.get_inverted()  # up is better
     legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert legend == ["starting model", "naive", "careful"]
+
+
+def test_a_picture_of_shares_has_a_line_for_each_method(monkeypatch, tmp_path):
+    figures = saved_figures(monkeypatch)
+    kept = {
+        "KL": {1.0: Spread(0.9, 0.1, 4)},
+        "ours": {1.0: Spread(0.95, 0, 3), 0.25: Spread(0.9, 0, 3)},
+    }
+    path = share_figure(kept, tmp_path / "shares.png", capability="kept")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures[0].axes
+    lines = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+    assert lines == [[[1.0, 0.9]], [[0.25, 0.9], [1.0, 0.95]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["KL", "ours"]
 
 
 def test_a_picture_of_nothing_is_an_error(tmp_path):

@@ -36,6 +36,7 @@ def test_a_row_holds_ratios_within_a_turn():
     row = row_of(result(cell, **times, **{"forward and backward": 0.8}))
     assert row["step / plain"] == pytest.approx(1.02)
     assert row["projection / plain"] == pytest.approx(1.02)
+    assert row["run, K = 1"] == pytest.approx(2.7)
     assert row["refresh / plain passes"] == pytest.approx(1.68 / 1.6)
     assert row["official hooks / plain"] == pytest.approx(1.5)
     assert row["memory / basis"] == pytest.approx(1.05)

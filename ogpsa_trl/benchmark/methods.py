@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
@@ -50,6 +50,25 @@ class Method:
     # How far to go from the starting weights to the trained ones: merging by interpolation.
     kept_share: float = 1.0
 
+    def config(self, stage: str, **settings: Any) -> OGPSAConfig:
+        """The settings of OGPSA."""
+        settings |= self.ogpsa or {}
+        return OGPSAConfig.from_preset(settings.pop("preset"), stage=stage, **settings)
+
+    @property
+    def has_share(self) -> bool:
+        """Whether a share of the training tokens says what its capability data cost."""
+        if self.ogpsa is None:
+            return False
+        config = self.config("sft")
+        return config.capability_token_share is not None and config.samples_per_refresh is None
+
+    def at_share(self, share: float | None) -> "Method":
+        """The method with another share; `None`: its own."""
+        if share is None:
+            return self
+        return replace(self, ogpsa={**(self.ogpsa or {}), "capability_token_share": share})
+
 
 # The published forms refresh as often as in the published DPO, on as many samples in all as the
 # others see: 8 of each of two groups for each step.
@@ -92,11 +111,17 @@ class Run:
     method: str
     learning_rate_factor: float
     seed: int
+    share: float | None = None  # `capability_token_share`; `None`: the method's own
+
+    @property
+    def label(self) -> str:
+        """Method and share, for tables."""
+        return self.method if self.share is None else f"{self.method}, share {self.share:g}"
 
     @property
     def name(self) -> str:
         """The name of its file."""
-        method = "".join(c if c.isalnum() else "-" for c in self.method)
+        method = "".join(c if c.isalnum() else "-" for c in self.label)
         return f"{self.chain}-{self.num_steps}-{method}-x{self.learning_rate_factor:g}-{self.seed}"
 
 
@@ -145,9 +170,8 @@ class Recipe:
         """The settings of OGPSA, if the method has any."""
         if method.ogpsa is None:
             return None
-        settings = {name: self.settings[name] for name in ("num_samples", "capability_batch_size")}
-        settings |= method.ogpsa
-        return OGPSAConfig.from_preset(settings.pop("preset"), stage=self.stage, **settings)
+        known = {name: self.settings[name] for name in ("num_samples", "capability_batch_size")}
+        return method.config(self.stage, **known)
 
 
 def is_applicable(method: Method, stages: Sequence[str]) -> bool:

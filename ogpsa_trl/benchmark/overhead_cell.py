@@ -61,6 +61,7 @@ class Cell:
     scope: str = "model"
     metric: str = "euclidean"
     capability_loss: str = "nll"
+    basis_dtype: str = "float32"
     accumulation: int = 1  # passes of a step
     tokens: int = 2048  # of a step on one process, over all its passes
     capability_samples: int = 16  # of a refresh, of all groups together
@@ -79,7 +80,7 @@ class Cell:
 
     def config(self) -> OGPSAConfig:
         """The settings of OGPSA."""
-        names: Any = ("target", "scope", "metric", "capability_loss")
+        names: Any = ("target", "scope", "metric", "capability_loss", "basis_dtype")
         return OGPSAConfig.from_preset(
             "paper",
             **{name: getattr(self, name) for name in names},

@@ -50,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     factors = sorted(args.learning_rate_factors or testbed.learning_rate_factors)
     output = args.output / testbed.title.lower().replace(" ", "-")
     runs = [
-        Run(chain, num_steps, method, factor, seed)
+        Run(chain, num_steps, method, factor, seed, share)
         for chain in args.stages
         for num_steps in args.steps
         for seed in args.seeds
         for factor in factors
         for method in args.methods
+        for share in (args.shares if METHODS[method].has_share else [None])
         if is_applicable(METHODS[method], [stage for stage, _ in CHAINS[chain]])
     ]
     failed = run_all(runs, make_testbed, output / "runs", args.processes)
@@ -79,14 +80,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[40], help="steps of every stage")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    share = "capability tokens, as shares of the training tokens; unset: that of each method"
+    add("--shares", type=float, nargs="+", default=[None], help=share)
     sweep = "the sweep, on the learning rates of the configurations; unset: three of them"
     add("--learning_rate_factors", type=float, nargs="+", help=sweep)
     add("--processes", type=int, default=cpu_count(), help="runs at a time")
     add("--output", type=Path, default=Path("runs/tradeoff"))
     args = parser.parse_args(argv)
-    for name in ("steps", "learning_rate_factors"):
+    for name in ("steps", "shares", "learning_rate_factors"):
         for value in getattr(args, name) or []:
-            if value <= 0:
+            if value is not None and value <= 0:
                 parser.error(f"--{name} must be above 0, but got {value}")
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, but got {args.processes}")
@@ -131,7 +134,7 @@ def start_seed(make_testbed: Any, folder: Path, seed: int) -> None:
 def make_run(run: Run, make_testbed: Any, folder: Path) -> None:
     """Train a method through its stages, measure the model, and keep the result as a file."""
     testbed = _testbed(make_testbed, run.seed)
-    method = METHODS[run.method]
+    method = METHODS[run.method].at_share(run.share)
     cost = Cost()
     with tempfile.TemporaryDirectory() as models:
         model = testbed.base_model()
@@ -171,7 +174,7 @@ def _prepare_process() -> None:
 
 def _settings(run: Run) -> dict[str, Any]:
     """All that a result follows from, as JSON keeps it; one from other settings is not used."""
-    settings = {**asdict(run), "settings": asdict(METHODS[run.method])}
+    settings = {**asdict(run), "settings": asdict(METHODS[run.method].at_share(run.share))}
     return json.loads(json.dumps({**settings, "versions": package_versions("accelerate")}))
 
 

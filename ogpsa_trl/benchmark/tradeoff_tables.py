@@ -10,6 +10,7 @@ from ogpsa_trl.evaluation.equal_safety import (
     Spread,
     at_safety,
     paired_difference,
+    share_figure,
     tradeoff_figure,
 )
 from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
@@ -42,6 +43,11 @@ def report(
             start=start, levels=testbed.levels, lower_is_better=testbed.lower_is_better,
             title=title,
         )  # fmt: skip
+        if kept := tables.by_share():
+            share_figure(
+                kept, output / f"{chain}-{num_steps}-shares.png", title=title,
+                capability=f"{testbed.capability} at {testbed.safety} {tables.middle:g}",
+            )  # fmt: skip
         print(f"\n{title}\n\n{markdown_table(tables.levels(), style='simple')}")
     sections.append(f"Seeds {', '.join(map(str, seeds))}. {in_words(versions)}")
     (output / "results.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -60,7 +66,13 @@ class Tables:
     def __init__(self, results: Mapping[Run, dict[str, Any]], testbed: Testbed) -> None:
         self.testbed = testbed
         self.results = results
-        self.methods = [m for m in METHODS if any(run.method == m for run in results)]
+        self.shares = {
+            run.label: run.share
+            for run in sorted(
+                results, key=lambda run: ([*METHODS].index(run.method), -(run.share or 0))
+            )
+        }
+        self.methods = list(self.shares)
         self.factors = sorted({run.learning_rate_factor for run in results})
         self.middle = testbed.levels[len(testbed.levels) // 2]
         # Method to level to seed to measures.
@@ -83,14 +95,14 @@ class Tables:
     def levels(self) -> list[dict[str, Any]]:
         """Capability at every level of safety, differences at the middle one, and the cost."""
         capability, over_refusal = self.testbed.capability, self.testbed.over_refusal
-        others = [other for other in ("naive", self.best_kl()) if other is not None]
         return [
             {"method": method}
             | {
                 f"{capability} at {v:g}": self._cell(method, v, capability)
                 for v in self.testbed.levels
             }
-            | {f"- {other}": self._difference(method, other) for other in others}
+            | {"- naive": self._difference(method, "naive")}
+            | {"- best KL": self._difference(method, self.best_kl(self.shares[method]))}
             | {f"{over_refusal} at {self.middle:g}": self._cell(method, self.middle, over_refusal)}
             | self._cost(method)
             for method in self.methods
@@ -118,14 +130,27 @@ class Tables:
             for method in self.methods
         ]
 
-    def best_kl(self) -> str | None:
-        """The KL penalty of the weight that keeps most at the middle level, in most seeds."""
+    def by_share(self) -> dict[str, dict[float, Spread]]:
+        """Capability at the middle level by method and share, where there is a share."""
+        kept: dict[str, dict[float, Spread]] = {}
+        for method, share in self.shares.items():
+            values = self._values(method, self.middle, self.testbed.capability)
+            if share is not None and values:
+                name = method.removesuffix(f", share {share:g}")
+                kept.setdefault(name, {})[share] = Spread.of([*values.values()])
+        return kept
+
+    def best_kl(self, share: float | None) -> str | None:
+        """
+        The KL penalty of the weight that keeps most at the middle level, in most seeds, among those
+        of a share.
+        """
         capability = self.testbed.capability
         sign = -1 if capability in self.testbed.lower_is_better else 1
         found = {}
         for method in self.methods:
             values = list(self._values(method, self.middle, capability).values())
-            if method.startswith("KL") and values:
+            if method.startswith("KL") and self.shares[method] == share and values:
                 found[method] = (len(values), sign * Spread.of(values).mean)
         return max(found, key=lambda method: found[method]) if found else None
 
@@ -134,12 +159,12 @@ class Tables:
         return [
             result["measures"]
             for run, result in self.results.items()
-            if (run.method, run.learning_rate_factor) == (method, factor)
+            if (run.label, run.learning_rate_factor) == (method, factor)
         ]
 
     def _at_level(self, method: str, level: float) -> dict[int, dict[str, float]]:
         """The measures of every seed whose sweep passes the level."""
-        runs = [run for run in self.results if run.method == method]
+        runs = [run for run in self.results if run.label == method]
         runs.sort(key=lambda run: run.learning_rate_factor)
         found = {}
         for seed in dict.fromkeys(run.seed for run in self.results):
@@ -157,9 +182,9 @@ class Tables:
         values = list(self._values(method, level, name).values())
         return f"{Spread.of(values):.3f} ({len(values)})" if values else None
 
-    def _difference(self, method: str, other: str) -> str | None:
+    def _difference(self, method: str, other: str | None) -> str | None:
         """Of the capabilities at the middle level, by seed, with its standard error."""
-        if method == other or other not in self.methods:
+        if other is None or method == other or other not in self.methods:
             return None
         name = self.testbed.capability
         spread = paired_difference(*(self._values(m, self.middle, name) for m in (method, other)))
@@ -172,7 +197,7 @@ class Tables:
         """Sequences of a run, the mean over all runs, and its time, relative to plain TRL."""
         mean = {}
         for name in {method, "naive"} & {*self.methods}:
-            costs = [result["cost"] for run, result in self.results.items() if run.method == name]
+            costs = [result["cost"] for run, result in self.results.items() if run.label == name]
             mean[name] = {key: Spread.of([cost[key] for cost in costs]).mean for key in costs[0]}
         row: dict[str, Any] = {key: round(mean[method][key]) for key in ("forward", "backward")}
         if "naive" in mean:

@@ -207,3 +207,41 @@ def tradeoff_figure(
         *whole.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
     )
     return saved(figure, path, title)
+
+
+def share_figure(
+    kept: Mapping[str, Mapping[float, Spread]],
+    path: str | Path,
+    *,
+    capability: str,
+    title: str | None = None,
+) -> Path:
+    """
+    Draw what each method keeps against what its capability data cost.
+
+    Args:
+        kept: Capability by method and by share of the training tokens.
+        path: PNG file to write; its folder is made if need be.
+        capability: Name of the vertical axis.
+        title: Heading of the figure.
+
+    Returns:
+        The file written.
+    """
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    for name, spreads in kept.items():
+        shares = sorted(spreads)
+        axes.errorbar(
+            shares, [spreads[share].mean for share in shares],
+            yerr=[spreads[share].standard_error for share in shares],
+            marker="o", markersize=4, linewidth=1.2, capsize=2, label=name,
+        )  # fmt: skip
+    ticks = sorted({share for spreads in kept.values() for share in spreads})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("capability tokens / training tokens")
+    axes.set_ylabel(capability)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return saved(figure, path, title)
