@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ogpsa_trl.evaluation.tables import markdown_table
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices, vectors
 
 BYTES = 4  # of a float32
 
@@ -72,7 +72,7 @@ class Placements:
         grams_PKK = torch.zeros(args.tensors, self.rank, self.rank, device=device)
         for index, gradient in enumerate(self.gradients):
             rows_KN = (random(self.rank, per_tensor) / per_tensor**0.5).to(dtype)
-            grams_PKK[index] = matrices.symmetric(vectors.gram(rows_KN), self.rank)
+            grams_PKK[index] = matrices.symmetric(gradient_rows.gram(rows_KN), self.rank)
             self.whole.append(rows_KN)
             offset = index * per_tensor
             start, end = max(first - offset, 0), min(last - offset, per_tensor)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ogpsa_trl.cli.train_arguments import RunArguments
 from ogpsa_trl.cli.train_keys import parse_run
+from ogpsa_trl.method.draws import Draws
 
 FILE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
@@ -128,14 +129,15 @@ def model_of(recipe: Recipe, run: RunArguments) -> Model:
 def static_bytes(recipe: Recipe, model: Model, run: RunArguments) -> float:
     """Weights, gradients, optimizer, basis, reference model: what a GPU always holds."""
     rank = len({entry.group for entry in run.train.capability_datasets})
+    basis = rank * (2 if run.ogpsa.basis_dtype == "bfloat16" else 4)
     n = model.parameters
     if run.model.use_peft:
         others = n - model.in_layers
         # 4 bits, 8 for the scale of 64 of them, 32 for the scale of 256 scales.
         base = model.in_layers * (4 + 8 / 64 + 32 / 64 / 256) / 8 if run.model.load_in_4bit else 0
         base += 2 * others if run.model.load_in_4bit else 2 * n
-        return base + (4 + 4 + 8 + 4 * rank) * model.adapter(run.model.lora_r)
-    sharded = (4 + 4 + 8 + 4 * rank) * n / recipe.shards
+        return base + (4 + 4 + 8 + basis) * model.adapter(run.model.lora_r)
+    sharded = (4 + 4 + 8 + basis) * n / recipe.shards
     is_dpo = run.train.stage == "dpo"
     if recipe.engine == "zero2":
         return sharded + 2 * n * (2 if is_dpo else 1)
@@ -179,10 +181,17 @@ def hours(recipe: Recipe) -> tuple[float, float]:
 
     batch = recipe.gpus * args.per_device_train_batch_size * args.gradient_accumulation_steps
     refreshes = rows / batch / ogpsa.refresh_interval
-    samples = ogpsa.samples_per_refresh or ogpsa.num_samples
     num_groups = len({entry.group for entry in run.train.capability_datasets})
-    batches = math.ceil(math.ceil(samples / ogpsa.capability_batch_size) / recipe.gpus)
-    tokens = num_groups * batches * ogpsa.capability_batch_size * CAPABILITY_TOKENS
+    num_samples = ogpsa.samples_per_refresh or ogpsa.num_samples
+    if ogpsa.capability_token_share is not None and ogpsa.samples_per_refresh is None:
+        draws = Draws.within(
+            ogpsa.capability_token_share * ogpsa.refresh_interval * batch * tokens / rows,
+            [CAPABILITY_TOKENS] * num_groups,
+            num_processes=recipe.gpus, least=ogpsa.gradients_per_group, seed=args.seed,
+        )  # fmt: skip
+        num_samples = draws.num_samples or num_samples
+        num_groups = draws.num_groups or num_groups
+    tokens = num_groups * math.ceil(num_samples / recipe.gpus) * CAPABILITY_TOKENS
     refreshing = refreshes * n * tokens * passes
 
     speed = PEAK[recipe.gpu] * UTILISATION[recipe.gpu] * 3600

@@ -14,7 +14,8 @@ GateAction = Literal["warn", "stop", "best"]
 
 _PAPER = {
     "scope": "parameter", "target": "gradient", "metric": "euclidean", "capability_loss": "nll",
-    "refresh_interval": 30, "samples_per_refresh": None, "restoration": 0.0, "capability_ema": 0.0,
+    "refresh_interval": 30, "capability_token_share": None, "restoration": 0.0,
+    "capability_ema": 0.0, "basis_dtype": "float32",
 }  # fmt: skip
 # What a preset sets. The others, and `preserve`, are the defaults of the fields.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -27,7 +28,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "kl": {
         "target": "none", "metric": "euclidean", "restoration": 0.0, "capability_ema": 0.0,
-        "capability_weight": 1.0,
+        "capability_weight": 1.0, "basis_dtype": "float32",
     },
 }  # fmt: skip
 # What is different in DPO.
@@ -100,10 +101,18 @@ class OGPSAConfig:
         200,
         "Samples taken from each capability group, at least 1 (official: 200).",
     )
+    capability_token_share: float | None = setting(
+        0.25,
+        "What capability data may cost: tokens that refreshes read, as a share of the tokens that "
+        "training reads, above 0. It buys as many samples of each group for each refresh, none "
+        "twice before all were seen, and at most 8 (measured: no more are needed); where it buys "
+        "fewer than one of each, the groups take turns. Unset, without `samples_per_refresh`: all "
+        "samples every time (official).",
+    )
     samples_per_refresh: int | None = setting(
-        8,
-        "Of the samples of each group, how many are drawn anew for each refresh, at least 1; all "
-        "if there are fewer. Unset: all of them every time (official).",
+        None,
+        "In place of `capability_token_share`: how many samples of each group every refresh reads, "
+        "at least 1; all if there are fewer.",
     )
     gradients_per_group: int = setting(
         1,
@@ -151,9 +160,9 @@ class OGPSAConfig:
         "`target: update`, which would take it out of the step again.",
     )
     basis_dtype: BasisDtype = setting(
-        "float32",
-        "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is removed is then "
-        "the exact projection on the rounded directions).",
+        "bfloat16",
+        "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is removed is the "
+        "exact projection on the rounded directions).",
     )
 
     @classmethod
@@ -188,6 +197,11 @@ class OGPSAConfig:
                 f"`capability_weight` ({self.capability_weight!r}) adds what `target: update` "
                 "removes from the step. Set `capability_weight: 0`, or begin with `preset: replay` "
                 "or `preset: kl`."
+            )
+        if self.capability_token_share == 0:
+            raise ValueError(
+                "`capability_token_share` must be above 0, but got 0. To train without capability "
+                "data leave out `capability_datasets`, or set `ogpsa: false`."
             )
         if self.restoration_cap == 0:
             raise ValueError(

@@ -107,13 +107,18 @@ def is_quick(engine, job):
     return engine in _QUICK and (job in _QUICK[engine] or job in _ALWAYS_QUICK)
 
 
-def config_of(cell):
-    """A refresh before the first and the third step, or before each; few samples in few batches."""
+def config_of(cell, basis_dtype="float32"):
+    """
+    A refresh before the first and the third step, or before each; few samples in few batches. Rows
+    in bfloat16 are rounded to other digits where sums are.
+    """
     stage, _, method, _ = cell
     settings = METHODS[method]
     preset = "paper" if settings else method
-    config = OGPSAConfig.from_preset(preset, stage=stage, capability_batch_size=2)
-    if config.samples_per_refresh is not None:
+    config = OGPSAConfig.from_preset(
+        preset, stage=stage, capability_batch_size=2, basis_dtype=basis_dtype
+    )
+    if config.capability_token_share is not None or config.samples_per_refresh is not None:
         return dataclasses.replace(config, samples_per_refresh=3)  # of 6
     return dataclasses.replace(config, refresh_interval=2, **settings)
 
@@ -246,8 +251,9 @@ class ProjectionProbe:
 
 
 def make(
-    engine, cell, model_path, output_dir, num_processes, *, plain=False, ogpsa=True, **options
-):
+    engine, cell, model_path, output_dir, num_processes, *, plain=False, ogpsa=True,
+    basis_dtype="float32", **options
+):  # fmt: skip
     """
     Three steps.
 
@@ -264,7 +270,7 @@ def make(
     return make_trainer(
         stage, model_path, output_dir, plain=plain,
         capability=capability_groups() if ogpsa else None,
-        config=config_of(cell) if ogpsa else None,
+        config=config_of(cell, basis_dtype) if ogpsa else None,
         more={"peft_config": lora} if form == "lora" else None,
         **{
             "max_steps": 3, "gradient_accumulation_steps": num_passes,
@@ -431,7 +437,8 @@ def train_default_in_bf16(engine, model_path, folder, num_processes):
         for kind in ("plain", "preserve"):
             trainer = make(
                 engine, DEFAULT_CELL, model_path, folder / rate / kind, num_processes,
-                ogpsa=kind == "preserve", **bf16_options(rate, bf16=True),
+                ogpsa=kind == "preserve", basis_dtype="bfloat16",
+                **bf16_options(rate, bf16=True),
             )  # fmt: skip
             trainer.train()
             results[f"{rate} {kind}"] = full_weights(trainer), capped_steps(trainer)

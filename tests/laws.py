@@ -10,7 +10,7 @@ from ogpsa_trl.engines.torch_engines import TorchBackend
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.method.projection import copy_weights, project, project_update
 from ogpsa_trl.method.subspace import CapabilitySubspace
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices, vectors
 
 NUM_ENTRIES = 300
 
@@ -24,7 +24,7 @@ def basis_of(rows_RN, rank=None, dtype=torch.float32):
     """The basis of the span of some rows as the package makes it, with its inverse Gram matrix."""
     rows_RN = rows_RN.to(dtype, copy=True)
     weights_KR = matrices.orthonormal_weights(gram_of(rows_RN)[None], rank, dtype)[0]
-    basis_KN = vectors.combine_(weights_KR, rows_RN)
+    basis_KN = gradient_rows.combine_(weights_KR, rows_RN)
     return basis_KN, matrices.inverse_gram(gram_of(basis_KN)[None])[0].float()
 
 
@@ -44,7 +44,7 @@ def products_of(basis_KN, vector_N, metric=None):
 
 def gram_of(rows_RN):
     """The Gram matrix of some rows, as the package computes it."""
-    return matrices.symmetric(vectors.gram(rows_RN), len(rows_RN))
+    return matrices.symmetric(gradient_rows.gram(rows_RN), len(rows_RN))
 
 
 def literal_basis(rows_RN, rank=None, tolerance=1e-3):
@@ -94,6 +94,10 @@ ZEROS = [torch.zeros(size) for size in SIZES]
 ONES = [torch.ones(size) for size in SIZES]
 
 
+# Gradients are found in the basis to the digits of float32.
+EXACT = {"capability_loss": "nll", "basis_dtype": "float32"}
+
+
 def small_subspace(optimizer=torch.optim.AdamW, rates=(1e-2, 1e-2, 1e-2), config=None, **options):
     """A subspace of three small parameters, all zero, in the engine of one process."""
     model = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(size)) for size in SIZES)
@@ -104,7 +108,7 @@ def small_subspace(optimizer=torch.optim.AdamW, rates=(1e-2, 1e-2, 1e-2), config
         no_sync=lambda model: contextlib.nullcontext(),
     )  # fmt: skip
     backend = TorchBackend(accelerator, model, model, optimizer(groups, **options))
-    return CapabilitySubspace(backend, config or OGPSAConfig(capability_loss="nll"))
+    return CapabilitySubspace(backend, config or OGPSAConfig(**EXACT))
 
 
 def random_gradients(num_gradients=2, seed=0):
@@ -116,12 +120,17 @@ def random_gradients(num_gradients=2, seed=0):
 ALONG = [gradient_RN[0] for gradient_RN in random_gradients(seed=9)]
 
 
-def refresh(subspace, rows, rises=None):
-    """Refresh with these capability gradients: those of linear losses, of a group each."""
+def refresh(subspace, rows, rises=None, resting=()):
+    """
+    Refresh with these capability gradients: those of linear losses, of a group each. Groups whose
+    turn it is not are named by their number.
+    """
     parts = [
         SimpleNamespace(group=f"group {index}", num_tokens=1, batches_of=lambda i, n, r=row: [r])
         for index, row in enumerate(zip(*rows, strict=True))
     ]
+    names = [part.group for part in parts]
+    parts = [None if index in resting else part for index, part in enumerate(parts)]
     parameters = [parameter for _, parameter in subspace.backend.parameters]
 
     def loss(row):
@@ -130,8 +139,9 @@ def refresh(subspace, rows, rises=None):
 
     old_rows, old_share = subspace.release_gradients(len(parts))
     gradients = capability_gradients(
-        subspace.backend, parts, loss, old_rows, dtype=subspace.dtype, old_share=old_share
-    )
+        subspace.backend, parts, loss, old_rows,
+        names=names, dtype=subspace.dtype, old_share=old_share,
+    )  # fmt: skip
     return gradients, subspace.refresh(gradients, rises or [0.0] * len(parts))
 
 

@@ -19,6 +19,9 @@ ADAMW = {
     "max_steps": 4, "model_init_kwargs": {"dtype": "float32"},
 }  # fmt: skip
 
+# On any number of processes: a share of the tokens buys samples for each.
+SAME_SAMPLES = OGPSAConfig(samples_per_refresh=2, basis_dtype="float32")
+
 
 def make_qlora_trainer(
     stage, model_path, output_dir, config, *, plain=False, callbacks=(), bits=4, **options
@@ -51,7 +54,7 @@ def losses_of(trainer):
 def main(engine, model_path, folder):
     use_cpu(engine)
     trainer = make_qlora_trainer(
-        "sft", model_path, folder, OGPSAConfig(), per_device_train_batch_size=2,
+        "sft", model_path, folder, SAME_SAMPLES, per_device_train_batch_size=2,
         **engine_arguments(engine, bf16=False),
     )  # fmt: skip
     trainer.train()

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save
 
-from ogpsa_trl.data.groups import Sample
+from ogpsa_trl.data.groups import CapabilityGroup, Sample
 from ogpsa_trl.engines.backend import Shard
 from ogpsa_trl.method.saved_start import load_start, save_start
 from ogpsa_trl.method.saved_state import FILE_NAME, file_names, load_subspace, save_subspace
 from ogpsa_trl.method.starting_point import StartingPoint
 from ogpsa_trl.method.subspace import CapabilitySubspace
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices
 from runs import paper
 
 SIZES = {"embed": 12, "norm": 3, "head": 7, "unused": 5}
@@ -31,7 +31,7 @@ ROWS = {
 ROWS["unused"] = None
 # What the processes send of its Gram matrices.
 TRIANGLES = torch.stack(
-    [torch.zeros(3) if rows is None else vectors.gram(rows).float() for rows in ROWS.values()]
+    [torch.zeros(3) if rows is None else gradient_rows.gram(rows).float() for rows in ROWS.values()]
 )
 
 
@@ -218,15 +218,19 @@ class TestStartingPoint:
         ("change", "reason"),
         [
             ("file", "there is none"),
-            ("samples", "of other capability groups, or of another number of samples"),
+            ("samples", "of other capability groups, or of more samples"),
             ("settings", "it was measured with the settings {'capability_loss': 'kl', 'kl_tokens'"),
+            ("parts", "has fewer samples than `gradients_per_group`"),
         ],
     )
     def test_that_is_lost_is_said(self, change, reason, tmp_path, caplog):
         samples, path = self.save(tmp_path)
 
-        def loaded(config=self.CONFIG):
-            groups = [SimpleNamespace(samples=samples)]
+        def loaded(config=self.CONFIG, num_parts=1):
+            groups = [
+                CapabilityGroup(name, [s for s in samples if name in s.name], num_parts, 1, dict)
+                for name in ("skills", "language")
+            ]
             return load_start(make_subspace(WHOLE).backend, groups, config, str(tmp_path))
 
         assert torch.equal(loaded().losses, torch.arange(3.0).double())
@@ -235,7 +239,8 @@ class TestStartingPoint:
         elif change == "samples":
             samples.pop()
         kl_tokens = 3 if change == "settings" else self.CONFIG.kl_tokens
-        assert loaded(dataclasses.replace(self.CONFIG, kl_tokens=kl_tokens)) is None
+        config = dataclasses.replace(self.CONFIG, kl_tokens=kl_tokens)
+        assert loaded(config, num_parts=2 if change == "parts" else 1) is None
         assert f"starting point of {tmp_path} cannot be used (" in caplog.text
         assert reason.lower() in caplog.text.lower()
         assert "drift, and so the divergence, counts from the weights of this" in caplog.text

@@ -30,10 +30,16 @@ CHOICES = {
     "capability_loss": ("nll", "kl"),
     "basis_dtype": ("float32", "bfloat16"),
 }
-NUMBERS = ("restoration", "restoration_cap", "capability_ema", "capability_weight")
+NUMBERS = (
+    "restoration",
+    "restoration_cap",
+    "capability_ema",
+    "capability_weight",
+)
 COUNTS = (
     "refresh_interval", "num_samples", "gradients_per_group", "kl_tokens", "capability_batch_size",
 )  # fmt: skip
+OPTIONAL_NUMBER = "capability_token_share"
 OPTIONAL_COUNTS = ("samples_per_refresh", "rank", "capability_max_length")
 
 
@@ -52,6 +58,7 @@ PAPER = {
     "kl_tokens": 64,
     "refresh_interval": 30,
     "num_samples": 200,
+    "capability_token_share": None,
     "samples_per_refresh": None,
     "gradients_per_group": 1,
     "rank": None,
@@ -63,12 +70,16 @@ PAPER = {
     "capability_weight": 0.0,
     "basis_dtype": "float32",
 }
-DRAWN = {"capability_loss": "kl", "refresh_interval": 1, "samples_per_refresh": 8, "scope": "model"}
+DRAWN = {
+    "capability_loss": "kl", "refresh_interval": 1, "capability_token_share": 0.25,
+    "scope": "model",
+}  # fmt: skip
 PRESETS = {
     "paper": PAPER,
     "paper-theorem": PAPER | {"scope": "model"},
     "preserve": PAPER | DRAWN | {
         "target": "update", "metric": "optimizer", "restoration": 1.0, "capability_ema": 0.5,
+        "basis_dtype": "bfloat16",
     },
     "replay": PAPER | {
         "scope": "model", "refresh_interval": 2, "samples_per_refresh": 16,
@@ -109,7 +120,7 @@ class TestPresets:
 
 
 def test_every_setting_is_tested_here():
-    tested = {*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *NUMBERS}
+    tested = {*CHOICES, *COUNTS, *OPTIONAL_COUNTS, *NUMBERS, OPTIONAL_NUMBER}
     assert {f.name for f in fields(OGPSAConfig)} == tested
 
 
@@ -123,6 +134,7 @@ def wrong_values():
         yield name, words, [0, -1, 1.0, "3", None, True, [1], math.inf]
     for name in OPTIONAL_COUNTS:
         yield name, "an integer of at least 1, or unset", [0, 1.0, "none", True, [1]]
+    yield OPTIONAL_NUMBER, "a number of at least 0, or unset", [-0.1, "1", True, math.nan]
     for name in NUMBERS:
         yield name, "a number of at least 0", [-0.1, "1", None, True, [1], math.inf, math.nan]
 
@@ -141,6 +153,8 @@ TOGETHER = [
      f"'none'. Set `target: update`, or `restoration: 0`; {PRESET}"),
     ({"capability_weight": 0.5}, "`capability_weight` (0.5) adds what `target: update` removes "
      "from the step. Set `capability_weight: 0`, or begin with `preset: replay` or `preset: kl`."),
+    ({"capability_token_share": 0}, "`capability_token_share` must be above 0, but got 0. To train "
+     "without capability data leave out `capability_datasets`, or set `ogpsa: false`."),
     ({"restoration_cap": 0},
      "`restoration_cap` must be above 0, but got 0. Set `restoration: 0` for none."),
     *(({"capability_ema": value}, "`capability_ema` must be below 1, for new gradients to count, "

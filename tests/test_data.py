@@ -4,7 +4,6 @@
 `ogpsa_trl.data` calls: it fails when a version of TRL changes it.
 """
 
-import collections
 import functools
 import itertools
 import logging
@@ -320,20 +319,6 @@ def test_a_spare_batch_has_no_trainable_token():
     assert torch.equal(spare.inputs["input_ids"], real.inputs["input_ids"])
     assert (spare.inputs["labels"] == -100).all()
     assert (real.inputs["labels"] != -100).any()
-
-
-def test_a_draw_has_a_name_and_reaches_all_samples_equally_often():
-    def names(*args):
-        parts = divided(num_parts=2).parts(*args)
-        return [sample.name for part in parts for sample in part.samples]
-
-    assert names(4, "seed 1") == names(4, "seed 1") != names(4, "seed 2")
-    assert len(set(names(4, "seed 1"))) == len(names(4, "seed 1")) == 4
-    assert sorted(names(99, "seed 1")) == sorted(names())
-    counts = collections.Counter(name for i in range(400) for name in names(4, str(i)))
-    # 160 of 400 are expected for each of ten; the standard deviation is 10.
-    assert counts.keys() == set(names())
-    assert all(120 < count < 200 for count in counts.values())
 
 
 def test_samples_without_a_trainable_token_are_left_out():

@@ -105,3 +105,10 @@ def test_the_house_stays_one_that_can_be_drawn():
     assert len(rooms) <= 14, rooms
     lengths = {path: len(path.read_text().splitlines()) for path in package.rglob("*.py")}
     assert {str(path): length for path, length in lengths.items() if length > 300} == {}
+
+
+def test_every_fault_of_the_mutants_has_its_place():
+    """So that benchmarks/mutants.py runs: what a fault replaces stands once in its file."""
+    mutants = runpy.run_path(str(ROOT / "benchmarks" / "mutants.py"))["MUTANTS"]
+    counts = {m.name: (ROOT / "ogpsa_trl" / m.file).read_text().count(m.old) for m in mutants}
+    assert counts == dict.fromkeys(counts, 1)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -194,3 +195,65 @@ def test_a_saved_subspace_goes_on_bitwise():
                 _, change = refresh(subspace, rows, rises)
             updates.append((torch.cat(take_step(subspace, ALONG)[1]).tolist(), change))
         assert updates[0] == updates[-1]
+
+
+class TestTurns:
+    """Of a group whose turn it is not nothing is measured."""
+
+    def test_its_gradient_stays_as_it_is(self):
+        subspace, rows = small_subspace(), random_gradients()
+        refresh(subspace, rows)
+        others = random_gradients(seed=1)
+        gradients, _ = refresh(subspace, others, resting=[1])
+        for before, new, basis_KN, coordinates_RK in zip(
+            rows, others, subspace.basis, subspace.coordinates.expand(3, -1, -1), strict=True
+        ):
+            expected = torch.stack([0.5 * before[0] + 0.5 * new[0], before[1]])
+            torch.testing.assert_close(coordinates_RK @ basis_KN, expected, rtol=1e-4, atol=1e-5)
+        assert math.isnan(gradients.losses[1]) and not any(gradients.is_kept)
+
+    def test_its_drift_is_what_the_steps_should_have_left_of_it(self):
+        subspace = small_subspace(
+            config=paper(target="update", restoration=0.5, refresh_interval=1)
+        )
+        refresh(subspace, random_gradients(), rises=[0.2, 1e-3])
+        _, update = take_step(subspace, ALONG)
+        moved = torch.stack([torch.cat(g) for g in zip(*random_gradients(), strict=True)])
+        change = moved @ torch.cat(update)
+        refresh(subspace, random_gradients(seed=1), rises=[0.1, math.nan], resting=[1])
+        assert change[1].item() == pytest.approx(-0.5e-3, rel=1e-3)
+        assert subspace.history.drift.tolist() == pytest.approx([0.1, 0.5e-3], rel=1e-3)
+
+    def test_its_change_is_that_since_its_last_one(self):
+        subspace = small_subspace(config=paper(target="update", refresh_interval=1))
+        refresh(subspace, random_gradients(), rises=[0.2, 0.1])
+        changes = []
+        for rises in ([0.3, math.nan], [0.5, 0.4]):
+            take_step(subspace, ALONG)
+            changes.append(subspace.history.predicted_change.tolist())
+            resting = [1] if math.isnan(rises[1]) else []
+            _, found = refresh(subspace, random_gradients(), rises, resting)
+            if resting:
+                for values in (found.drift, found.realised_change, found.predicted_change):
+                    assert math.isnan(values[1]) and not math.isnan(values[0])
+        assert found.realised_change == pytest.approx([0.2, 0.3], rel=1e-5)
+        expected = [changes[1][0], changes[0][1] + changes[1][1]]
+        assert found.predicted_change == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+    def test_training_has_diverged_when_all_were_lost_in_their_last_one(self):
+        subspace, rows = small_subspace(), random_gradients()
+        refresh(subspace, rows)
+        lost = [torch.stack([row_RN[0] * math.nan, row_RN[1] * math.nan]) for row_RN in rows]
+        gradients, _ = refresh(subspace, lost, resting=[1])
+        assert gradients.is_kept == [True, False]
+        with pytest.raises(FloatingPointError, match="Training has diverged"):
+            refresh(subspace, lost, resting=[0])
+
+    def test_the_mean_is_of_the_others(self):
+        """So that a penalty in turns is one on the average."""
+        config = paper(target="none", capability_weight=1.0, refresh_interval=1)
+        subspace, rows = small_subspace(config=config), random_gradients()
+        refresh(subspace, rows)
+        refresh(subspace, rows, resting=[0])
+        expected = torch.cat([row_RN[1] for row_RN in rows]).square().sum()
+        assert subspace.mean_square.item() == pytest.approx(expected.item(), rel=1e-4)

@@ -88,7 +88,7 @@ class TestTheStartIsKept:
     @pytest.mark.parametrize("restart", ["memory", "train"])
     def test_when_training_starts_again_in_one_trainer(self, restart, make, base_model_path):
         """Drift and the gate go on from the start; from the drifted model they would from zero."""
-        config = OGPSAConfig(samples_per_refresh=None, kl_tokens=9999, capability_ema=0.0)
+        config = OGPSAConfig(capability_token_share=None, kl_tokens=9999, capability_ema=0.0)
         trainer = make(config=config, auto_find_batch_size=True, **ADAMW)
         gate = gated(trainer, capability_groups())
         if restart == "train":

@@ -17,7 +17,7 @@ from laws import (
     projected,
     random_rows,
 )
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices, vectors
 
 ROWS = random_rows(4)
 AWKWARD = {
@@ -70,7 +70,7 @@ def test_a_direction_is_right_or_not_there_however_short_the_gradient(exponent):
     rows_RN = random_rows(2) * torch.tensor([1.0, 10.0**exponent])[:, None]
     gram_BRR = gram_of(rows_RN)[None].double()
     gram_BRR = matrices.without_short_rows(gram_BRR, torch.tensor([NUM_ENTRIES]).double())
-    basis_KN = vectors.combine_(matrices.orthonormal_weights(gram_BRR)[0], rows_RN.clone())
+    basis_KN = gradient_rows.combine_(matrices.orthonormal_weights(gram_BRR)[0], rows_RN.clone())
     assert len(basis_KN) == (2 if exponent >= -15 else 1)
     assert basis_error(basis_KN) <= 1e-5
 
@@ -111,7 +111,7 @@ def test_sharding_and_scaling_do_not_change_the_projection(
     scaled_RN = rows_RN * 10.0 ** torch.tensor(exponents[:num_rows])[:, None]
     shards = scaled_RN.tensor_split(num_shards, dim=1)
     weights_KR = matrices.orthonormal_weights(sum(gram_of(s) for s in shards)[None])[0]
-    basis = [vectors.combine_(weights_KR, shard.clone()) for shard in shards]
+    basis = [gradient_rows.combine_(weights_KR, shard.clone()) for shard in shards]
     inverse_KK = matrices.inverse_gram(sum(gram_of(b) for b in basis)[None])[0].float()
     pieces = [piece.clone() for piece in vector_N.tensor_split(num_shards)]
     products = [products_of(b, p).with_rows_PK[0] for b, p in zip(basis, pieces, strict=True)]

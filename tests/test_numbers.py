@@ -115,7 +115,7 @@ def test_a_training_loss_without_a_gradient_moves_nothing(make):
 @pytest.mark.parametrize(("loss", "value"), [("nll", math.nan), ("kl", math.inf)])
 def test_a_start_that_is_not_finite_is_an_error_that_names_the_sample(loss, value, make):
     """A sample that the starting model makes no number of, drawn by a later refresh only."""
-    config = OGPSAConfig(capability_loss=loss, samples_per_refresh=1, capability_batch_size=1)
+    config = OGPSAConfig(capability_loss=loss, samples_per_refresh=2, capability_batch_size=1)
     trainer = make(config=config, **ADAMW)
     log_probs, scores = trainer.capability_loss.log_probs, trainer.capability_loss.scores
 

@@ -29,7 +29,7 @@ def no_mixed_precision_afterwards():
 
 
 def make(model, folder, *, bf16=True, more=None, **settings):
-    config = OGPSAConfig(**{"samples_per_refresh": None, "kl_tokens": 9999, **settings})
+    config = OGPSAConfig(**{"capability_token_share": None, "kl_tokens": 9999, **settings})
     trainer = make_trainer(
         "sft", model, folder, capability=capability_groups(), config=config, bf16=bf16, more=more,
         **ADAMW,
@@ -199,7 +199,7 @@ class TestFloor:
             whole = group.whole()
             with torch.no_grad():
                 total = sum(trainer.capability_loss.sum(b).item() for b in whole.batches_of(0, 1))
-            assert start.mean_loss(whole) > 1e-5
+            assert start.mean_loss(whole) > 5e-6  # of float32 it is 1e-8
             assert 1 / 3 < total / whole.num_tokens / start.mean_loss(whole) < 3
 
     def test_drift_counts_from_it_and_a_resumed_run_knows_it(self, base_model_path, tmp_path):

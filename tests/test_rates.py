@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laws import ALONG, SIZES, ZEROS, random_gradients, refresh, small_subspace, take_step
+from laws import ALONG, EXACT, SIZES, ZEROS, random_gradients, refresh, small_subspace, take_step
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 
@@ -39,7 +39,7 @@ def test_the_update_is_the_nearest_in_the_metric_of_the_rates(still, rates, scop
     """A group at rate 0, and a parameter that the optimizer did not touch, stay where they are."""
     rows = random_gradients()
     gradient = ALONG if still is None else [*ALONG[:still], ZEROS[still]]
-    config = OGPSAConfig(metric=metric, scope=scope, restoration=0.0, capability_loss="nll")
+    config = OGPSAConfig(metric=metric, scope=scope, restoration=0.0, **EXACT)
     subspace, plain = (small_subspace(rates=rates, config=config) for _ in range(2))
     refresh(subspace, rows)
     (_, updates), (_, found) = (take_step(s, gradient) for s in (plain, subspace))
@@ -56,7 +56,7 @@ def test_the_update_is_the_nearest_in_the_metric_of_the_rates(still, rates, scop
 
 def test_a_schedule_that_ends_a_group_freezes_it_bitwise():
     """The ratio of the rates changes in the run: after the second step it is zero."""
-    subspace = small_subspace(config=OGPSAConfig(capability_loss="nll"))
+    subspace = small_subspace(config=OGPSAConfig(**EXACT))
     for step in range(5):
         if step == 2:
             subspace.backend.optimizer.param_groups[0]["lr"] = 0.0

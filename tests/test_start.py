@@ -87,12 +87,11 @@ class TestDrift:
         draws = []
         for step, entry in enumerate(trainer.state.log_history[:-1]):
             drawn = {}
-            for group in trainer.capability_groups:
-                [part] = group.parts(2, f"{trainer.args.seed} {step}")
+            for part in trainer.constrained_step.draws.parts(trainer.capability_groups, step):
                 texts = [tokenizer.decode(s.features["input_ids"]) for s in part.samples]
-                drawn[group.name] = [
+                drawn[part.group] = [
                     row
-                    for row in capability_groups()[group.name]
+                    for row in capability_groups()[part.group]
                     if any(text.startswith(row["prompt"].strip()) for text in texts)
                 ]
             draws.append(str(drawn))

@@ -128,7 +128,9 @@ def test_capability_gradient_ignores_dropout_and_restores_the_modes(train, base_
         with trainer.subspace.backend.preserved():
             torch.rand(1)  # as a module that is never without dropout
         assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    [first, second] = states
+    assert second.pop("num_refreshes") == first.pop("num_refreshes") + 1
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert [module.training for module in trainer.model.modules()] == modes
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 

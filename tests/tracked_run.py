@@ -7,7 +7,7 @@ from pathlib import Path
 from ogpsa_trl import GateConfig, OGPSAConfig
 from runs import capability_groups, contradicted, gated, make_trainer
 
-SETTINGS = OGPSAConfig(num_samples=6, samples_per_refresh=None, refresh_interval=2)
+SETTINGS = OGPSAConfig(num_samples=6, capability_token_share=None, refresh_interval=2)
 GATE = GateConfig(gate_num_samples=4, max_capability_loss_increase=10.0)
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ogpsa_trl.data.preparation import Preparation, prepare_group
 from ogpsa_trl.engines.choose import one_process_backend
 from ogpsa_trl.evaluation.likelihoods import batch_nll, group_nll
 from ogpsa_trl.method.capability_gradients import capability_gradients
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def gradient_cosines(
     gram_HH = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     for rows_HN in gradients.rows:
         if rows_HN is not None:
-            gram_HH += matrices.symmetric(vectors.gram(rows_HN), len(parts)).cpu()
+            gram_HH += matrices.symmetric(gradient_rows.gram(rows_HN), len(parts)).cpu()
     halves = torch.eye(len(parts), dtype=torch.float64).view(len(groups), 2, len(parts))
     means = (gradients.weights.view(len(groups), 2, 1) * halves).sum(1)
     names = [group.name for group in groups]

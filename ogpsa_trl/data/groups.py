@@ -7,7 +7,6 @@ Capability groups: named samples of general capability, divided into parts and b
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import torch
@@ -120,24 +119,17 @@ class CapabilityGroup:
         """Tokens that count in the loss."""
         return self.whole().num_tokens
 
-    def parts(self, num_samples: int | None = None, draw: str = "") -> list[Part]:
-        """
-        The samples of a refresh, in `num_parts` parts.
-
-        Args:
-            num_samples: Samples to draw; all if there are fewer. `None`: all, in no draw.
-            draw: Names the draw: the same samples for the same name.
-        """
-        samples = self.samples
-        if num_samples is not None:
-            samples = Random(f"{draw} {self.name}").sample(samples, min(num_samples, len(samples)))
-        return [self._part(samples[index :: self.num_parts]) for index in range(self.num_parts)]
+    def parts(self, samples: list[Sample] | None = None) -> list[Part]:
+        """Some of the samples, or all, in `num_parts` parts."""
+        samples = self.samples if samples is None else samples
+        return [self.part(samples[index :: self.num_parts]) for index in range(self.num_parts)]
 
     def whole(self) -> Part:
         """All samples as one part."""
-        return self._part(self.samples)
+        return self.part(self.samples)
 
-    def _part(self, samples: list[Sample]) -> Part:
+    def part(self, samples: list[Sample]) -> Part:
+        """Some of the samples as one part."""
         by_length = sorted(samples, key=lambda sample: len(sample.features["input_ids"]))
         return Part(self.name, by_length, self.batch_size, self.collate)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ogpsa_trl.data.groups import Batch, Part
 from ogpsa_trl.engines.backend import GradientBackend
-from ogpsa_trl.tensors import vectors
+from ogpsa_trl.tensors import gradient_rows
+from ogpsa_trl.tensors.blocks import Workspace
 
 
 @dataclass
@@ -26,12 +27,14 @@ class CapabilityGradients:
     Attributes:
         rows: Per parameter this process's shards, shape [R, N]; `None` where the parameter took
             part in no loss.
-        losses: Token-mean loss of every part, in nats, over the batches of all processes.
+        losses: Token-mean loss of every part, in nats, over the batches of all processes. NaN where
+            it was not its turn.
         names: Name of the group of every part.
-        weights: Share of every part in the mean capability gradient, shape [R], float64, sum 1. A
-            group counts once, however many parts it has; a part of it counts by its tokens.
+        weights: Share of every part in the mean over all groups, shape [R], float64, sum 1. A group
+            counts once, however many parts it has; a part of it counts by its tokens.
         is_kept: Of every part, whether its new gradient was not finite, so that the row is still
             the old one.
+        is_resting: Of every part, whether it was not its turn, so that the row is the old one.
     """
 
     rows: list[Tensor | None]
@@ -39,15 +42,32 @@ class CapabilityGradients:
     names: list[str]
     weights: Tensor
     is_kept: list[bool]
+    is_resting: list[bool]
 
-    def check_finite(self, *, is_first: bool) -> None:
+    @property
+    def mean_weights(self) -> Tensor:
+        """Share of every part in the mean gradient of those whose turn it is, shape [R], sum 1."""
+        weights_R = torch.where(torch.tensor(self.is_resting), 0.0, self.weights)
+        return weights_R / weights_R.sum()
+
+    def lost(self, was_lost: Sequence[bool]) -> list[bool]:
+        """Of every part, whether its gradient was not finite when it had its last turn."""
+        before = was_lost if len(was_lost) == len(self.names) else [False] * len(self.names)
+        turns = zip(self.is_resting, before, self.is_kept, strict=True)
+        return [was if rests else is_kept for rests, was, is_kept in turns]
+
+    def check_finite(self, *, is_first: bool, was_lost: Sequence[bool]) -> None:
         """
         Refuse gradients that make no basis.
+
+        Args:
+            is_first: There are no older ones.
+            was_lost: `lost` of the refresh before.
 
         Raises:
             FloatingPointError: one is not finite in the first refresh, or all are in a later one.
         """
-        if not any(self.is_kept) or not (is_first or all(self.is_kept)):
+        if not any(self.is_kept) or not (is_first or all(self.lost(was_lost))):
             return
         row = self.is_kept.index(True)
         raise FloatingPointError(
@@ -64,10 +84,11 @@ class CapabilityGradients:
 
 def capability_gradients(
     backend: GradientBackend,
-    parts: Sequence[Part],
+    parts: Sequence[Part | None],
     sum_loss: Callable[[Batch], Tensor],
     old_rows: list[Tensor | None],
     *,
+    names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     old_share: float = 0.0,
     rounding: float = 0.0,
@@ -77,19 +98,24 @@ def capability_gradients(
 
     Args:
         backend: Where the gradients live.
-        parts: The parts of all groups.
+        parts: The parts of all groups; `None` where it is not the turn of one.
         sum_loss: The summed loss of the trainable tokens of a batch, a scalar with a graph, through
             the wrapped model.
         old_rows: The gradients so far, shape [R, N] per parameter. They are used up: the new ones
             are written in their memory, so that all are held once.
+        names: Name of the group of every part. `None`: all parts are there.
         dtype: Of rows that are not there yet.
         old_share: How much of the old gradients stays in the new ones, in [0, 1).
         rounding: A token-mean loss, in nats, below which a loss is at its minimum but for rounding:
             the gradient then counts as zero.
     """
-    rows, losses, is_kept = old_rows, [], []
+    rows, losses, is_kept, workspace = old_rows, [], [], Workspace()
     with backend.preserved(), deterministic(backend.wrapped_model):
         for row, part in enumerate(parts):
+            if part is None:
+                losses.append(math.nan)
+                is_kept.append(False)
+                continue
             batches = part.batches_of(backend.process_index, backend.num_processes)
             total = torch.zeros((), device=backend.device)
             for index, batch in enumerate(batches):
@@ -105,11 +131,12 @@ def capability_gradients(
                 for index, (_, parameter) in enumerate(backend.parameters):
                     gradient_N = None if is_zero else backend.gradient(parameter)
                     rows[index] = _with_row(
-                        rows[index], row, len(parts), gradient_N, old_share, dtype
+                        rows[index], row, len(parts), gradient_N, old_share, dtype, workspace
                     )
             backend.clear_gradients()
-    names = [part.group for part in parts]
-    return CapabilityGradients(rows, losses, names, _weights(parts), is_kept)
+    names = [part.group for part in parts if part is not None] if names is None else list(names)
+    is_resting = [part is None for part in parts]
+    return CapabilityGradients(rows, losses, names, _weights(parts, names), is_kept, is_resting)
 
 
 def has_finite_gradients(backend: GradientBackend) -> bool:
@@ -118,7 +145,7 @@ def has_finite_gradients(backend: GradientBackend) -> bool:
     for square, (_, parameter) in zip(squares_P, backend.parameters, strict=True):
         gradient_N = backend.gradient(parameter)
         if gradient_N is not None:
-            square.copy_(vectors.squared_length(gradient_N))
+            square.copy_(gradient_rows.squared_length(gradient_N))
     return bool(backend.sum_over_shards(squares_P).sum().isfinite())
 
 
@@ -141,11 +168,13 @@ def group_means(
     return {name: sums[name] / totals[name] for name in sums}
 
 
-def _weights(parts: Sequence[Part]) -> Tensor:
-    num_tokens = {part.group: 0 for part in parts}
-    for part in parts:
-        num_tokens[part.group] += part.num_tokens
-    shares = [part.num_tokens / num_tokens[part.group] for part in parts]
+def _weights(parts: Sequence[Part | None], names: Sequence[str]) -> Tensor:
+    """Parts of a group whose turn it is not count alike."""
+    sizes = [1 if part is None else part.num_tokens for part in parts]
+    num_tokens = dict.fromkeys(names, 0)
+    for name, size in zip(names, sizes, strict=True):
+        num_tokens[name] += size
+    shares = [size / num_tokens[name] for name, size in zip(names, sizes, strict=True)]
     return torch.tensor(shares, dtype=torch.float64) / len(num_tokens)
 
 
@@ -156,15 +185,16 @@ def _with_row(
     gradient_N: Tensor | None,
     old_share: float,
     dtype: torch.dtype,
+    workspace: Workspace,
 ) -> Tensor | None:
     """Write a gradient into its row, in a tensor made at the first gradient that is there."""
-    if rows_RN is not None:
-        rows_RN[row] *= old_share
     if gradient_N is None:
+        if rows_RN is not None:
+            rows_RN[row] *= old_share
         return rows_RN
     if rows_RN is None:
         rows_RN = gradient_N.new_zeros(num_rows, len(gradient_N), dtype=dtype)
-    rows_RN[row].add_(gradient_N, alpha=1 - old_share)
+    gradient_rows.mix_(rows_RN[row], gradient_N, old_share, workspace)
     return rows_RN
 
 

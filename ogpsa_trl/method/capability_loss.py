@@ -5,9 +5,9 @@ Both are sums over trainable tokens, in nats, and both are counted from the star
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -118,14 +118,18 @@ class CapabilityLoss:
         with backend.other_passes(), backend.full_precision():
             yield
 
-    def prepare(self, backend: GradientBackend) -> None:
+    def prepare(self, backend: GradientBackend, *, sees_all: bool) -> None:
         """
         Measure the starting point, if the first refresh needs it. A collective call.
 
-        It does not where the refresh takes all samples anyway and their likelihood is enough.
+        It does not where the refresh reads all samples anyway and their likelihood is enough.
+
+        Args:
+            backend: The engine.
+            sees_all: Whether it reads all samples.
         """
         if not self.is_kl:
-            if self.start is None and self.config.samples_per_refresh is not None:
+            if self.start is None and not sees_all:
                 self.start = measure_start(backend, self.groups, self._measure)
         elif not self._is_floor_known:
             self._find_floors(backend)
@@ -141,14 +145,14 @@ class CapabilityLoss:
             if self.start is None:
                 self.start = measure_start(backend, self.groups, self._measure)
             else:  # from a checkpoint: one pass is enough to see
-                (part,) = replace(self.groups[0], num_parts=1).parts(1)
+                part = self.groups[0].part(self.groups[0].samples[:1])
                 measure_part(backend, part, self._measure)
         epsilon = epsilon_of_passes()
         if epsilon <= self.start.epsilon:
             return
         self.start.epsilon = epsilon
         for group in self.groups:
-            (part,) = replace(group, num_parts=1).parts(_SAMPLES_OF_FLOOR, "floor")
+            part = group.part(group.samples[:_SAMPLES_OF_FLOOR])
             floor = self.measure_floor(backend, part, epsilon)
             self.start.set_floor(group, floor)
             logger.info(
@@ -180,18 +184,25 @@ class CapabilityLoss:
                     total += self._divergence(batch, *likely)
         return backend.sum_over_processes(total).item() / part.num_tokens
 
-    def rises(self, parts: Sequence[Part], losses: Sequence[float]) -> list[float]:
-        """How far the token-mean losses of parts are above those at the start, on their samples."""
-        if self.start is None:
-            self.start = StartingPoint.from_losses(all_samples(self.groups), parts, losses)
-        first = map(self.start.mean_loss, parts)
-        return [loss - start for loss, start in zip(losses, first, strict=True)]
+    def rises(self, parts: Sequence[Part | None], losses: Sequence[float]) -> list[float]:
+        """
+        How far the token-mean losses of parts are above those at the start, on their samples; NaN
+        where it was not the turn of one.
+        """
+        if self.start is None:  # then all parts are there, with all samples
+            known = [part for part in parts if part is not None]
+            self.start = StartingPoint.from_losses(all_samples(self.groups), known, losses)
+        return [loss - start for loss, start in zip(losses, self._at_start(parts), strict=True)]
 
-    def floors(self, parts: Sequence[Part]) -> list[float]:
+    def floors(self, parts: Sequence[Part | None]) -> list[float]:
         """Divergences of parts, in nats per token, that rounding makes; none of other losses."""
         if not self.is_kl or self.start is None or not self.start.losses.any():
             return []
-        return [self.start.mean_loss(part) for part in parts]
+        return self._at_start(parts)
+
+    def _at_start(self, parts: Sequence[Part | None]) -> list[float]:
+        assert self.start is not None
+        return [math.nan if part is None else self.start.mean_loss(part) for part in parts]
 
     def _measure(self, batch: Batch) -> list[Measured]:
         """What the starting point holds of every sample of a batch."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors.blocks import Workspace
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -48,10 +49,13 @@ def measure(
         rates_P: The factors of an update's metric. `None`: the identity.
     """
     num_rows = subspace.inverse_gram.shape[-1]
+    workspace = Workspace()
     numbers = [
         None
         if vector_N is None
-        else vectors.products(rows_KN, vector_N, None if metrics is None else metrics[index])
+        else vectors.products(
+            rows_KN, vector_N, None if metrics is None else metrics[index], workspace
+        )
         for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors_P, strict=True))
     ]
     # With the identity as metric the basis alone gives the rest.

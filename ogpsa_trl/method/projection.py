@@ -25,6 +25,7 @@ from torch import Tensor
 from ogpsa_trl.method.products import TINY, Products, adam_metrics, measure, relative_rates
 from ogpsa_trl.method.subspace import CapabilitySubspace
 from ogpsa_trl.tensors import constraints, matrices, vectors
+from ogpsa_trl.tensors.blocks import Workspace
 
 
 @dataclass
@@ -189,13 +190,13 @@ def _subtract(
     metrics: Sequence[vectors.AdamMetric | None] | None,
 ) -> None:
     """Take D B^T w from the vectors of all parameters, in place."""
-    weights_PK = weights_BK.expand(len(vectors_P), -1)
+    weights_PK, workspace = weights_BK.expand(len(vectors_P), -1), Workspace()
     if rates_P is not None:
         weights_PK = rates_P[:, None] * weights_PK
     for index, (rows_KN, vector_N) in enumerate(zip(subspace.basis, vectors_P, strict=True)):
         if rows_KN is not None and vector_N is not None:
             metric = None if metrics is None else metrics[index]
-            vectors.subtract_(vector_N, rows_KN, weights_PK[index], metric)
+            vectors.subtract_(vector_N, rows_KN, weights_PK[index], metric, workspace)
 
 
 def _changes(subspace: CapabilitySubspace, products_BK: Tensor) -> Tensor:

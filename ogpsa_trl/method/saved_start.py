@@ -88,9 +88,11 @@ def load_start(
                     if "epsilon" not in state and _was_rounded(backend, config):
                         raise ValueError("It was measured in bfloat16, by an older version.")
                     start = StartingPoint.from_state(samples, state)
+                    if any(len(g.samples) < g.num_parts for g in start.groups_of(groups)):
+                        raise ValueError("It has fewer samples than `gradients_per_group`.")
                     _warn_of_other_tokens(samples, start.samples, folder)
                 except ValueError as error:
-                    reason = str(error)
+                    start, reason = None, str(error)
                 if not is_sound(state):
                     raise ValueError(f"The OGPSA state in {path} is not finite. {ADVICE}")
     if backend.is_on_all(start is not None):
@@ -111,7 +113,8 @@ def _was_rounded(backend: GradientBackend, config: OGPSAConfig) -> bool:
 
 
 def _warn_of_other_tokens(ours: list[Sample], saved: list[Sample], folder: str) -> None:
-    others = [a.name for a, b in zip(ours, saved, strict=True) if a.features != b.features]
+    features = {sample.name: sample.features for sample in ours}
+    others = [sample.name for sample in saved if features[sample.name] != sample.features]
     if others:
         logger.warning(
             "%d capability samples have other tokens now than in %s (the first is %s), by other "

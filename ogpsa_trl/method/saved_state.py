@@ -64,7 +64,7 @@ def load_subspace(subspace: CapabilitySubspace, folder: str) -> None:
         ValueError: a file is damaged or belongs to other parameters.
     """
     if not subspace.backend.is_on_all(_load(subspace, Path(folder))):
-        subspace.is_due = True  # all refresh together, or none
+        subspace.__init__(subspace.backend, subspace.config)  # on all processes, or on none
     elif not subspace.backend.is_on_all(subspace.is_sound()):
         path = Path(folder) / FILE_NAME.replace(".", "*.")
         raise ValueError(

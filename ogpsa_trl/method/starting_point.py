@@ -72,8 +72,10 @@ class StartingPoint:
 
     def groups_of(self, groups: Sequence[CapabilityGroup]) -> list[CapabilityGroup]:
         """The groups, with the samples that this starting point is of."""
-        samples = iter(self.samples)
-        return [replace(group, samples=[next(samples) for _ in group.samples]) for group in groups]
+        samples: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            samples.setdefault(sample.name.rpartition("/")[0], []).append(sample)
+        return [replace(group, samples=samples[group.name]) for group in groups]
 
     def set_floor(self, group: CapabilityGroup, floor: float) -> None:
         """Count the loss of a group from a floor, in nats per token."""
@@ -117,8 +119,12 @@ class StartingPoint:
                 raise ValueError("It is of other capability samples.")
             return cls(samples, *values)
         names = bytes(state["names"].tolist()).decode().split("\n")
-        if names != [sample.name for sample in samples]:
-            raise ValueError("It is of other capability groups, or of another number of samples.")
+        groups = [
+            {name.rpartition("/")[0] for name in found}
+            for found in (names, [sample.name for sample in samples])
+        ]
+        if not {*names} <= {sample.name for sample in samples} or groups[0] != groups[1]:
+            raise ValueError("It is of other capability groups, or of more samples.")
         lengths = state["lengths"].tolist()
         features: dict[str, Any] = {
             name.removeprefix(_FEATURE): [part.tolist() for part in tensor.split(lengths)]

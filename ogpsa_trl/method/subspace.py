@@ -25,7 +25,8 @@ from ogpsa_trl.engines import adam_moments
 from ogpsa_trl.engines.backend import GradientBackend
 from ogpsa_trl.method.capability_gradients import CapabilityGradients
 from ogpsa_trl.method.loss_history import LossHistory, Refresh
-from ogpsa_trl.tensors import matrices, vectors
+from ogpsa_trl.tensors import gradient_rows, matrices, vectors
+from ogpsa_trl.tensors.blocks import Workspace
 
 # What is saved beside the rows. The first are on the device, the masks on the CPU.
 _OWN_STATE = (
@@ -34,7 +35,7 @@ _OWN_STATE = (
 )  # fmt: skip
 _HISTORY = ("rises", "drift", "predicted_change")
 # What older checkpoints lack; it then stays as it is at the start.
-_NEW_HISTORY = ("num_steps", "interval")
+_NEW_HISTORY = ("num_steps", "interval", "num_refreshes", "was_lost", "unseen_change")
 
 
 class CapabilitySubspace:
@@ -134,10 +135,10 @@ class CapabilitySubspace:
         self.basis = [None for _ in rows]
         if len(self.weights) != num_gradients:
             return [None] * len(rows), 0.0
-        coordinates_PRK = self.coordinates.expand(len(rows), -1, -1)
+        coordinates_PRK, workspace = self.coordinates.expand(len(rows), -1, -1), Workspace()
         for index, rows_KN in enumerate(rows):
             if rows_KN is not None:
-                rows[index] = vectors.combine_(coordinates_PRK[index], rows_KN)
+                rows[index] = gradient_rows.combine_(coordinates_PRK[index], rows_KN, workspace)
         return rows, self.config.capability_ema
 
     @torch.no_grad()
@@ -155,7 +156,7 @@ class CapabilitySubspace:
                 one. There is no basis then.
         """
         is_first = len(self.weights) != len(gradients.names)
-        gradients.check_finite(is_first=is_first)
+        gradients.check_finite(is_first=is_first, was_lost=self.history.was_lost.tolist())
         gram_PRR = self._sum_grams(gradients.rows, len(gradients.names)).cpu().double()
         num_entries_P = torch.tensor([shard.total for shard in self.backend.shards]).double()
         gram_BRR = matrices.without_short_rows(self.merge(gram_PRR), self.merge(num_entries_P))
@@ -170,7 +171,7 @@ class CapabilitySubspace:
             self.backend.from_first_process(lambda: matrices.inverse_gram(stored_BKK))
         )
         self.coordinates = self.small(gram_BRR @ weights_BKR.mT)
-        mean_R = gradients.weights
+        mean_R = gradients.mean_weights
         self.mean_coordinates = self.small(weights_BKR @ gram_BRR @ mean_R)
         self.mean_square = self.small((mean_R @ gram_BRR @ mean_R).sum())
         self.rank = self.small((weights_BKR != 0).any(dim=-1).sum(dim=-1).double().mean())
@@ -183,8 +184,8 @@ class CapabilitySubspace:
             self.is_waiting = is_zero_P & ~self.was_held
             self.is_due = False
         self.is_fresh = True
-        self.weights = self.small(mean_R)
-        return self.history.refresh(rises, gradients.is_kept)
+        self.weights = self.small(gradients.weights)
+        return self.history.refresh(rises, gradients)
 
     @torch.no_grad()
     def replay(self) -> Tensor | None:
@@ -273,16 +274,19 @@ class CapabilitySubspace:
 
     def _store(self, rows_PRN: list[Tensor | None], weights_BKR: Tensor) -> None:
         """Make rows a basis, in their memory, or one parameter at a time in less."""
-        weights_PKR = weights_BKR.float().expand(len(rows_PRN), -1, -1)
+        weights_PKR, workspace = weights_BKR.float().expand(len(rows_PRN), -1, -1), Workspace()
         for index, rows_RN in enumerate(rows_PRN):
             rows_PRN[index] = None
             if rows_RN is not None and weights_PKR[index].any():
                 weights_KR = weights_PKR[index].to(rows_RN.device)
-                self.basis[index] = vectors.combine_(weights_KR, rows_RN)
+                self.basis[index] = gradient_rows.combine_(weights_KR, rows_RN, workspace)
 
     def _sum_grams(self, rows_PKN: Sequence[Tensor | None], size: int) -> Tensor:
         """Gram matrices of every parameter's rows, zero where there are none, shape [P, K, K]."""
-        triangles = [None if rows is None else vectors.gram(rows) for rows in rows_PKN]
+        workspace = Workspace()
+        triangles = [
+            None if rows is None else gradient_rows.gram(rows, workspace) for rows in rows_PKN
+        ]
         triangle_PX = matrices.table(triangles, matrices.triangle_size(size), self.backend.device)
         triangle_PX = self.backend.same_on_all(self.backend.sum_over_shards(triangle_PX))
         return matrices.symmetric(triangle_PX, size)

@@ -54,7 +54,7 @@ def without_short_rows(gram_BRR: Tensor, num_entries_B: Tensor) -> Tensor:
     nothing of the directions, and a basis made with it would not be orthonormal.
 
     Args:
-        gram_BRR: From `vectors.gram`, summed over the shards, float64.
+        gram_BRR: From `gradient_rows.gram`, summed over the shards, float64.
         num_entries_B: Over how many entries, float64.
     """
     limits = torch.finfo(torch.float32)

@@ -43,7 +43,7 @@ class OGPSAMixin(Trainer):
         A   gradients of the capability losses: `capability_loss`, `gradients_per_group`, averaged
             over refreshes by `capability_ema`
         B   an orthonormal basis of them: `rank`, `scope`, `basis_dtype`; A and B are made anew
-            every `refresh_interval` steps from `samples_per_refresh` samples of each group
+            every `refresh_interval` steps, for `capability_token_share` of the tokens of training
         D   `metric`: learning rates, divided by the root of Adam's second moment or not
         r   `restoration` of how far the losses have risen, at most `restoration_cap`
 
@@ -214,7 +214,7 @@ class OGPSAMixin(Trainer):
         )
         self.resumed_from = resume_from_checkpoint
         if self.capability_groups:
-            self.constrained_step.begin(resume_from_checkpoint)
+            self.constrained_step.begin(max_steps, resume_from_checkpoint)
         return prepared
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

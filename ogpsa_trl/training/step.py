@@ -23,10 +23,13 @@ from trl.trainer.callbacks import RichProgressCallback
 from ogpsa_trl.data.groups import Batch
 from ogpsa_trl.engines.choose import make_backend
 from ogpsa_trl.method.capability_gradients import capability_gradients, has_finite_gradients
+from ogpsa_trl.method.draws import Draws
 from ogpsa_trl.method.projection import copy_weights, measure_update, project, project_update
 from ogpsa_trl.method.saved_start import load_start, save_start
 from ogpsa_trl.method.saved_state import load_subspace, save_subspace
 from ogpsa_trl.method.subspace import CapabilitySubspace
+from ogpsa_trl.training.budget import planned_draws
+from ogpsa_trl.training.callbacks import SubspaceCallback
 
 logger = logging.getLogger(__name__)
 
@@ -50,49 +53,76 @@ class ConstrainedStep:
         self.config = trainer.ogpsa_config
         # Steps, up to now, whose training gradient was not finite.
         self.num_lost_in_a_row = 0
+        # All samples, and which of them a refresh sees: known when training begins.
+        self._groups = list(trainer.capability_groups)
+        self.draws = Draws(trainer.args.seed)
         # Where this run has written its starting point.
         self._start_file: Path | None = None
 
-    def begin(self, checkpoint: str | None) -> None:
-        """Make the backend and a subspace without a basis, or go on with those of a checkpoint."""
+    def begin(self, max_steps: int, checkpoint: str | None) -> None:
+        """
+        Make the backend and a subspace without a basis, or go on with those of a checkpoint.
+
+        Args:
+            max_steps: Optimizer steps of the whole run.
+            checkpoint: Folder of the checkpoint. `None`: from the beginning.
+        """
         trainer, loss = self.trainer, self.trainer.capability_loss
         backend = make_backend(
             trainer.accelerator, trainer.model, trainer.model_wrapped, trainer.optimizer
         )
         trainer.backend = backend
         trainer.subspace = CapabilitySubspace(backend, self.config)
+        self.draws = planned_draws(trainer, self._groups, backend)
         loss.begin(trainer.model)
         self._start_file = None
         trainer.diagnostics.begin()
         if checkpoint is not None:
             load_subspace(trainer.subspace, checkpoint)
-            start = load_start(backend, trainer.capability_groups, self.config, checkpoint)
-            if start is not None:  # and with the tokens that it is of
-                loss.start = start
-                trainer.capability_groups[:] = start.groups_of(trainer.capability_groups)
+            loss.start = load_start(backend, self._groups, self.config, checkpoint) or loss.start
+        # No more samples than the run draws, so that no more are measured at the start; with a
+        # starting point those that it is of, and their tokens.
+        interval = min(
+            (c.refresh_interval for c in trainer.callback_handler.callbacks
+             if isinstance(c, SubspaceCallback)),
+            default=1,
+        )  # fmt: skip
+        # One more: a divergence has no gradient at the start, so the second step refreshes again.
+        used, start = self.draws.used(self._groups, math.ceil(max_steps / interval) + 1), loss.start
+        known = used if start is None else start.groups_of(self._groups)
+        for group, wanted in zip(known, used, strict=True):
+            if len(group.samples) < len(wanted.samples):
+                logger.info(
+                    "Capability group %r: refreshes draw from the %d samples whose starting point "
+                    "is known; a new run of as many steps would use %d.",
+                    group.name, len(group.samples), len(wanted.samples),
+                )  # fmt: skip
+        trainer.capability_groups[:] = known
 
     def refresh(self) -> None:
         """Estimate the subspace anew at the current weights. See `refresh_subspace`."""
         started = time.perf_counter()
         trainer, subspace, loss = self.trainer, self.trainer.subspace, self.trainer.capability_loss
         backend, step = subspace.backend, trainer.state.global_step
-        # Other samples in every step and for every seed.
-        num_samples, draw = self.config.samples_per_refresh, f"{trainer.args.seed} {step}"
-        parts = [p for group in trainer.capability_groups for p in group.parts(num_samples, draw)]
-        progress = self._progress(sum(part.num_batches_of(backend.num_processes) for part in parts))
+        # Where nothing is known of a direction yet, all groups have their turn, as in the first.
+        number = 0 if subspace.is_due else int(subspace.history.num_refreshes)
+        parts = self.draws.parts(trainer.capability_groups, number)
+        active = [part for part in parts if part is not None]
+        progress = self._progress(sum(p.num_batches_of(backend.num_processes) for p in active))
 
         def sum_loss(batch: Batch) -> Tensor:
             progress.update()
             return loss.sum(batch)
 
         with progress, trainer.capability_pass_context(), loss.passes(backend):
-            loss.prepare(backend)
+            loss.prepare(backend, sees_all=self.draws.num_samples is None)
             old_rows, old_share = subspace.release_gradients(len(parts))
             gradients = capability_gradients(
                 backend,
                 parts,
                 sum_loss,
                 old_rows,
+                names=trainer.diagnostics.names,
                 old_share=old_share,
                 dtype=subspace.dtype,
                 rounding=loss.rounding,
