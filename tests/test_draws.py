@@ -1,5 +1,6 @@
 """Which samples a refresh sees: a budget of tokens, turns, and none twice before all were seen."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -149,6 +150,20 @@ def test_all_groups_have_their_turn_until_a_direction_is_known(make):
     both = [(step, name) for step in (1, 2) for name in ("skills", "language")]
     assert seen[:4] == both
     assert len(seen) == 5
+
+
+def test_all_groups_have_their_turn_where_a_checkpoint_has_other_gradients(make, tmp_path):
+    """A gradient of a group at rest would be zero: there is no older one."""
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    config = OGPSAConfig(capability_token_share=0.02)
+    make(config=config, max_steps=4, **options).train()
+    trainer = make(
+        config=dataclasses.replace(config, gradients_per_group=2), max_steps=5, **options
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    entry = next(e for e in trainer.state.log_history if e.get("step") == 5)
+    assert trainer.constrained_step.draws.num_groups == 1
+    assert {f"ogpsa/capability_loss/{name}" for name in ("skills", "language")} <= entry.keys()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.05])

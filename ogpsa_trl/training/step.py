@@ -104,8 +104,11 @@ class ConstrainedStep:
         started = time.perf_counter()
         trainer, subspace, loss = self.trainer, self.trainer.subspace, self.trainer.capability_loss
         backend, step = subspace.backend, trainer.state.global_step
-        # Where nothing is known of a direction yet, all groups have their turn, as in the first.
-        number = 0 if subspace.is_due else int(subspace.history.num_refreshes)
+        names = trainer.diagnostics.names
+        # Where nothing is known of a direction yet, or of so many gradients (the checkpoint has
+        # another `gradients_per_group`), all groups have their turn, as in the first.
+        is_known = not subspace.is_due and len(subspace.weights) == len(names)
+        number = int(subspace.history.num_refreshes) if is_known else 0
         parts = self.draws.parts(trainer.capability_groups, number)
         active = [part for part in parts if part is not None]
         progress = self._progress(sum(p.num_batches_of(backend.num_processes) for p in active))
@@ -122,7 +125,7 @@ class ConstrainedStep:
                 parts,
                 sum_loss,
                 old_rows,
-                names=trainer.diagnostics.names,
+                names=names,
                 old_share=old_share,
                 dtype=subspace.dtype,
                 rounding=loss.rounding,
