@@ -41,7 +41,7 @@ def launch(num_processes, main, *arguments, folder, on_gpu=False):
     Run a function on processes that can talk to each other, until all are done or one has failed.
 
     Where they wait for each other for ever they are started once more, and a warning shows where
-    each of them stood: seen once in 200 launches.
+    each of them stood: seen once.
 
     Args:
         num_processes: How many.

@@ -91,13 +91,16 @@ class Draws:
     def _samples(self, group: CapabilityGroup, turn: int) -> list[Sample]:
         if self.num_samples is None or self.num_samples >= len(group.samples):
             return group.samples
-        drawn = []
-        for place in range(turn * self.num_samples, (turn + 1) * self.num_samples):
-            epoch, index = divmod(place, len(group.samples))
-            order = list(range(len(group.samples)))
-            Random(f"{self.seed} {group.name} {epoch}").shuffle(order)
-            drawn.append(group.samples[order[index]])
-        return drawn
+        epoch, start = divmod(turn * self.num_samples, len(group.samples))
+        shuffled = self._shuffled(group, epoch)
+        if start + self.num_samples > len(shuffled):
+            shuffled += self._shuffled(group, epoch + 1)
+        return shuffled[start : start + self.num_samples]
+
+    def _shuffled(self, group: CapabilityGroup, epoch: int) -> list[Sample]:
+        samples = list(group.samples)
+        Random(f"{self.seed} {group.name} {epoch}").shuffle(samples)
+        return samples
 
 
 def mean_length(group: CapabilityGroup) -> float:

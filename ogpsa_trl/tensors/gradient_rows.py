@@ -5,7 +5,6 @@ Shapes: N entries of one parameter held by this process, R capability gradients,
 """
 
 from collections.abc import Sequence
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -75,6 +74,6 @@ def _combine_block(
     """Write weighted sums of rows, all of them computed before the first is written."""
     rows = rows_in_float32(rows, workspace, num_others=len(weights))
     memory = workspace.take(len(weights), rows[0])
-    sums = [combination(*both, out=out) for *both, out in zip(weights, repeat(rows), memory)]
+    sums = [combination(w_R, rows, out) for w_R, out in zip(weights, memory, strict=True)]
     for row, sum_ in zip(combined, sums, strict=True):
         row.copy_(sum_)
