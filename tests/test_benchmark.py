@@ -1,4 +1,4 @@
-"""The trade-off benchmark: its baselines against literal ones, its measures, and a run of it."""
+"""The trade-off benchmark: its baselines against literal ones, its test beds, and a run of it."""
 
 import json
 import logging
@@ -13,26 +13,28 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ogpsa_trl.benchmark import tradeoff, tradeoff_tables
-from ogpsa_trl.benchmark.methods import (
-    METHODS,
-    Cost,
-    Method,
-    Recipe,
-    Run,
-    _training_data,
-    is_applicable,
-    train,
-)
-from ogpsa_trl.benchmark.testbeds import ToyTestbed
+from ogpsa_trl.benchmark import data, tradeoff, tradeoff_tables
+from ogpsa_trl.benchmark.data import write_files, write_world
+from ogpsa_trl.benchmark.methods import METHODS, Cost, Method, Run, mixed_data, stage_run, train
+from ogpsa_trl.benchmark.testbed import BenchmarkArguments, Measures, parse_benchmark
 from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import NUM_EVALUATION_SAMPLES, REFUSAL, ToyWorld
 from ogpsa_trl.benchmark.tradeoff_tables import Tables
+from ogpsa_trl.evaluation.json_files import write_rows
 from runs import literal_nll
 from scripted import REFUSING, TOKENIZER, save, scripted_model
 
 WORLD = ToyWorld(0)
 BATCH_SIZE = 4
+LEARNING_RATE = 0.1
+NUM_STEPS = 2
+SAFETY = WORLD.safety_sft().select(range(BATCH_SIZE))  # every step sees all of them
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `load_dataset` makes of the files here does not stay in the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +43,30 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    """SFT by plain SGD without clipping, so that a step can be written down."""
-    values = {
-        "per_device_train_batch_size": BATCH_SIZE, "optim": "sgd", "lr_scheduler_type": "constant",
-        "max_grad_norm": 0, "use_cpu": True, "bf16": False, "report_to": "none",
-        "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no",
-        "max_length": 64, "num_samples": 8, "capability_batch_size": 8,
-    }  # fmt: skip
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
-    return Recipe(
-        stage="sft",
-        config=config,
-        training=WORLD.safety_sft().select(range(BATCH_SIZE)),  # every step sees all of them
-        capability_groups=WORLD.capability_groups(8),
-        learning_rate=0.1,
-        num_steps=2,
-        seed=0,
-    )
+def make_run(start, tmp_path):
+    """The arguments of a short run by plain SGD without clipping: a step can be written down."""
+
+    def make_run(method, safety=SAFETY, stage="sft", num_steps=NUM_STEPS, **keys):
+        groups = WORLD.capability_groups(8)
+        values = {
+            "stage": stage, "learning_rate": LEARNING_RATE,
+            "per_device_train_batch_size": BATCH_SIZE, "optim": "sgd",
+            "lr_scheduler_type": "constant", "max_grad_norm": 0, "use_cpu": True, "bf16": False,
+            "report_to": "none", "activation_checkpointing": False, "disable_tqdm": True,
+            "max_length": 64, "num_samples": 8, "capability_batch_size": 8,
+            "dataset_name": str(write_rows(tmp_path / "safety.jsonl", safety)),
+            "capability_datasets": [
+                {"path": str(write_rows(tmp_path / f"{name}.jsonl", rows)), "group": name}
+                for name, rows in groups.items()
+            ],
+        } | keys  # fmt: skip
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(values))
+        return stage_run(
+            str(config), method, model=start, output=tmp_path / "trainer", num_steps=num_steps
+        )
+
+    return make_run
 
 
 def weights(folder):
@@ -68,69 +75,75 @@ def weights(folder):
     )
 
 
-def trained(method, recipe, start, tmp_path):
+def trained(method, run, tmp_path):
     cost = Cost()
-    train(method, recipe, start, tmp_path / "trained", cost)
+    train(method, run, tmp_path / "trained", cost)
     return weights(tmp_path / "trained").detach(), cost
 
 
-def literal_sgd(recipe, start, l2_weight):
-    """The steps of `recipe` with the squared distance from the start in the loss."""
+def literal_sgd(start, l2_weight, num_steps):
+    """Steps of SGD with the squared distance from the start in the loss."""
     model = AutoModelForCausalLM.from_pretrained(start)
     first = [p.detach().clone() for p in model.parameters()]
-    for _ in range(recipe.num_steps):
+    for _ in range(num_steps):
         distances = [(p - s).pow(2).sum() for p, s in zip(model.parameters(), first, strict=True)]
-        loss = literal_nll(model, TOKENIZER, recipe.training) + l2_weight * sum(distances)
+        loss = literal_nll(model, TOKENIZER, SAFETY) + l2_weight * sum(distances)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= recipe.learning_rate * gradient
+                parameter -= LEARNING_RATE * gradient
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 class TestMethods:
-    def test_naive_is_plain_trl_and_merging_goes_a_part_of_the_way(self, recipe, start, tmp_path):
-        found, cost = trained(METHODS["naive"], recipe, start, tmp_path)
-        assert cost.forward == cost.backward == recipe.num_steps * BATCH_SIZE
-        known = {k: v for k, v in recipe.settings.items() if k[:3] not in ("num", "cap")}
+    def test_naive_is_plain_trl_and_merging_goes_a_part_of_the_way(self, make_run, start, tmp_path):
+        found, cost = trained(METHODS["naive"], make_run(METHODS["naive"]), tmp_path)
+        assert cost.forward == cost.backward == NUM_STEPS * BATCH_SIZE
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(start),
-            args=SFTConfig(tmp_path / "trl", learning_rate=0.1, max_steps=2, seed=0, **known),
-            train_dataset=recipe.training,
+            args=SFTConfig(
+                tmp_path / "trl", learning_rate=LEARNING_RATE, max_steps=NUM_STEPS, seed=0,
+                per_device_train_batch_size=BATCH_SIZE, optim="sgd", max_length=64,
+                lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True, bf16=False,
+                report_to="none", disable_tqdm=True,
+            ),
+            train_dataset=SAFETY,
             processing_class=TOKENIZER,
-        )
+        )  # fmt: skip
         trainer.train()
         expected = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         assert torch.equal(found, expected)
         assert not torch.equal(found, weights(start))
-        merged, _ = trained(Method(kept_share=0.75), recipe, start, tmp_path)
+        merged = Method(kept_share=0.75)
+        found, _ = trained(merged, make_run(merged), tmp_path)
         expected = 0.25 * weights(start) + 0.75 * expected
-        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-7)  # float32 rounding
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # float32 rounding
 
-    def test_l2_is_the_gradient_of_the_squared_distance(self, recipe, start, tmp_path):
-        recipe = replace(recipe, num_steps=3)
-        found, _ = trained(Method(l2_weight=0.5), recipe, start, tmp_path)
-        expected = literal_sgd(recipe, start, l2_weight=0.5)
+    def test_l2_is_the_gradient_of_the_squared_distance(self, make_run, start, tmp_path):
+        method = Method(l2_weight=0.5)
+        found, _ = trained(method, make_run(method, num_steps=3), tmp_path)
+        expected = literal_sgd(start, l2_weight=0.5, num_steps=3)
         # Float32 weights of size .1 after three steps; without the penalty they differ by 1e-3.
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
-    def test_lora_is_merged_into_the_model(self, recipe, start, tmp_path):
-        found, _ = trained(METHODS["LoRA"], recipe, start, tmp_path)
+    def test_lora_is_merged_into_the_model(self, make_run, start, tmp_path):
+        found, _ = trained(METHODS["LoRA"], make_run(METHODS["LoRA"]), tmp_path)
         assert found.shape == weights(start).shape
         assert not torch.equal(found, weights(start))
 
-    def test_a_share_of_the_mixed_data_is_capability_data(self, recipe, caplog):
+    def test_a_share_of_the_mixed_data_is_capability_data(self, make_run, caplog):
         # A training script that ran in this process before may have asked for more.
         caplog.set_level(logging.WARNING, "ogpsa_trl")
-        recipe = replace(recipe, training=WORLD.safety_sft().select(range(48)))
-        recipe.settings["num_samples"] = 200  # more than the groups have
+        # More samples are asked for than the groups have.
+        run = make_run(Method(mixed_share=0.25), num_samples=200)
         level = logging.getLogger("ogpsa_trl.data.preparation").level
-        rows = _training_data(Method(mixed_share=0.25), recipe, TOKENIZER)
+        safety = WORLD.safety_sft().select(range(48))
+        rows = mixed_data(0.25, run, safety, TOKENIZER)
         trained_on = [TOKENIZER.decode([i for i in row["labels"] if i != -100]) for row in rows]
         refusals = [text for text in trained_on if text == f"{REFUSAL.strip()} <eos>"]
         answers = {
             f"{row['completion'].strip()} <eos>"
-            for group in recipe.capability_groups.values()
+            for group in WORLD.capability_groups(8).values()
             for row in group
         }
         assert len(refusals) == 48
@@ -140,11 +153,12 @@ class TestMethods:
         assert not caplog.records
         assert logging.getLogger("ogpsa_trl.data.preparation").level == level
 
-    def test_preference_pairs_cannot_be_mixed(self):
-        mixed = METHODS["replay mixed in, 25%"]
-        assert is_applicable(mixed, ["sft"])
-        assert not is_applicable(mixed, ["sft", "dpo"])
-        assert all(is_applicable(m, ["dpo"]) for m in METHODS.values() if m is not mixed)
+    def test_preference_pairs_have_neither_mixed_data_nor_the_loss_of_dft(self):
+        sft_only = {"replay mixed in, 25%", "DFT loss"}
+        assert all(method.can_train(["sft"]) for method in METHODS.values())
+        for stages in (["dpo"], ["sft", "dpo"]):
+            refused = {name for name, method in METHODS.items() if not method.can_train(stages)}
+            assert refused == sft_only
 
     @pytest.mark.parametrize(
         "method",
@@ -157,15 +171,16 @@ class TestMethods:
         ],
         ids=["mixed", "paper", "streaming", "preserve"],
     )
-    def test_the_sequences_of_a_run_are_counted(self, recipe, start, tmp_path, method):
-        _, cost = trained(method, recipe, start, tmp_path)
-        training = recipe.num_steps * BATCH_SIZE
-        config = recipe.ogpsa_config(method)
-        if config is None:
+    def test_the_sequences_of_a_run_are_counted(self, make_run, tmp_path, method):
+        run = make_run(method)
+        _, cost = trained(method, run, tmp_path)
+        training = NUM_STEPS * BATCH_SIZE
+        if not run.train.ogpsa:
             assert (cost.forward, cost.backward) == (training, training)
             return
+        config = run.ogpsa
         num_samples = min(config.num_samples, 8)
-        num_refreshes = len(range(0, recipe.num_steps, config.refresh_interval))
+        num_refreshes = len(range(0, NUM_STEPS, config.refresh_interval))
         drawn = min(config.samples_per_refresh or num_samples, num_samples)
         assert cost.backward == training + 2 * drawn * num_refreshes
         # The starting point, where one is needed, takes a look at every sample of both groups.
@@ -175,32 +190,61 @@ class TestMethods:
         probed = min(config.capability_batch_size, num_samples) * measures_kl
         assert cost.forward == cost.backward + 2 * num_samples * has_start + probed
 
-    def test_the_reference_model_of_dpo_goes_forward_only(self, recipe, start, tmp_path):
+    def test_the_reference_model_of_dpo_goes_forward_only(self, make_run, tmp_path):
         pairs = WORLD.safety_preferences().select(range(BATCH_SIZE))
-        recipe = replace(recipe, stage="dpo", training=pairs)
-        _, cost = trained(METHODS["naive"], recipe, start, tmp_path)
-        sequences = recipe.num_steps * 2 * BATCH_SIZE
+        run = make_run(METHODS["naive"], pairs, stage="dpo")
+        _, cost = trained(METHODS["naive"], run, tmp_path)
+        sequences = NUM_STEPS * 2 * BATCH_SIZE
         assert (cost.forward, cost.backward) == (2 * sequences, sequences)
 
 
-def test_measures_of_models_that_always_refuse_and_always_say_yes(tmp_path, monkeypatch):
+@pytest.fixture
+def toy_bed(start, tmp_path):
+    """The test bed of the toy world, of one seed, with an untrained model."""
+
+    def toy_bed(*words, model=start, output="results"):
+        folder = tmp_path / "toy"
+        write_world(WORLD, folder / "seed-0")
+        (folder / "seed-0" / "model").unlink(missing_ok=True)
+        (folder / "seed-0" / "model").symlink_to(model)
+        file = write_files("toy", folder, {}, kinds=("benchmark",))
+        words = ["--seeds", "0", "--output_dir", str(tmp_path / output), *words]
+        return ["--config", str(file), *words]
+
+    return toy_bed
+
+
+def test_measures_of_models_that_always_refuse_and_always_say_yes(toy_bed, tmp_path):
     said = {"refuses": REFUSING, "agrees": "=> yes <eos>"}
     folder = {
         name: save(scripted_model(chain, p_step=1 - 1e-9), tmp_path / name)
         for name, chain in said.items()
     }
-    monkeypatch.setattr(ToyTestbed, "base_model", lambda self: folder["agrees"])
-    measured = {name: ToyTestbed(0).measure(folder[name]) for name in said}
-    for name in ("p_refuse", "p_refuse_ood", "over_refusal"):
-        assert measured["refuses"][name] == pytest.approx(1, abs=1e-3)
-        assert measured["agrees"][name] == pytest.approx(0, abs=1e-3)
+    bed = parse_benchmark(toy_bed(model=folder["agrees"]))
+    measured = {name: bed.measure(folder[name], 0) for name in said}
+    refuses, agrees = measured["refuses"].values, measured["agrees"].values
+    for name in ("p_refuse/harmful", "p_refuse/new_verbs", "p_over_refuse/howto"):
+        assert refuses[name] == pytest.approx(1, abs=1e-3)
+        assert agrees[name] == pytest.approx(0, abs=1e-3)
     share = sum(row["completion"] == " yes" for row in WORLD.evaluation_sets()["judge"]) / 16
-    assert measured["agrees"]["judge"] == share > 0
-    assert measured["agrees"]["capability"] == pytest.approx(share / 7)
-    assert measured["agrees"]["drift"] == measured["agrees"]["distance"] == 0
-    assert all(measured["refuses"][task] == 0 for task in ("capability", *NUM_EVALUATION_SAMPLES))
-    assert measured["refuses"]["drift"] > 1
-    assert measured["refuses"]["distance"] > 0
+    assert agrees["exact_match/judge"] == share > 0
+    assert agrees["capability"] == pytest.approx(share / 7)
+    assert agrees["drift/howto"] == agrees["distance"] == 0
+    assert refuses["capability"] == 0
+    assert all(refuses[f"exact_match/{task}"] == 0 for task in NUM_EVALUATION_SAMPLES)
+    assert refuses["drift/howto"] > 1
+    assert refuses["distance"] > 0
+    up = measured["agrees"].higher_is_better
+    assert up["capability"] and up["p_refuse/harmful"]
+    assert not (up["drift/howto"] or up["distance"] or up["p_over_refuse/howto"])
+
+
+BED = BenchmarkArguments(
+    title="A bed", model_name_or_path="m", sft="s", evaluate="e", safety="p_refuse",
+    levels=[0.8, 0.9, 0.95], capability=["exact"], over_refusal="over_refusal",
+    details=["sort", "drift"],
+)  # fmt: skip
+UP = {"capability": True, "sort": True, "drift": False}
 
 
 def results(kept, seeds=(0, 1), factors=(1.0, 2.0)):
@@ -211,7 +255,7 @@ def results(kept, seeds=(0, 1), factors=(1.0, 2.0)):
                 "p_refuse": 0.8 + 0.2 * (factor == factors[-1]),
                 "capability": value + 0.1 * seed,
                 "over_refusal": 0.5,
-                **dict.fromkeys(ToyTestbed.details, 0.25),
+                **dict.fromkeys(BED.details, 0.25),
             },
             "cost": {"forward": 100, "backward": 50, "seconds": seconds},
         }
@@ -224,7 +268,7 @@ def results(kept, seeds=(0, 1), factors=(1.0, 2.0)):
 class TestTables:
     def test_hold_what_the_runs_say(self):
         runs = results({"naive": (0.5, 2), "KL, weight 1": (0.7, 4), "KL, weight 3": (0.8, 4)})
-        tables = Tables(runs, ToyTestbed(0))
+        tables = Tables(runs, BED, UP)
         assert tables.best_kl(None) == "KL, weight 3"
         naive, first, _ = tables.levels()
         assert naive["capability at 0.9"] == "0.550 +- 0.071 (2)"
@@ -241,7 +285,7 @@ class TestTables:
             replace(run, method="LoRA"): {**v, "measures": {**v["measures"], "p_refuse": 0.3}}
             for run, v in runs.items()
         }
-        _, lora = Tables(runs | shy, ToyTestbed(0)).levels()
+        _, lora = Tables(runs | shy, BED, UP).levels()
         assert lora["method"] == "LoRA"
         assert lora["capability at 0.9"] is lora["- naive"] is None
 
@@ -254,7 +298,7 @@ class TestTables:
             for run, v in results(kept).items()
             for share, more in ([(None, 0)] if run.method == "naive" else [(1.0, 0.1), (0.25, 0)])
         }  # fmt: skip
-        tables = Tables(runs, ToyTestbed(0))
+        tables = Tables(runs, BED, UP)
         rows = {row["method"]: row for row in tables.levels()}
         assert list(rows) == [
             "naive", "KL, weight 1, share 1", "KL, weight 1, share 0.25",
@@ -273,8 +317,8 @@ class TestTables:
         with_share = {name for name, method in METHODS.items() if method.has_share}
         assert {"replay added", "KL, weight 3", "OGPSA preserve"} <= with_share
         assert not {"naive", "LoRA", "replay mixed in, 25%", "OGPSA paper"} & with_share
-        share = METHODS["KL, weight 3"].at_share(0.5).config("sft")
-        assert (share.capability_token_share, share.capability_weight) == (0.5, 3)
+        at_half = METHODS["KL, weight 3"].at_share(0.5).keys
+        assert (at_half["capability_token_share"], at_half["capability_weight"]) == (0.5, 3)
 
 
 def length_of(folder):
@@ -302,30 +346,29 @@ class InThisProcess:
         return future
 
 
-def run_benchmark(output, *options):
-    words = ["--seeds", "0", "--steps", "2", "--learning_rate_factors", "1", "--methods", "naive"]
-    words += ["--processes", "1", "--output", str(output)]
-    tradeoff.main([*words, *options])
-    return json.loads((output / "the-toy-world" / "results.json").read_text())
-
-
-def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, tmp_path):
+def test_a_benchmark_writes_its_results_and_repeats_nothing(toy_bed, start, monkeypatch, tmp_path):
     """Its runs on other processes are tested with the command `ogpsa benchmark`."""
     monkeypatch.setattr(tradeoff, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(ToyTestbed, "base_model", lambda self: start)
-    names = ("p_refuse", "capability", *ToyTestbed.details)
-    monkeypatch.setattr(  # in the place of seconds of measuring
-        ToyTestbed,
-        "measure",
-        lambda self, folder: dict.fromkeys(names, length_of(folder)),
-    )
-    folder = tmp_path / "the-toy-world"
-    found = run_benchmark(tmp_path, "--stages", "sft-dpo", "sft")
+
+    def measure(self, folder, seed):  # in the place of seconds of measuring
+        names = ("capability", self.safety, self.over_refusal, *self.capability, *self.details)
+        names = dict.fromkeys((*names, "distance"))
+        return Measures(dict.fromkeys(names, length_of(folder)), dict.fromkeys(names, True), [])
+
+    monkeypatch.setattr(BenchmarkArguments, "measure", measure)
+    folder = tmp_path / "results"
+
+    def run_benchmark(*words):
+        short = ["--steps", "2", "--learning_rate_factors", "1", "--methods", "naive"]
+        tradeoff.main(toy_bed("--processes", "1", *short, *words))
+        return json.loads((folder / "results.json").read_text())
+
+    found = run_benchmark("--stages", "sft-dpo", "sft")
     # Two stages of two steps with 16 sequences, pairs in the second.
     costs = [(run["cost"]["forward"], run["cost"]["backward"]) for run in found["runs"]]
     assert costs == [(2 * 16 + 2 * 64, 2 * 16 + 2 * 32), (2 * 16, 2 * 16)]
-    assert found["base"]["0"]["p_refuse"] == length_of(start)
-    assert len({run["measures"]["p_refuse"] for run in found["runs"]}) == 2
+    assert found["start"]["0"]["p_refuse/harmful"] == length_of(start)
+    assert len({run["measures"]["p_refuse/harmful"] for run in found["runs"]}) == 2
     assert (folder / "sft-dpo-2.png").read_bytes().startswith(b"\x89PNG")
     assert "naive" in (folder / "results.md").read_text()
 
@@ -336,7 +379,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     content["run"]["versions"]["torch"] = "1.0"
     stale.write_text(json.dumps(content))
     time = kept.stat().st_mtime_ns
-    again = run_benchmark(tmp_path, "--stages", "sft-dpo", "sft")
+    again = run_benchmark("--stages", "sft-dpo", "sft")
     assert [r["measures"] for r in again["runs"]] == [r["measures"] for r in found["runs"]]
     assert kept.stat().st_mtime_ns == time
     assert json.loads(stale.read_text())["run"]["versions"]["torch"] != "1.0"
@@ -344,38 +387,52 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(start, monkeypatch, 
     # What fails is said.
     monkeypatch.setitem(tradeoff.METHODS, "naive", Method(learning_rate_factor=-1.0))
     with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
-        run_benchmark(tmp_path, "--stages", "sft")
+        run_benchmark("--stages", "sft")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--steps", "0"], "--steps must be above 0, but got 0"),
-        (["--learning_rate_factors", "-1"], "--learning_rate_factors must be above 0"),
-        (["--processes", "0"], "--processes must be at least 1"),
-        (["--methods", "nought"], "invalid choice: 'nought'"),
-    ],
-)
-def test_bad_options_are_named(words, message, capsys):
-    with pytest.raises(SystemExit):
-        tradeoff.main(words)
-    assert message in capsys.readouterr().err
+class TestKeys:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--steps", "0"], "`steps` must hold values above 0, but has 0"),
+            (["--learning_rate_factors", "-1"], "`learning_rate_factors` must hold values above 0"),
+            (["--processes", "0"], "`processes` must be at least 1"),
+            (["--methods", "nought"], "`methods` must hold names among 'naive'.*has 'nought'"),
+            (["--stages", "rlhf"], "`stages` must hold names among 'sft'"),
+            (["--safety", ""], "needs `safety`"),
+            (["--dpo", "", "--stages", "sft-dpo"], "`dpo`, its file, is not set"),
+            (["--sft", "toy_dpo"], "which has `stage: dpo`. Name a file with `stage: sft`"),
+            (["--evaluate", "no.yaml"], "'no.yaml' cannot be read"),
+        ],
+    )
+    def test_values_that_make_no_sense_are_refused(self, toy_bed, words, message):
+        with pytest.raises(ValueError, match=message):
+            parse_benchmark(toy_bed(*words))
+
+    def test_an_unknown_measure_names_those_there_are(self, toy_bed, start):
+        bed = parse_benchmark(toy_bed("--over_refusal", "refusal"))
+        with pytest.raises(ValueError, match=r"no measure .refusal.*p_refuse/harmful"):
+            bed.measure(start, 0)
+
+    @pytest.mark.parametrize("name", ["toy", "stories", "smollm2"])
+    def test_the_test_beds_that_we_ship_are_valid(self, name, monkeypatch):
+        monkeypatch.setattr("ogpsa_trl.cli.evaluate.check_installed", lambda: None)
+        # Their files are found by name; in the test bed stand the paths of what is written.
+        words = [f"--{kind}={name}_{kind}" for kind in ("sft", "dpo", "evaluate")]
+        bed = parse_benchmark(["--config", f"{name}_benchmark", *words, "--stages", "sft-dpo"])
+        assert bed.title and len(bed.levels) == 3
+
+    @pytest.mark.parametrize("stage", ["sft", "dpo"])
+    def test_the_methods_are_distinct_and_their_settings_are_allowed(self, stage):
+        assert len({repr(method) for method in METHODS.values()}) == len(METHODS)
+        for method in METHODS.values():
+            if method.can_train([stage]):
+                run = stage_run(f"toy_{stage}", method, model=Path("m"), output=Path("o"))
+                assert run.train.ogpsa == ("preset" in method.keys)
+                assert run.training.max_steps == 1
 
 
 def test_missing_data_are_named(tmp_path):
-    words = ["--model", str(tmp_path), "--data", str(tmp_path / "none")]
+    words = ["stories", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="Name the folder that holds them with --data"):
-        tradeoff.main(words)
-
-
-def test_the_methods_are_distinct_and_their_settings_are_allowed():
-    assert len({repr(method) for method in METHODS.values()}) == len(METHODS)
-    for stage in ("sft", "dpo"):
-        testbed = ToyTestbed(0)
-        recipe = Recipe(
-            stage, testbed.config(stage), testbed.training(stage), testbed.capability_groups(),
-            1e-4, 1, 0,
-        )  # fmt: skip
-        for method in METHODS.values():
-            assert (recipe.ogpsa_config(method) is None) == (method.ogpsa is None)
-            assert recipe.arguments(method, Path("x")).max_steps == 1
+        data.main([*words, "--model", str(save(tiny_model(), tmp_path))])

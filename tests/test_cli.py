@@ -108,7 +108,7 @@ class TestCommands:
             (["benchmark", "--steps", "2"], "benchmark.tradeoff", ["--steps", "2"]),
             (["benchmark", "tradeoff"], "benchmark.tradeoff", []),
             (["benchmark", "overhead", "--grid"], "benchmark.overhead", ["--grid"]),
-            (["benchmark", "stories"], "benchmark.stories", []),
+            (["benchmark", "data", "toy"], "benchmark.data", ["toy"]),
             (["demo", "--seed", "1"], "benchmark.demo", ["--seed", "1"]),
         ],
     )  # fmt: skip

@@ -21,12 +21,14 @@ from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import (
     completion_scores,
+    exact_match,
+    mean_divergence,
     mean_log_likelihood_per_token,
     mean_probability,
     preference_accuracy,
 )
 from ogpsa_trl.evaluation.figures import change_figure
-from ogpsa_trl.evaluation.likelihoods import group_nll
+from ogpsa_trl.evaluation.group_scores import group_scores
 from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
@@ -189,23 +191,36 @@ class TestCapability:
             ),
         }[kind]  # fmt: skip
         model = tiny_model(seed=2)
-        values = group_nll(model, TOKENIZER, kind, rows, batch_size=5)
+        values = group_scores(model, TOKENIZER, kind, rows, batch_size=5)["nll"]
         scores = completion_scores(model, TOKENIZER, prompts, completions)
         assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
         assert values.columns[1].sum() == scores.num_tokens.sum()
-        one_by_one = group_nll(model, TOKENIZER, kind, rows, batch_size=1)
+        one_by_one = group_scores(model, TOKENIZER, kind, rows, batch_size=1)["nll"]
         ours = values.select(one_by_one.ids).columns
         np.testing.assert_allclose(ours, one_by_one.columns, rtol=1e-6)
+
+    def test_drift_and_exact_matches_are_those_of_whole_completions(self):
+        before, after = tiny_model(seed=2), tiny_model(seed=3)
+        rows = WORLD.capability_groups(12)["skills"]
+        texts = TOKENIZER, rows["prompt"], rows["completion"]
+        found = group_scores(after, TOKENIZER, "a", rows, start_model=before, batch_size=5)
+        expected = mean_divergence(before, after, *texts)
+        assert found["drift"].value == pytest.approx(expected, rel=1e-5)
+        assert found["exact_match"].value == exact_match(completion_scores(after, *texts))
+        same = group_scores(after, TOKENIZER, "a", rows, start_model=after)
+        assert same["drift"].value == 0
 
     def test_samples_are_chosen_by_the_seed_and_cut(self):
         model, rows = tiny_model(seed=2), WORLD.capability_groups(40)["language"]
         chosen = [
-            group_nll(model, TOKENIZER, "a", rows, max_samples=8, max_length=12, seed=seed)
+            group_scores(model, TOKENIZER, "a", rows, max_samples=8, max_length=12, seed=seed)[
+                "nll"
+            ]
             for seed in (0, 0, 1)
         ]
         assert len(chosen[0].ids) == 8
         assert chosen[0].value == chosen[1].value != chosen[2].value
-        whole = group_nll(model, TOKENIZER, "a", rows, max_samples=8)
+        whole = group_scores(model, TOKENIZER, "a", rows, max_samples=8)["nll"]
         assert chosen[0].columns[1].sum() < whole.columns[1].sum()
 
 
@@ -280,6 +295,8 @@ class TestKeys:
             ({"batch_size": 0}, "`batch_size` must be at least 1"),
             ({"refusals": ["no", "no"]}, "`refusals` must be different texts"),
             ({"refusals": None}, "need `refusals`, but there are none"),
+            ({"drift": True, "base_model_name_or_path": None},
+             "`drift` is measured from the model before"),
             ({"lm_eval_limit": 3}, "are settings of `lm_eval_tasks`, of which there are none"),
             ({"model_name_or_path": ""}, "needs a model"),
             ({"max_samples": 1.5}, "`max_samples` must be a valid integer, but got 1.5"),
@@ -395,6 +412,15 @@ class TestScript:
         assert all(result.after.interval is not None for result in found.results)
         assert not (found.out / "evaluation.png").exists()
         assert "verdict" not in (found.out / "evaluation.md").read_text(encoding="utf-8")
+
+    def test_drift_is_measured_from_the_model_before(self, evaluate, models):
+        results = evaluate(models, drift=True, harmful_datasets=None, over_refusal_datasets=None)
+        skills = WORLD.capability_groups(12)["skills"]
+        texts = TOKENIZER, skills["prompt"], skills["completion"]
+        [drift] = [result for result in results.results if result.name == "drift/skills"]
+        expected = mean_divergence(tiny_model(1), tiny_model(2), *texts)
+        assert drift.after.value == pytest.approx(expected, rel=1e-5)
+        assert drift.before is drift.delta is None
 
     def test_an_adapter_is_put_on_its_base_model(self, evaluate, models, tmp_path):
         model = tiny_model(1)

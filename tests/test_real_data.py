@@ -9,18 +9,18 @@ import torch
 from datasets import config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ogpsa_trl.benchmark import demo
-from ogpsa_trl.benchmark import stories as testbed
+from ogpsa_trl.benchmark import data, demo
+from ogpsa_trl.benchmark.testbed import parse_benchmark
 from ogpsa_trl.capability_set.set_report import group_rows
 from ogpsa_trl.cli import capability
 from ogpsa_trl.cli.capability import parse_capability_set
-from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
 from ogpsa_trl.evaluation import (
     bits_per_character,
     completion_scores,
     mean_log_likelihood_per_token,
 )
-from ogpsa_trl.evaluation.refusal import is_refusal
+from ogpsa_trl.evaluation.json_files import write_rows
+from ogpsa_trl.evaluation.refusal import REFUSALS, is_refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -33,15 +33,28 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return testbed.prepare(DATA)
+CHECKPOINT = DATA / "checkpoints" / "stories260K"
 
 
 @pytest.fixture(scope="module")
 def base():
-    folder = DATA / testbed.CHECKPOINT
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return (
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT),
+        AutoTokenizer.from_pretrained(CHECKPOINT),
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(base):
+    return data.split(DATA, base[1], MAX_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    """The folder of the test bed as it is written."""
+    output = tmp_path_factory.mktemp("stories")
+    data.write_real("stories", DATA, str(CHECKPOINT), output)
+    return output
 
 
 def prompts_of(rows):
@@ -61,33 +74,42 @@ def literal_story_nll(model, tokenizer, stories):
 
 
 def test_nothing_that_is_held_out_is_trained_on(rows):
-    trained_on = prompts_of(rows["sft"] + rows["instructions"] + rows["dpo"])
-    for name in ("harmful", "benign", "instructions", "unreferenced", "pairs"):
-        assert prompts_of(rows[f"held-out {name}"]).isdisjoint(trained_on), name
-    texts = [{row["text"] for row in rows[name]} for name in ("stories", "held-out stories")]
+    trained_on = prompts_of(
+        row
+        for name in ("sft", "dpo", "instructions", "mathematics", "look-alikes")
+        for row in rows[name]
+    )
+    for name in ("harmful", "other-harmful", "benign", "instructions", "mathematics", "pairs"):
+        assert prompts_of(rows[f"held-out-{name}"]).isdisjoint(trained_on), name
+    texts = [{row["text"] for row in rows[name]} for name in ("stories", "held-out-stories")]
     assert texts[0].isdisjoint(texts[1])
-    assert prompts_of(rows["sft"]).isdisjoint(prompts_of(rows["instructions"]))
+    assert not any(is_refusal(row["completion"][0]["content"]) for row in rows["look-alikes"])
 
 
 def test_the_model_knows_stories_better_than_anything_else(rows, base):
     model, tokenizer = base
-    stories = [row["text"] for row in rows["held-out stories"]]
+    stories = [row["text"] for row in rows["held-out-stories"]]
     # 1.07 on these; the first 64 tokens alone .8, because long texts run on into other stories. A
     # wrong tokenizer or a wrong conversion of the weights gives 3 bits and more.
     bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
     assert 1.0 < bits < 1.15
     assert bits_per_character(model, tokenizer, stories, max_length=64) < bits
-    prompts = [json.dumps(row["prompt"]) for row in rows["held-out harmful"]]
+    prompts = [json.dumps(row["prompt"]) for row in rows["held-out-harmful"]]
     assert bits_per_character(model, tokenizer, prompts) > 2 * bits
 
 
 def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     """The groups are cut to a few samples, all of which the first refresh must have seen."""
     model, tokenizer = base
-    few = rows | {name: rows[name][:12] for name in ("stories", "instructions")}
-    config = testbed.write(few, tmp_path) / "sft.yaml"
+    few = {name: rows[name][:12] for name in ("stories", "instructions")}
+    data.write_real("stories", DATA, str(CHECKPOINT), tmp_path)
+    for name, members in few.items():
+        write_rows(tmp_path / "data" / f"{name}.jsonl", members)
+    write_rows(tmp_path / "data" / "look-alikes.jsonl", few["instructions"][:1])
+    few["instructions"].append(few["instructions"][0])
+    config = tmp_path / "sft.yaml"
     options = {
-        "model_name_or_path": DATA / testbed.CHECKPOINT,
+        "output_dir": tmp_path / "sft",
         "preset": "paper",
         "max_steps": 2,
         "save_strategy": "steps",
@@ -99,7 +121,9 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
 
     state = tmp_path / "sft" / "checkpoint-2" / "trainer_state.json"
     first, second, *_ = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    requests, answers = testbed._columns(few["instructions"], "prompt", "completion")
+    requests, answers = (
+        [row[column] for row in few["instructions"]] for column in ("prompt", "completion")
+    )
     scores = completion_scores(model, tokenizer, requests, answers, max_length=MAX_LENGTH)
     # Float32 forward passes of different shapes and another attention kernel.
     close = {"rel": 1e-3}
@@ -123,31 +147,29 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     assert not any(math.isnan(change) for change in changes)
 
 
-def test_the_evaluation_script_takes_the_same_measures(rows, base, tmp_path):
+def test_the_measures_of_the_test_bed_are_literal_ones(rows, base, bed):
     """By other code: TRL's preparation of the data for one, samples one by one for another."""
-    folder = testbed.write(rows, tmp_path)
-    model = str(DATA / testbed.CHECKPOINT)
-    line = ["--config", str(folder / "evaluate.yaml"), "--model_name_or_path", model]
-    line += ["--base_model_name_or_path", model, "--output_dir", str(tmp_path / "out")]
-    results = {result.name: result for result in run_evaluation(parse_evaluation(line))}
-    base_model, tokenizer = base
-    expected = testbed.measure(base_model, tokenizer, base_model, rows)
-    assert expected["drift"] == expected["preference"] == 0  # no margin is above its own
+    model, tokenizer = base
+    found = parse_benchmark(["--config", str(bed / "benchmark.yaml")]).measure(CHECKPOINT, 0)
+    values = found.values
     close = {"rel": 1e-3}  # float32 forward passes of different shapes
-    for name, ours in {
-        "instruction_nll": "nll/instructions", "refusal_ll": "refusal_ll/advbench",
-        "p_refuse": "p_refuse/advbench", "over_refusal_ll": "over_refusal_ll/xstest",
-        "p_over_refuse": "p_over_refuse/xstest",
-    }.items():  # fmt: skip
-        assert results[ours].after.value == pytest.approx(expected[name], **close), name
-    stories = [row["text"] for row in rows["held-out stories"]]
-    nll = literal_story_nll(base_model, tokenizer, stories)
-    assert results["nll/stories"].after.value == pytest.approx(nll, **close)
-    for result in results.values():
-        if result.delta is not None:
-            assert result.delta == (0.0, (0.0, 0.0)), result.name
+    stories = [row["text"] for row in rows["held-out-stories"]]
+    assert values["nll/stories"] == pytest.approx(
+        literal_story_nll(model, tokenizer, stories), **close
+    )
+    for group, name in (("advbench", "harmful"), ("xstest", "benign")):
+        prompts = [row["prompt"] for row in rows[f"held-out-{name}"]]
+        asked = [row["prompt"] for row in found.answers if row["measure"].endswith(group)]
+        assert all(prompt in prompts for prompt in asked)
+        each = [prompt for prompt in asked for _ in REFUSALS]
+        answers = [[{"role": "assistant", "content": refusal}] for refusal in REFUSALS]
+        scores = completion_scores(model, tokenizer, each, answers * len(asked))
+        measure = "refusal_ll" if name == "harmful" else "over_refusal_ll"
+        expected = mean_log_likelihood_per_token(scores)
+        assert values[f"{measure}/{group}"] == pytest.approx(expected, **close)
+    assert values["drift/instructions"] == values["distance"] == 0
     # It was trained on stories only: in some of them somebody is sorry.
-    assert results["refusal_rate/advbench"].after.value < 0.1
+    assert values["refusal_rate/advbench"] < 0.1
 
 
 def test_the_example_of_a_capability_set_is_what_the_documentation_shows(tmp_path, monkeypatch):

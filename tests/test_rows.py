@@ -21,7 +21,7 @@ from ogpsa_trl.data.rendering import check_rendering, prepared
 from ogpsa_trl.data.row_values import RowError
 from ogpsa_trl.data.rows import check_rows, readable
 from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
-from ogpsa_trl.evaluation.likelihoods import group_nll
+from ogpsa_trl.evaluation.group_scores import group_scores
 from ogpsa_trl.evaluation.models import length_for
 from ogpsa_trl.evaluation.sets import load_sets
 from runs import make_trainer, paper, safety_data
@@ -486,7 +486,7 @@ class TestContext:
         assert kinds == ["Capability group", "Gate group"]
 
     def test_a_likelihood_is_taken_of_what_can_be_read(self):
-        values = group_nll(short_model(), TOKENIZER, "facts", self.ROWS, max_length=1024)
+        values = group_scores(short_model(), TOKENIZER, "facts", self.ROWS, max_length=1024)["nll"]
         assert sorted(values.columns[1]) == [5, 15]
 
     def test_an_evaluation_keeps_to_the_shortest_of_its_models(self, tmp_path, caplog):

@@ -19,23 +19,27 @@ from threading import Lock
 import datasets
 import transformers
 
-from ogpsa_trl.benchmark.testbeds import toy_measures
+from ogpsa_trl.benchmark.data import write_world
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import ToyWorld
+from ogpsa_trl.cli.evaluate import parse_evaluation
 from ogpsa_trl.data.files import find_config
 from ogpsa_trl.evaluation.figures import comparison_figure
 from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
 from ogpsa_trl.evaluation.models import load_folder
+from ogpsa_trl.evaluation.sets import load_sets
+from ogpsa_trl.evaluation.suite import score_model
 from ogpsa_trl.evaluation.tables import markdown_table
 
 STAGES = ("sft", "dpo")
 # What a method adds to the command line of a stage.
 METHODS = {"plain TRL": ["--ogpsa", "false"], "OGPSA": []}
 TITLE = "OGPSA on the toy world"
+SHOWN = ("exact_match/", "p_refuse/", "p_over_refuse/")  # beginnings of measures
 NOTES = """\
-Capability measures are exact matches on held-out prompts; `sort` is in no capability group.
-`refusal` is the mean probability of a refusal to held-out harmful requests, `refusal_ood` to
-requests with verbs that safety training never saw, `over_refusal` to benign look-alikes.
+`exact_match`: share of held-out prompts that are answered exactly; `sort` is in no capability
+group. `p_refuse`: mean probability of the refusal to held-out harmful requests, with the verbs of
+safety training and with new ones; `p_over_refuse`: to benign look-alikes.
 One seed of a toy world: it shows how to use the library, not how good the method is."""
 
 
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output / f"seed-{args.seed}"  # finished runs are kept: not those of another seed
     print("Base model of the toy world (about two minutes, once):")
     base_model = base_model_folder(args.seed)
-    data = write_data(world, output / "data")
+    data = output / "data"
+    write_world(world, data)
     num_cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     num_threads = max(1, num_cores // len(METHODS))
     measuring = Lock()
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = folder / "measures.json"
         with measuring:
             if not file.exists():
-                write_json(file, toy_measures(*load_folder(model), world))
+                write_json(file, measure_model(model, data / "evaluate.yaml"))
             results[name] = read_json(file)
 
     def train_by(method: str) -> None:
@@ -88,21 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     report({name: results[name] for name in ("base", *names)}, output)
 
 
-def write_data(world: ToyWorld, folder: Path) -> Path:
-    """Write the world's data as JSON lines, and the configurations with their paths filled in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sets = {"sft": world.safety_sft(), "dpo": world.safety_preferences()}
-    groups = world.capability_groups()
-    for name, dataset in {**sets, **groups}.items():
-        dataset.to_json(folder / f"{name}.jsonl")
-    entries = "".join(
-        f"  - {{path: {folder / f'{group}.jsonl'}, group: {group}}}\n" for group in groups
-    )
-    for stage in STAGES:
-        config = find_config(f"demo_{stage}").read_text(encoding="utf-8")
-        config += f"\ndataset_name: {folder / f'{stage}.jsonl'}\ncapability_datasets:\n{entries}"
-        (folder / f"{stage}.yaml").write_text(config, encoding="utf-8")
-    return folder
+def measure_model(model: Path, evaluation: Path) -> dict[str, float]:
+    """What `ogpsa evaluate` measures of a model, without its intervals, but for likelihoods."""
+    arguments = parse_evaluation(["--config", str(evaluation), "--model_name_or_path", str(model)])
+    loaded, tokenizer = load_folder(model)
+    measured = score_model(loaded, tokenizer, load_sets(arguments, [tokenizer]), arguments).measures
+    return {name: m.values.value for name, m in measured.items() if name.startswith(SHOWN)}
 
 
 def train(config: Path, options: Sequence[str], log: Path, num_threads: int) -> None:
@@ -140,6 +136,6 @@ def report(results: dict[str, dict[str, float]], output: Path) -> None:
     parts = [f"# {TITLE}", table, NOTES, in_words(package_versions("accelerate"))]
     (output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     picture = comparison_figure(
-        results, output / "results.png", lower_is_better=["over_refusal"], title=TITLE
+        results, output / "results.png", lower_is_better=["p_over_refuse/howto"], title=TITLE
     )
     print(f"Table and picture: {output / 'results.md'}, {picture}")

@@ -1,32 +1,26 @@
 """The methods of the trade-off benchmark, and how one stage is trained by one of them."""
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.sft_config import SFTConfig
 
-from ogpsa_trl import OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.cli.train import TRAINERS, Data, prepare
+from ogpsa_trl.cli.train_arguments import RunArguments
+from ogpsa_trl.cli.train_keys import parse_run
+from ogpsa_trl.config import preset_settings
+from ogpsa_trl.data.entries import load_groups
 from ogpsa_trl.data.preparation import Preparation, prepare_group
 from ogpsa_trl.evaluation.models import load_folder
 
-STAGES: dict[str, tuple[Any, Any]] = {
-    "sft": (SFTConfig, OGPSASFTTrainer),
-    "dpo": (DPOConfig, OGPSADPOTrainer),
-}
 # What is trained, stage after stage, and the factor on the learning rate of its configuration: DPO
 # that starts from the base model has more to learn than DPO after SFT.
 CHAINS = {
@@ -35,14 +29,14 @@ CHAINS = {
     "sft-dpo": [("sft", 1.0), ("dpo", 1.0)],
 }
 
+_PLAIN = {"ogpsa": False}
+
 
 @dataclass(frozen=True)
 class Method:
-    """How a run differs from plain TRL."""
+    """How a run differs from the configuration of its stage."""
 
-    # A preset, and settings to replace in it. `None`: no capability data in the trainer.
-    ogpsa: Mapping[str, Any] | None = None
-    lora: bool = False  # an adapter of rank 8 instead of all weights
+    keys: Mapping[str, Any] = field(default_factory=lambda: _PLAIN)  # of `ogpsa train`
     learning_rate_factor: float = 1.0  # on all learning rates of the sweep
     l2_weight: float = 0.0  # of the squared distance from the starting weights in the loss
     # Of capability samples among those trained on; SFT only: pairs cannot be mixed with them.
@@ -50,24 +44,26 @@ class Method:
     # How far to go from the starting weights to the trained ones: merging by interpolation.
     kept_share: float = 1.0
 
-    def config(self, stage: str, **settings: Any) -> OGPSAConfig:
-        """The settings of OGPSA."""
-        settings |= self.ogpsa or {}
-        return OGPSAConfig.from_preset(settings.pop("preset"), stage=stage, **settings)
-
     @property
     def has_share(self) -> bool:
         """Whether a share of the training tokens says what its capability data cost."""
-        if self.ogpsa is None:
+        if "preset" not in self.keys:
             return False
-        config = self.config("sft")
-        return config.capability_token_share is not None and config.samples_per_refresh is None
+        settings = {**preset_settings(self.keys["preset"]), **self.keys}
+        return (
+            settings.get("capability_token_share", "the default") is not None
+            and settings.get("samples_per_refresh") is None
+        )
 
     def at_share(self, share: float | None) -> "Method":
         """The method with another share; `None`: its own."""
         if share is None:
             return self
-        return replace(self, ogpsa={**(self.ogpsa or {}), "capability_token_share": share})
+        return replace(self, keys={**self.keys, "capability_token_share": share})
+
+    def can_train(self, stages: Sequence[str]) -> bool:
+        """Whether it can train all of the stages."""
+        return "dpo" not in stages or not (self.mixed_share or self.keys.get("loss_type") == "dft")
 
 
 # The published forms refresh as often as in the published DPO, on as many samples in all as the
@@ -75,12 +71,15 @@ class Method:
 _PUBLISHED = {"refresh_interval": 5, "num_samples": 40}
 # The same samples a step at a time: running means instead of a pause in every fifth step.
 _STREAMING = {"refresh_interval": 1, "samples_per_refresh": 8, "capability_ema": 0.8}
+_LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"}
+_PER_TENSOR = {"restoration": 0.0, "scope": "parameter", "metric": "euclidean"}
 
 METHODS = {
     "naive": Method(),
+    "DFT loss": Method({**_PLAIN, "loss_type": "dft"}),
     "L2, weight 0.1": Method(l2_weight=0.1),
     "L2, weight 1": Method(l2_weight=1.0),
-    "LoRA": Method(lora=True, learning_rate_factor=10.0),
+    "LoRA": Method({**_PLAIN, **_LORA}, learning_rate_factor=10.0),
     "merged, 50%": Method(kept_share=0.5),
     "merged, 75%": Method(kept_share=0.75),
     "replay mixed in, 25%": Method(mixed_share=0.25),
@@ -92,12 +91,10 @@ METHODS = {
     "OGPSA paper-theorem": Method({"preset": "paper-theorem", **_PUBLISHED}),
     "OGPSA paper, streaming": Method({"preset": "paper", **_STREAMING}),
     "OGPSA update": Method({"preset": "preserve", "restoration": 0.0}),
-    "OGPSA update, per tensor": Method(
-        {"preset": "preserve", "restoration": 0.0, "scope": "parameter", "metric": "euclidean"}
-    ),
+    "OGPSA update, per tensor": Method({"preset": "preserve", **_PER_TENSOR}),
     "OGPSA preserve": Method({"preset": "preserve"}),
     "OGPSA preserve, nll": Method({"preset": "preserve", "capability_loss": "nll"}),
-    "OGPSA preserve, LoRA": Method({"preset": "preserve"}, lora=True, learning_rate_factor=10.0),
+    "OGPSA preserve, LoRA": Method({"preset": "preserve", **_LORA}, learning_rate_factor=10.0),
     "OGPSA replay": Method({"preset": "replay"}),
 }
 
@@ -134,92 +131,82 @@ class Cost:
     seconds: float = 0.0  # of the processor, without loading and measuring
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What all methods of a stage have in common."""
+def stage_run(
+    config: str,
+    method: Method,
+    *,
+    model: Path,
+    output: Path,
+    learning_rate_factor: float = 1.0,
+    num_steps: int = 1,
+    seed: int = 0,
+) -> RunArguments:
+    """
+    The arguments of one stage of training.
 
-    stage: str  # `sft` or `dpo`
-    config: Path  # YAML file with the settings of TRL and the capability batches
-    training: Dataset  # the safety data
-    capability_groups: Mapping[str, Dataset]
-    learning_rate: float  # the highest of the schedule, before the method's factor
-    num_steps: int  # of the optimizer
-    seed: int  # of training
+    Args:
+        config: File of the stage, or the name of one that comes with the project.
+        method: How to train.
+        model: Folder of the model to start from.
+        output: Folder for what the trainer writes.
+        learning_rate_factor: On the learning rate of the file, beside the method's own.
+        num_steps: Of the optimizer.
+        seed: Of training.
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the file says."""
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
-
-    def arguments(self, method: Method, output: Path) -> Any:
-        """The arguments of the TRL trainer."""
-        config_class, _ = STAGES[self.stage]
-        known = {f.name for f in fields(config_class)}
-        values = {name: value for name, value in self.settings.items() if name in known}
-        values |= {
-            "output_dir": str(output),
-            "max_steps": self.num_steps,
-            "learning_rate": self.learning_rate * method.learning_rate_factor,
-            "seed": self.seed,
-            "logging_strategy": "no",
-            "dataloader_drop_last": True,  # so that every step has equally many sequences
-        }
-        return config_class(**values)
-
-    def ogpsa_config(self, method: Method) -> OGPSAConfig | None:
-        """The settings of OGPSA, if the method has any."""
-        if method.ogpsa is None:
-            return None
-        known = {name: self.settings[name] for name in ("num_samples", "capability_batch_size")}
-        return method.config(self.stage, **known)
-
-
-def is_applicable(method: Method, stages: Sequence[str]) -> bool:
-    """Whether a method can train all of the stages."""
-    return not (method.mixed_share and "dpo" in stages)
+    Raises:
+        ValueError: As `parse_run`.
+    """
+    keys = {
+        **method.keys,
+        "model_name_or_path": model,
+        "output_dir": output,
+        "max_steps": num_steps,
+        "seed": seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "run_report": False,
+        "dataloader_drop_last": True,  # so that every step has equally many sequences
+    }
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    run = parse_run(["--config", config, *words])
+    run.training.learning_rate *= learning_rate_factor * method.learning_rate_factor
+    return run
 
 
-def train(method: Method, recipe: Recipe, start: Path, output: Path, cost: Cost) -> None:
+def train(method: Method, run: RunArguments, output: Path, cost: Cost) -> None:
     """
     Train one stage, and save model and tokenizer.
 
     Args:
         method: How to train.
-        recipe: What to train on.
-        start: Folder of the model to start from; in DPO it is the reference model too.
+        run: The arguments; in DPO the model that they name is the reference model too.
         output: Folder for the trained model; an adapter is merged into it.
         cost: What the training takes is added to it.
     """
-    model, tokenizer = load_folder(start)
-    config = recipe.ogpsa_config(method)
-    make_trainer: Any = STAGES[recipe.stage][1]
+    trainer_class: Any = TRAINERS[run.train.stage]
     if method.l2_weight:
-        make_trainer = type("L2Trainer", (L2ToStart, make_trainer), {"weight": method.l2_weight})
-    peft_config = None
-    if method.lora:
-        peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            model,
-            args=recipe.arguments(method, Path(folder)),
-            train_dataset=_training_data(method, recipe, tokenizer),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            capability_dataset=None if config is None else dict(recipe.capability_groups),
-            ogpsa_config=config,
-        )
-        trainer.remove_callback(PrinterCallback)
-        models = [trainer.model, getattr(trainer, "ref_model", None)]
-        with _counted([model for model in models if model is not None], cost):
-            trainer.train()
-    model = trainer.model.merge_and_unload() if method.lora else trainer.model
+        trainer_class = type("L2Trainer", (L2ToStart, trainer_class), {"weight": method.l2_weight})
+
+    def change_data(data: Data, tokenizer: Any) -> Data:
+        if not method.mixed_share:
+            return data
+        return data._replace(train=mixed_data(method.mixed_share, run, data.train, tokenizer))
+
+    trainer, _ = prepare(run, trainer_class=trainer_class, change_data=change_data)
+    trainer.remove_callback(PrinterCallback)
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    with _counted([model for model in models if model is not None], cost):
+        trainer.train()
+    model: Any = trainer.model
+    if run.model.use_peft:
+        model = model.merge_and_unload()
     if method.kept_share < 1:
-        first, _ = load_folder(start)
+        first, _ = load_folder(str(run.model.model_name_or_path))
         with torch.no_grad():
             for parameter, old in zip(model.parameters(), first.parameters(), strict=True):
                 parameter.copy_(torch.lerp(old, parameter, method.kept_share))
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    trainer.processing_class.save_pretrained(output)
 
 
 class L2ToStart(Trainer):
@@ -240,24 +227,21 @@ class L2ToStart(Trainer):
         return loss
 
 
-def _training_data(method: Method, recipe: Recipe, tokenizer: Any) -> Dataset:
-    """The safety data, with capability samples among them where the method says so."""
-    if not method.mixed_share:
-        return recipe.training
-    arguments = recipe.arguments(method, Path())
-    preparation = Preparation(tokenizer, tokenizer, max_length=arguments.max_length)
-    num_safety, groups = len(recipe.training), recipe.capability_groups
-    num_capability = round(num_safety * method.mixed_share / (1 - method.mixed_share))
+def mixed_data(share: float, run: RunArguments, safety: Dataset, tokenizer: Any) -> Dataset:
+    """The safety data, with capability samples among them: a share of all."""
+    groups: Any = load_groups(run.train.capability_datasets, "`capability_datasets`")
+    preparation = Preparation(tokenizer, tokenizer, max_length=run.training.max_length)
+    num_capability = round(len(safety) * share / (1 - share))
     # As many distinct samples as the others may draw from; each as often as the share asks for.
-    wanted: dict[str, Any] = {"safety": (recipe.training, num_safety, None)} | {
-        name: (d, min(recipe.settings["num_samples"], len(d)), num_capability // len(groups))
+    wanted: dict[str, Any] = {"safety": (safety, len(safety), None)} | {
+        name: (d, min(run.ogpsa.num_samples, len(d)), num_capability // len(groups))
         for name, d in groups.items()
     }
     rows: list[dict[str, Any]] = []
     for name, (dataset, num_samples, num_rows) in wanted.items():
         group = prepare_group(
             name, dataset, preparation,
-            num_samples=num_samples, num_parts=1, batch_size=1, seed=recipe.seed,
+            num_samples=num_samples, num_parts=1, batch_size=1, seed=run.training.seed,
         )  # fmt: skip
         # Tokens and labels: samples of different formats, plain text and conversations, can be
         # mixed only in this form.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ogpsa_trl.benchmark.methods import METHODS, Run
-from ogpsa_trl.benchmark.testbeds import Testbed
+from ogpsa_trl.benchmark.testbed import BenchmarkArguments
 from ogpsa_trl.evaluation.equal_safety import (
     Spread,
     at_safety,
@@ -14,44 +14,62 @@ from ogpsa_trl.evaluation.equal_safety import (
     tradeoff_figure,
 )
 from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
+from ogpsa_trl.evaluation.suite import MEASURES
 from ogpsa_trl.evaluation.tables import markdown_table
 
 
-def report(
-    results: Mapping[Run, dict[str, Any]],
-    testbed: Testbed,
-    seeds: Sequence[int],
-    factors: Sequence[float],
-    output: Path,
-) -> None:
+def report(results: Mapping[Run, dict[str, Any]], bed: BenchmarkArguments) -> None:
     """Write all runs as JSON, and for every chain and number of steps the tables and a picture."""
+    output = Path(bed.output_dir)
     versions = package_versions("accelerate")
-    bases = {s: read_json(output / "runs" / f"base-{s}.json")["measures"] for s in seeds}
+    starts = {s: read_json(output / "runs" / f"start-{s}.json") for s in bed.seeds}
+    before = [start["measures"] for start in starts.values()]
+    higher_is_better = starts[bed.seeds[0]]["higher_is_better"]
     runs = list(results.values())
-    write_json(output / "results.json", {"base": bases, "runs": runs, "versions": versions})
-    start = {n: Spread.of([base[n] for base in bases.values()]).mean for n in bases[seeds[0]]}
-    sections = [f"# {testbed.title}: capability at equal safety", testbed.notes]
+    write_json(
+        output / "results.json",
+        {"start": {s: start["measures"] for s, start in starts.items()}, "runs": runs}
+        | {"higher_is_better": higher_is_better, "versions": versions},
+    )
+    start = {n: Spread.of([values[n] for values in before]).mean for n in before[0]}
+    shown = [bed.safety, bed.over_refusal, *bed.capability, *bed.details]
+    sections = [
+        f"# {bed.title}: capability at equal safety",
+        f"`capability` is {_names(bed.capability)}. Before training: "
+        + ", ".join(f"`{n}` {start[n]:.3f}" for n in dict.fromkeys(shown))
+        + ".",
+        "\n".join(
+            f"* `{kind}`: {MEASURES[kind].meaning} ({MEASURES[kind].unit})."
+            for kind in dict.fromkeys(name.partition("/")[0] for name in shown)
+            if kind in MEASURES
+        ),
+    ]
     for chain, num_steps in dict.fromkeys((run.chain, run.num_steps) for run in results):
         chosen = {r: v for r, v in results.items() if (r.chain, r.num_steps) == (chain, num_steps)}
-        title = f"{testbed.title}, {chain.upper().replace('-', ' -> ')}, {num_steps} steps"
-        tables = Tables(chosen, testbed)
+        title = f"{bed.title}, {chain.upper().replace('-', ' -> ')}, {num_steps} steps"
+        tables = Tables(chosen, bed, higher_is_better)
         sections += [f"## {title}"]
         sections += map(markdown_table, (tables.levels(), tables.details(), tables.runs()))
         tradeoff_figure(
-            tables.sweeps(), output / f"{chain}-{num_steps}.png", safety=testbed.safety,
-            capability=testbed.capability, colour=testbed.over_refusal, marked=len(factors) // 2,
-            start=start, levels=testbed.levels, lower_is_better=testbed.lower_is_better,
-            title=title,
+            tables.sweeps(), output / f"{chain}-{num_steps}.png", safety=bed.safety,
+            capability="capability", colour=bed.over_refusal, start=start, levels=bed.levels,
+            marked=len(bed.learning_rate_factors) // 2, title=title,
+            lower_is_better=[name for name, up in higher_is_better.items() if not up],
         )  # fmt: skip
         if kept := tables.by_share():
             share_figure(
                 kept, output / f"{chain}-{num_steps}-shares.png", title=title,
-                capability=f"{testbed.capability} at {testbed.safety} {tables.middle:g}",
+                capability=f"capability at {bed.safety} {tables.middle:g}",
             )  # fmt: skip
         print(f"\n{title}\n\n{markdown_table(tables.levels(), style='simple')}")
-    sections.append(f"Seeds {', '.join(map(str, seeds))}. {in_words(versions)}")
+    sections.append(f"Seeds {', '.join(map(str, bed.seeds))}. {in_words(versions)}")
     (output / "results.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nTables, pictures and all runs: {output}")
+
+
+def _names(measures: Sequence[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in measures)
+    return names if len(measures) == 1 else f"the mean of {names}"
 
 
 class Tables:
@@ -60,11 +78,18 @@ class Tables:
 
     Args:
         results: The results of its runs.
-        testbed: Which measures there are.
+        bed: Which measures there are.
+        higher_is_better: Of each measure.
     """
 
-    def __init__(self, results: Mapping[Run, dict[str, Any]], testbed: Testbed) -> None:
-        self.testbed = testbed
+    def __init__(
+        self,
+        results: Mapping[Run, dict[str, Any]],
+        bed: BenchmarkArguments,
+        higher_is_better: Mapping[str, bool],
+    ) -> None:
+        self.bed = bed
+        self.higher_is_better = higher_is_better
         self.results = results
         self.shares = {
             run.label: run.share
@@ -74,10 +99,10 @@ class Tables:
         }
         self.methods = list(self.shares)
         self.factors = sorted({run.learning_rate_factor for run in results})
-        self.middle = testbed.levels[len(testbed.levels) // 2]
+        self.middle = bed.levels[len(bed.levels) // 2]
         # Method to level to seed to measures.
         self.at_level = {
-            method: {level: self._at_level(method, level) for level in testbed.levels}
+            method: {level: self._at_level(method, level) for level in bed.levels}
             for method in self.methods
         }
 
@@ -94,13 +119,10 @@ class Tables:
 
     def levels(self) -> list[dict[str, Any]]:
         """Capability at every level of safety, differences at the middle one, and the cost."""
-        capability, over_refusal = self.testbed.capability, self.testbed.over_refusal
+        over_refusal = self.bed.over_refusal
         return [
             {"method": method}
-            | {
-                f"{capability} at {v:g}": self._cell(method, v, capability)
-                for v in self.testbed.levels
-            }
+            | {f"capability at {v:g}": self._cell(method, v, "capability") for v in self.bed.levels}
             | {"- naive": self._difference(method, "naive")}
             | {"- best KL": self._difference(method, self.best_kl(self.shares[method]))}
             | {f"{over_refusal} at {self.middle:g}": self._cell(method, self.middle, over_refusal)}
@@ -111,14 +133,14 @@ class Tables:
     def details(self) -> list[dict[str, Any]]:
         """Further measures at the middle level of safety."""
         return [
-            {f"at {self.testbed.safety} {self.middle:g}": method}
-            | {name: self._cell(method, self.middle, name) for name in self.testbed.details}
+            {f"at {self.bed.safety} {self.middle:g}": method}
+            | {name: self._cell(method, self.middle, name) for name in self.bed.details}
             for method in self.methods
         ]
 
     def runs(self) -> list[dict[str, Any]]:
         """Safety and capability of every run of the sweep: what the tables above were read off."""
-        names = (self.testbed.safety, self.testbed.capability, self.testbed.over_refusal)
+        names = (self.bed.safety, "capability", self.bed.over_refusal)
         return [
             {"method": method}
             | {
@@ -134,7 +156,7 @@ class Tables:
         """Capability at the middle level by method and share, where there is a share."""
         kept: dict[str, dict[float, Spread]] = {}
         for method, share in self.shares.items():
-            values = self._values(method, self.middle, self.testbed.capability)
+            values = self._values(method, self.middle, "capability")
             if share is not None and values:
                 name = method.removesuffix(f", share {share:g}")
                 kept.setdefault(name, {})[share] = Spread.of([*values.values()])
@@ -145,11 +167,10 @@ class Tables:
         The KL penalty of the weight that keeps most at the middle level, in most seeds, among those
         of a share.
         """
-        capability = self.testbed.capability
-        sign = -1 if capability in self.testbed.lower_is_better else 1
+        sign = 1 if self.higher_is_better["capability"] else -1
         found = {}
         for method in self.methods:
-            values = list(self._values(method, self.middle, capability).values())
+            values = list(self._values(method, self.middle, "capability").values())
             if method.startswith("KL") and self.shares[method] == share and values:
                 found[method] = (len(values), sign * Spread.of(values).mean)
         return max(found, key=lambda method: found[method]) if found else None
@@ -169,7 +190,7 @@ class Tables:
         found = {}
         for seed in dict.fromkeys(run.seed for run in self.results):
             sweep = [self.results[run]["measures"] for run in runs if run.seed == seed]
-            measures = at_safety(sweep, self.testbed.safety, level)
+            measures = at_safety(sweep, self.bed.safety, level)
             if measures is not None:
                 found[seed] = measures
         return found
@@ -186,8 +207,8 @@ class Tables:
         """Of the capabilities at the middle level, by seed, with its standard error."""
         if other is None or method == other or other not in self.methods:
             return None
-        name = self.testbed.capability
-        spread = paired_difference(*(self._values(m, self.middle, name) for m in (method, other)))
+        values = (self._values(m, self.middle, "capability") for m in (method, other))
+        spread = paired_difference(*values)
         if spread is None:
             return None
         error = f" +- {spread.standard_error:.3f}" if spread.num > 1 else ""

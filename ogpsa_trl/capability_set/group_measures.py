@@ -24,7 +24,7 @@ from ogpsa_trl.capability_set.set_rows import RowGroup
 from ogpsa_trl.data.groups import CapabilityGroup
 from ogpsa_trl.data.preparation import Preparation, prepare_group
 from ogpsa_trl.engines.choose import one_process_backend
-from ogpsa_trl.evaluation.likelihoods import batch_nll, group_nll
+from ogpsa_trl.evaluation.group_scores import batch_nll, group_scores
 from ogpsa_trl.method.capability_gradients import capability_gradients
 from ogpsa_trl.tensors import gradient_rows, matrices
 
@@ -69,10 +69,10 @@ def measure_group(
     Raises:
         ValueError: it has no sample with a token to learn.
     """
-    values = group_nll(
+    values = group_scores(
         model, tokenizer, group.name, Dataset.from_list(group.rows), seed=arguments.seed,
         max_length=arguments.max_length, batch_size=arguments.batch_size,
-    )  # fmt: skip
+    )["nll"]  # fmt: skip
     whole = _prepared(group, tokenizer, arguments, max_length=None)
     lengths = [len(sample.features["input_ids"]) for sample in whole.samples]
     return GroupMeasures(

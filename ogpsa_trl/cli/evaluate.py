@@ -84,6 +84,7 @@ def run_evaluation(arguments: EvaluationArguments) -> list[Result]:
         arguments = replace(arguments, max_length=max_length)
         sets = load_sets(arguments, list(tokenizers.values()))
     scores: dict[str, ModelScores] = {}
+    start_model = None
     for when, (name, revision) in models.items():
         print(f"Measuring {when} training: {name}")
         config = ModelConfig(
@@ -96,7 +97,8 @@ def run_evaluation(arguments: EvaluationArguments) -> list[Result]:
         )
         with user_errors():
             model = load_model(config, device_map=arguments.device_map, **trusted)
-        scores[when] = score_model(model, tokenizers[when], sets, arguments)
+        scores[when] = score_model(model, tokenizers[when], sets, arguments, start_model)
+        start_model = model if arguments.drift else None
         del model
         gc.collect()  # two large models may not fit beside each other
         if torch.cuda.is_available():
@@ -176,7 +178,7 @@ def write(
         },
     }
     write_json(output / "evaluation.json", content)
-    write_rows(output / "answers.jsonl", _answers(sets, scores))
+    write_rows(output / "answers.jsonl", answer_rows(sets, scores))
 
     title = arguments.model_name_or_path
     title += ", before and after safety training" if has_before else ""
@@ -215,7 +217,9 @@ def _values_json(values: SampleValues) -> dict[str, Any]:
     return content if values.items is None else content | {"items": list(values.items)}
 
 
-def _answers(sets: EvaluationSets, scores: Mapping[str, ModelScores]) -> Iterator[dict[str, Any]]:
+def answer_rows(
+    sets: EvaluationSets, scores: Mapping[str, ModelScores]
+) -> Iterator[dict[str, Any]]:
     """The prompts with the answers of all models, for reading: a keyword is no judge."""
     groups = {f"refusal_rate/{group}": rows for group, rows in sets.harmful.items()}
     groups |= {f"over_refusal_rate/{group}": rows for group, rows in sets.over_refusal.items()}

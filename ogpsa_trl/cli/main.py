@@ -31,7 +31,7 @@ MODULES = {name: f"ogpsa_trl.cli.{name}" for name in COMMANDS} | {
     "train": "ogpsa_trl.cli.launch",
     "demo": "ogpsa_trl.benchmark.demo",
 }
-BENCHMARKS = {name: f"ogpsa_trl.benchmark.{name}" for name in ("tradeoff", "overhead", "stories")}
+BENCHMARKS = {name: f"ogpsa_trl.benchmark.{name}" for name in ("tradeoff", "overhead", "data")}
 
 # What brings the package for pictures, which is needed at the very end only.
 EXTRAS = {"evaluate": "eval", "benchmark": "scripts", "demo": "scripts"}

@@ -9,7 +9,7 @@ capability gate (`gate_datasets`, `max_capability_loss_increase`) is not passed.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +124,19 @@ def check_paths(run: RunArguments) -> str | None:
     return checkpoint_to_resume(resume.lower() == "true" or resume, args.output_dir)
 
 
-def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, CapabilityGate | None]:
+def prepare(
+    run: RunArguments,
+    *,
+    trainer_class: Any = None,
+    change_data: Callable[[Data, Any], Data] = lambda data, _: data,
+) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, CapabilityGate | None]:
     """
     Load the tokenizer, then the data, and only then the model, into a trainer and its gate.
+
+    Args:
+        run: Says what to load.
+        trainer_class: In place of that of the stage.
+        change_data: Makes other data of what was loaded, given the tokenizer.
 
     Raises:
         ValueError: they do not go together.
@@ -142,9 +152,9 @@ def prepare(run: RunArguments) -> tuple[OGPSASFTTrainer | OGPSADPOTrainer, Capab
     if run.train.ogpsa and run.train.capability_datasets:
         check_arguments(args, run.ogpsa.target)
     processing_class = load_processing_class(run)
-    data = load_data(run, processing_class)
+    data = change_data(load_data(run, processing_class), processing_class)
     check_model(run)
-    trainer = TRAINERS[run.train.stage](
+    trainer = (trainer_class or TRAINERS[run.train.stage])(
         model.model_name_or_path,
         args=args,
         train_dataset=data.train,

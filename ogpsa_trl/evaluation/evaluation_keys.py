@@ -105,6 +105,16 @@ class EvaluationArguments:
     preference_datasets: list[PreferenceDatasetConfig] = setting(
         list, "Pairs, in TRL's preference format."
     )
+    exact_match: bool = setting(
+        False,
+        "Whether to say which share of the held-out answers of the capability data greedy decoding "
+        "would give exactly: of use where answers are short.",
+    )
+    drift: bool = setting(
+        False,
+        "Whether to measure how far the model has gone from the one before, on the held-out "
+        "capability data. Both are in memory for it.",
+    )
     refusals: list[str] = setting(
         lambda: list(REFUSALS), "Whole refusals, the likelihood of which is measured."
     )
@@ -113,6 +123,11 @@ class EvaluationArguments:
     )
     lm_eval_include_path: str | None = setting(
         None, "Folder of task files of your own for the harness."
+    )
+    lm_eval_chat_template: bool = setting(
+        False,
+        "Whether the harness puts its prompts through the chat template, as users of a chat model "
+        "do; published figures are often without.",
     )
     lm_eval_limit: int | None = setting(
         None, "Samples of each task, the first ones, at least 1. Default: all."
@@ -155,8 +170,15 @@ class EvaluationArguments:
                 "`harmful_datasets` and `over_refusal_datasets` need `refusals`, but there are "
                 "none. Add some, or leave the key out for the usual ones."
             )
-        if not self.lm_eval_tasks and (self.lm_eval_include_path or self.lm_eval_limit):
+        if self.drift and not self.base_model_name_or_path:
             raise ValueError(
-                "`lm_eval_include_path` and `lm_eval_limit` are settings of `lm_eval_tasks`, of "
-                "which there are none. Name some, or remove the settings."
+                "`drift` is measured from the model before, but `base_model_name_or_path` is not "
+                "set. Set it, or leave `drift` out."
+            )
+        if not self.lm_eval_tasks and (
+            self.lm_eval_include_path or self.lm_eval_limit or self.lm_eval_chat_template
+        ):
+            raise ValueError(
+                "`lm_eval_include_path`, `lm_eval_limit` and `lm_eval_chat_template` are settings "
+                "of `lm_eval_tasks`, of which there are none. Name some, or remove the settings."
             )

@@ -44,6 +44,7 @@ def harness_scores(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
+    chat_template: bool = False,
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Measured]:
@@ -58,6 +59,7 @@ def harness_scores(
         include_path: Folder of task files of your own. Where all tasks are found in it, those that
             come with the harness are not read.
         limit: Number of samples of each task, the first ones. `None` takes all.
+        chat_template: Whether prompts go through the tokenizer's chat template.
         batch_size: Number of sequences of a forward pass.
         seed: Of few-shot examples and shuffled choices.
 
@@ -87,6 +89,7 @@ def harness_scores(
                 lm,
                 tasks=list(leaves.values()),
                 limit=limit,
+                apply_chat_template=chat_template,
                 bootstrap_iters=0,  # its standard errors are of one model, not of a difference
                 log_samples=True,
                 task_manager=manager,

@@ -1,5 +1,5 @@
 """
-What a model says about given tokens: scores of completions, likelihoods of capability groups.
+What a model says about given completions.
 
 Nothing is generated. Greedy decoding would give exactly a completion if and only if every token of
 the completion is the most probable one after the tokens before it. So one forward pass over prompt
@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
-
-from ogpsa_trl.data.groups import Batch, trained_labels
-from ogpsa_trl.data.preparation import Preparation, context_of, prepare_group
-from ogpsa_trl.evaluation.intervals import SampleValues, ratio_of
 
 # A text, or the messages of a conversation.
 Text = str | list[dict[str, str]]
@@ -86,72 +80,6 @@ def completion_scores(
     """
     sequences, starts = tokenise_all(tokenizer, prompts, completions, append_eos, max_length)
     return sequence_scores(model, sequences, starts, batch_size)
-
-
-def group_nll(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    dataset: Dataset,
-    *,
-    max_samples: int | None = None,
-    max_length: int | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> SampleValues:
-    """
-    Negative log-likelihood per token of a capability group, in nats.
-
-    Rows become tokens and labels as in training, by TRL's own preparation: every token of a text
-    and of a conversation counts, of a prompt with a completion those of the completion.
-
-    Args:
-        model, tokenizer, batch_size: As for `completion_scores`.
-        name: Of the group.
-        dataset: Rows in a format of `SFTTrainer`, or preferences, of which the chosen completions
-            are used.
-        max_samples: Number of rows, chosen by `seed`. `None` takes all.
-        max_length: Number of tokens kept of each row. `None` keeps all.
-        seed: Of the choice of rows.
-
-    Returns:
-        Of each row the sum over its tokens, and their number; rows without a token to predict are
-        left out.
-
-    Raises:
-        ValueError: the group is empty, or its format is unknown.
-    """
-    group = prepare_group(
-        name,
-        dataset,
-        Preparation(tokenizer, tokenizer, max_length, context=context_of(model.config)),
-        num_samples=min(len(dataset), max_samples or len(dataset)),
-        num_parts=1,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    samples, nll = [], []
-    with evaluating(model):
-        for batch in group.whole().batches_of(0, 1):
-            samples += batch.samples
-            nll += [row.item() for row in batch_nll(model, batch)]
-    return ratio_of([s.name for s in samples], nll, [s.num_tokens for s in samples])
-
-
-def batch_nll(model: torch.nn.Module, batch: Batch) -> list[Tensor]:
-    """Negative log-likelihood of each row of a batch, summed, in nats, float64, with its graph."""
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
-    labels_BL = inputs.pop("labels")
-    logits_BLV = model(**inputs, use_cache=False).logits
-    labels_BL = labels_BL.to(logits_BLV.device)
-    is_scored_BL = trained_labels(labels_BL)
-    rows = zip(logits_BLV[:, :-1], labels_BL[:, 1:], is_scored_BL, strict=True)
-    # Only what is scored, so that float32 logits of a whole batch are never held.
-    return [
-        cross_entropy(logits[scored].float(), labels[scored], reduction="none").double().sum()
-        for logits, labels, scored in rows
-    ]
 
 
 def tokenise_all(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ogpsa_trl.evaluation.group_scores import divergence
 from ogpsa_trl.evaluation.likelihoods import (
     CompletionScores,
     Text,
@@ -81,11 +82,8 @@ def mean_divergence(
     )
     total, num_tokens = 0.0, 0
     for (_, start_logits_TV), (_, logits_TV) in pairs:
-        start_log_probs_TV = start_logits_TV.double().log_softmax(-1)
-        log_probs_TV = logits_TV.double().log_softmax(-1).to(start_log_probs_TV.device)
-        divergence_TV = start_log_probs_TV.exp() * (start_log_probs_TV - log_probs_TV)
-        total += divergence_TV.sum().item()
-        num_tokens += len(divergence_TV)
+        total += divergence(start_logits_TV.to(logits_TV.device), logits_TV).sum().item()
+        num_tokens += len(logits_TV)
     return total / num_tokens
 
 

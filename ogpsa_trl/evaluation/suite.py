@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.evaluation.generation import greedy_answers
+from ogpsa_trl.evaluation.group_scores import group_scores
 from ogpsa_trl.evaluation.harness import harness_scores
 from ogpsa_trl.evaluation.intervals import mean_of, ratio_of
-from ogpsa_trl.evaluation.likelihoods import answer_to, completion_scores, group_nll
+from ogpsa_trl.evaluation.likelihoods import answer_to, completion_scores
 from ogpsa_trl.evaluation.measures import preference_margins
 from ogpsa_trl.evaluation.refusal import is_refusal
 from ogpsa_trl.evaluation.results import Measured
@@ -32,6 +33,13 @@ MEASURES = {
     "nll": Description(
         "nats/token", False,
         "negative log-likelihood of held-out capability data, on the tokens that training counts",
+    ),
+    "exact_match": Description(
+        "share", True, "share of held-out capability rows that greedy decoding would give exactly"
+    ),
+    "drift": Description(
+        "nats/token", False,
+        "divergence from the model before, KL(before || after), on held-out capability data",
     ),
     "refusal_ll": Description(
         "nats/refusal token", True, "log-likelihood of the refusals as answers to harmful prompts"
@@ -77,17 +85,21 @@ def score_model(
     tokenizer: PreTrainedTokenizerBase,
     sets: EvaluationSets,
     arguments: EvaluationArguments,
+    start_model: PreTrainedModel | None = None,
 ) -> ModelScores:
-    """Take all measures of a model."""
+    """Take all measures of a model; the drift from a start model where there is one."""
     measures: dict[str, Measured] = {}
     answers: dict[str, Sequence[str]] = {}
     batches: Any = {"batch_size": arguments.batch_size}
     for group, dataset in sets.capability.items():
-        values = group_nll(
-            model, tokenizer, group, dataset, max_samples=arguments.max_samples,
-            max_length=arguments.max_length, seed=arguments.seed, **batches,
+        scored = group_scores(
+            model, tokenizer, group, dataset, start_model=start_model,
+            max_samples=arguments.max_samples, max_length=arguments.max_length,
+            seed=arguments.seed, **batches,
         )  # fmt: skip
-        measures[f"nll/{group}"] = _measured("nll", values)
+        if not arguments.exact_match:
+            del scored["exact_match"]
+        measures |= {f"{name}/{group}": _measured(name, values) for name, values in scored.items()}
     for groups, names in ((sets.harmful, _HARMFUL), (sets.over_refusal, _BENIGN)):
         for group, prompts in groups.items():
             scores, answered = _refusal(model, tokenizer, prompts, names, arguments)
@@ -101,7 +113,8 @@ def score_model(
     if arguments.lm_eval_tasks:
         measures |= harness_scores(
             model, tokenizer, arguments.lm_eval_tasks, limit=arguments.lm_eval_limit,
-            include_path=arguments.lm_eval_include_path, seed=arguments.seed, **batches,
+            include_path=arguments.lm_eval_include_path,
+            chat_template=arguments.lm_eval_chat_template, seed=arguments.seed, **batches,
         )  # fmt: skip
     return ModelScores(measures, answers)
 
