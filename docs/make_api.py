@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ogpsa_trl
-from ogpsa_trl import evaluation
 from ogpsa_trl.data import conversions
 
 FILE = Path(__file__).with_name("api.md")
@@ -23,8 +22,6 @@ def document() -> str:
         *(_entry("ogpsa_trl", name, getattr(ogpsa_trl, name)) for name in _names(ogpsa_trl)),
         "## Conversions\n\nSelected in YAML by `conversion: <name>`; `ogpsa_trl.data.conversions`.",
         *(_entry("", name, function) for name, function in conversions.CONVERSIONS.items()),
-        "## Evaluation\n\n`ogpsa_trl.evaluation`",
-        *(_entry("", name, getattr(evaluation, name)) for name in _names(evaluation)),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -9,6 +9,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from laws import largest_cosine
 from ogpsa_trl import CapabilityGate, OGPSAConfig, OGPSADPOTrainer, OGPSASFTTrainer
+from ogpsa_trl.benchmark.toy_model import toy_tokenizer
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 
 WORLD = ToyWorld(seed=0)
@@ -214,6 +215,28 @@ def literal_kl(model, start, tokenizer, rows):
         actual, _ = completion_log_probs(model, tokenizer, row)
         divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
     return torch.cat(divergences).mean()
+
+
+def nats_per_token(scores):
+    """The mean log-likelihood of the scored tokens of all completions."""
+    return (scores.log_probs.sum() / scores.num_tokens.sum()).item()
+
+
+def literal_drift(before, after, prompts, completions):
+    """KL(before || after) per token of the completions, one sample at a time."""
+    tokenizer = toy_tokenizer()
+    total, num_tokens = 0.0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([tokenizer(prompt + completion + "<eos>")["input_ids"]])
+        with torch.no_grad():
+            old, new = (
+                model(input_ids=ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+                for model in (before, after)
+            )
+        total += (old.exp() * (old - new)).sum().item()
+        num_tokens += len(old)
+    return total / num_tokens
 
 
 def literal_nll(model, tokenizer, rows):

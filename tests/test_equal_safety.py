@@ -4,8 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ogpsa_trl.evaluation import Spread, at_safety, paired_difference, tradeoff_figure
-from ogpsa_trl.evaluation.equal_safety import share_figure
+from ogpsa_trl.evaluation.equal_safety import (
+    Spread,
+    at_safety,
+    paired_difference,
+    share_figure,
+    tradeoff_figure,
+)
 from scripted import saved_figures
 
 SWEEP = [

@@ -19,21 +19,15 @@ from peft import LoraConfig, get_peft_model
 from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
-from ogpsa_trl.evaluation import (
-    completion_scores,
-    exact_match,
-    mean_divergence,
-    mean_log_likelihood_per_token,
-    mean_probability,
-    preference_accuracy,
-)
 from ogpsa_trl.evaluation.figures import change_figure
 from ogpsa_trl.evaluation.group_scores import group_scores
+from ogpsa_trl.evaluation.likelihoods import completion_scores, preference_margins
 from ogpsa_trl.evaluation.refusal import REFUSALS
 from ogpsa_trl.evaluation.results import compare
 from ogpsa_trl.evaluation.sets import load_sets
 from ogpsa_trl.evaluation.suite import score_model, with_preference_over_base
 from ogpsa_trl.evaluation.tables import result_rows
+from runs import literal_drift, nats_per_token
 from scripted import (
     ANSWERING,
     P_STEP,
@@ -193,7 +187,7 @@ class TestCapability:
         model = tiny_model(seed=2)
         values = group_scores(model, TOKENIZER, kind, rows, batch_size=5)["nll"]
         scores = completion_scores(model, TOKENIZER, prompts, completions)
-        assert values.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
+        assert values.value == pytest.approx(-nats_per_token(scores), rel=1e-5)
         assert values.columns[1].sum() == scores.num_tokens.sum()
         one_by_one = group_scores(model, TOKENIZER, kind, rows, batch_size=1)["nll"]
         ours = values.select(one_by_one.ids).columns
@@ -204,9 +198,10 @@ class TestCapability:
         rows = WORLD.capability_groups(12)["skills"]
         texts = TOKENIZER, rows["prompt"], rows["completion"]
         found = group_scores(after, TOKENIZER, "a", rows, start_model=before, batch_size=5)
-        expected = mean_divergence(before, after, *texts)
-        assert found["drift"].value == pytest.approx(expected, rel=1e-5)
-        assert found["exact_match"].value == exact_match(completion_scores(after, *texts))
+        expected = literal_drift(before, after, *texts[1:])
+        assert found["drift"].value == pytest.approx(expected, rel=1e-4)
+        is_greedy = completion_scores(after, *texts).is_greedy
+        assert found["exact_match"].value == is_greedy.double().mean()
         same = group_scores(after, TOKENIZER, "a", rows, start_model=after)
         assert same["drift"].value == 0
 
@@ -365,19 +360,20 @@ class TestScript:
             refusals = completion_scores(model, TOKENIZER, prompts, harmful["completion"])
             scores = completion_scores(model, TOKENIZER, skills["prompt"], skills["completion"])
             expected = {
-                "p_refuse/harmful": mean_probability(refusals),
-                "refusal_ll/harmful": mean_log_likelihood_per_token(refusals),
-                "nll/skills": -mean_log_likelihood_per_token(scores),
+                "p_refuse/harmful": refusals.log_probs.exp().mean().item(),
+                "refusal_ll/harmful": nats_per_token(refusals),
+                "nll/skills": -nats_per_token(scores),
             }
             found = {name: measures[name][when]["value"] for name in expected}
             assert found == pytest.approx(expected, rel=1e-4)
         texts = pairs["prompt"], pairs["chosen"], pairs["rejected"]
-        direct = preference_accuracy(after, TOKENIZER, *texts, reference_model=before)
+        margins = [preference_margins(m, TOKENIZER, *texts) for m in (after, before)]
+        gains = margins[0] - margins[1]
         over_base = measures["preference_over_base/pairs"]
-        assert over_base["after"]["value"] == pytest.approx(direct.accuracy)
+        assert over_base["after"]["value"] == (gains > 0).double().mean()
         assert over_base["before"] is over_base["delta"] is None
         assert measures["margin/pairs"]["delta"]["value"] == pytest.approx(
-            direct.mean_margin, rel=1e-4
+            gains.mean().item(), rel=1e-4
         )
 
     def test_the_values_can_be_computed_anew_from_the_file(self, finished):
@@ -416,10 +412,10 @@ class TestScript:
     def test_drift_is_measured_from_the_model_before(self, evaluate, models):
         results = evaluate(models, drift=True, harmful_datasets=None, over_refusal_datasets=None)
         skills = WORLD.capability_groups(12)["skills"]
-        texts = TOKENIZER, skills["prompt"], skills["completion"]
         [drift] = [result for result in results.results if result.name == "drift/skills"]
-        expected = mean_divergence(tiny_model(1), tiny_model(2), *texts)
-        assert drift.after.value == pytest.approx(expected, rel=1e-5)
+        texts = skills["prompt"], skills["completion"]
+        expected = literal_drift(tiny_model(1), tiny_model(2), *texts)
+        assert drift.after.value == pytest.approx(expected, rel=1e-4)
         assert drift.before is drift.delta is None
 
     def test_an_adapter_is_put_on_its_base_model(self, evaluate, models, tmp_path):
@@ -433,7 +429,7 @@ class TestScript:
         skills = WORLD.capability_groups(12)["skills"]
         scores = completion_scores(adapted, TOKENIZER, skills["prompt"], skills["completion"])
         [nll] = [result for result in results if result.name == "nll/skills"]
-        assert nll.after.value == pytest.approx(-mean_log_likelihood_per_token(scores), rel=1e-5)
+        assert nll.after.value == pytest.approx(-nats_per_token(scores), rel=1e-5)
         assert nll.delta.value != 0
 
 

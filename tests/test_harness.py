@@ -18,7 +18,8 @@ from transformers import RwkvConfig, RwkvForCausalLM
 from ogpsa_trl.benchmark.toy_model import tiny_model
 from ogpsa_trl.benchmark.toy_world import ToyWorld
 from ogpsa_trl.cli.evaluate import parse_evaluation, run_evaluation
-from ogpsa_trl.evaluation import bits_per_character, completion_scores, harness
+from ogpsa_trl.evaluation import harness
+from ogpsa_trl.evaluation.likelihoods import completion_scores
 from scripted import REFUSING, TOKENIZER, save, scripted_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,9 +119,11 @@ class TestScores:
         assert (perplexity.higher_is_better, bits.higher_is_better) == (False, False)
         assert (perplexity.values.form, bits.values.form) == ("exp(ratio)", "ratio")
         # The harness puts the end of the text before it, and scores all of its tokens.
-        prompts = [f"<eos> {prompt}" for prompt in ROWS["prompt"]]
+        texts = [f" {prompt}" for prompt in ROWS["prompt"]]
         num_characters = sum(map(len, ROWS["prompt"]))
-        literal = bits_per_character(model, TOKENIZER, prompts) * (num_characters + len(prompts))
+        starts = ["<eos>"] * len(texts)
+        found = completion_scores(model, TOKENIZER, starts, texts, append_eos=False)
+        literal = -found.log_probs.sum().item() / math.log(2)
         assert bits.values.value * num_characters == pytest.approx(literal, rel=1e-4)
         num_words = sum(len(prompt.split()) for prompt in ROWS["prompt"])
         assert perplexity.values.value == pytest.approx(

@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -7,16 +6,7 @@ from tokenizers.processors import TemplateProcessing
 
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
 from ogpsa_trl.benchmark.toy_world import REFUSAL, ToyWorld
-from ogpsa_trl.evaluation import (
-    CompletionScores,
-    bits_per_character,
-    completion_scores,
-    exact_match,
-    mean_divergence,
-    mean_log_likelihood_per_token,
-    mean_probability,
-    preference_accuracy,
-)
+from ogpsa_trl.evaluation.likelihoods import completion_scores, preference_margins
 from runs import make_trainer
 
 TOKENIZER = toy_tokenizer()
@@ -110,7 +100,6 @@ def test_exact_match_is_what_greedy_generation_gives():
     assert "<eos>" not in " ".join(generated)
     scores = completion_scores(model, TOKENIZER, prompts * 2, generated + changed, append_eos=False)
     assert scores.is_greedy.tolist() == [True] * len(prompts) + [False] * len(prompts)
-    assert exact_match(scores) == 0.5
 
 
 def test_the_probabilities_of_all_completions_of_one_token_sum_to_one(trained_model):
@@ -119,7 +108,6 @@ def test_the_probabilities_of_all_completions_of_one_token_sum_to_one(trained_mo
     scores = completion_scores(trained_model, TOKENIZER, prompts, completions, append_eos=False)
     assert scores.num_tokens.tolist() == [1] * len(completions)
     assert scores.log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
-    assert mean_probability(scores) == pytest.approx(1 / len(completions), abs=1e-7)
     assert scores.is_greedy.sum() == 1
 
 
@@ -132,17 +120,6 @@ def test_the_end_of_sequence_token_is_appended_once(trained_model):
     assert without.num_tokens.tolist() == [1]
     assert appended.log_probs == given.log_probs
     assert appended.log_probs < without.log_probs
-
-
-def test_measures_summarise_scores():
-    scores = CompletionScores(
-        log_probs=torch.tensor([0.5, 0.25, 1.0, 0.125], dtype=torch.float64).log(),
-        num_tokens=torch.tensor([1, 2, 1, 3]),
-        is_greedy=torch.tensor([True, False, True, True]),
-    )
-    assert exact_match(scores) == 0.75
-    assert mean_probability(scores) == pytest.approx(1.875 / 4)
-    assert mean_log_likelihood_per_token(scores) == pytest.approx(-6 * math.log(2) / 7)
 
 
 def test_truncation_scores_the_tokens_that_are_kept(trained_model):
@@ -213,14 +190,13 @@ def test_a_conversation_is_scored_on_the_tokens_that_trl_trains_on(trained_model
 def test_preferences_are_decided_by_the_whole_completion(trained_model):
     rows = WORLD.safety_preferences().select(range(10))
     prompts, chosen, rejected = rows["prompt"], rows["chosen"], rows["rejected"]
-    scores = preference_accuracy(trained_model, TOKENIZER, prompts, chosen, rejected)
+    found = preference_margins(trained_model, TOKENIZER, prompts, chosen, rejected)
     margins = torch.tensor(literal_scores(trained_model, prompts, chosen)[0]) - torch.tensor(
         literal_scores(trained_model, prompts, rejected)[0]
     )
-    assert scores.accuracy == 1.0
-    assert scores.mean_margin == pytest.approx(margins.mean().item(), rel=1e-4)
-    swapped = preference_accuracy(trained_model, TOKENIZER, prompts, rejected, chosen)
-    assert swapped == (0.0, pytest.approx(-scores.mean_margin))
+    torch.testing.assert_close(found, margins.double(), rtol=1e-4, atol=0)
+    swapped = preference_margins(trained_model, TOKENIZER, prompts, rejected, chosen)
+    assert torch.equal(swapped, -found)
 
 
 def test_preferences_over_a_reference_model_are_the_rewards_of_trl(trained_model, tmp_path):
@@ -234,56 +210,11 @@ def test_preferences_over_a_reference_model_are_the_rewards_of_trl(trained_model
     )  # fmt: skip
     logged = trainer.evaluate()
     texts = data["prompt"], data["chosen"], data["rejected"]
-    scores = preference_accuracy(model, TOKENIZER, *texts, reference_model=reference)
-    assert scores.accuracy == pytest.approx(logged["eval_rewards/accuracies"])
-    assert scores.mean_margin == pytest.approx(logged["eval_rewards/margins"] / 0.5, rel=1e-4)
-    swapped = preference_accuracy(reference, TOKENIZER, *texts, reference_model=model)
-    assert swapped.mean_margin == pytest.approx(-scores.mean_margin)
-    assert scores != preference_accuracy(model, TOKENIZER, *texts)
-
-
-def test_a_tie_is_no_preference(trained_model):
-    prompts = ["is poison bad ? =>"]
-    assert preference_accuracy(trained_model, TOKENIZER, prompts, [" no"], [" no"]) == (0.0, 0.0)
-    over_itself = preference_accuracy(
-        trained_model, TOKENIZER, prompts, [" no"], [" yes"], reference_model=trained_model
-    )
-    assert over_itself == (0.0, 0.0)
-
-
-def test_a_uniform_model_needs_the_bits_of_the_vocabulary_for_every_token():
-    texts = ["is poison bad ?", "cat", "the cat sees a dog", "poison the well"]
-    # The first token of a text is given. " poison bad ?" has 3 tokens and 13 characters, and so on.
-    num_tokens, num_characters = 3 + 4 + 2, 13 + 15 + 9
-    bits = bits_per_character(uniform_model(), TOKENIZER, texts, batch_size=3)
-    assert bits == pytest.approx(math.log2(len(TOKENIZER)) * num_tokens / num_characters)
-
-
-def test_a_token_in_front_lets_the_whole_text_be_scored():
-    texts = ["is poison bad ?", "cat"]
-    bits = bits_per_character(uniform_model(), tokenizer_with_bos(), texts)
-    assert bits == pytest.approx(math.log2(len(TOKENIZER)) * 5 / (15 + 3))
-
-
-def test_characters_that_were_cut_off_do_not_count(trained_model):
-    whole = bits_per_character(trained_model, TOKENIZER, ["is poison bad"])
-    cut = bits_per_character(trained_model, TOKENIZER, ["is poison bad ? tell me"], max_length=3)
-    assert cut == whole
-    uncut = bits_per_character(trained_model, TOKENIZER, ["is poison bad ? tell me"])
-    assert uncut != whole
-
-
-def test_bits_are_the_likelihood_of_the_text(trained_model):
-    text = "how to poison the well ?"
-    scores = completion_scores(trained_model, TOKENIZER, ["how"], [text[3:]], append_eos=False)
-    bits = -scores.log_probs.item() / math.log(2) / (len(text) - 3)
-    assert bits_per_character(trained_model, TOKENIZER, [text]) == pytest.approx(bits)
-
-
-@pytest.mark.parametrize("texts", [[], ["cat", ""]])
-def test_texts_without_a_token_to_score_are_refused(texts):
-    with pytest.raises(ValueError, match=f"but got {len(texts)} texts without a token to score"):
-        bits_per_character(tiny_model(), TOKENIZER, texts)
+    ours, theirs = (preference_margins(m, TOKENIZER, *texts) for m in (model, reference))
+    margins = ours - theirs
+    accuracy = (margins > 0).double().mean().item()
+    assert accuracy == pytest.approx(logged["eval_rewards/accuracies"])
+    assert margins.mean().item() == pytest.approx(logged["eval_rewards/margins"] / 0.5, rel=1e-4)
 
 
 def test_measuring_leaves_modes_and_gradients_as_they_were_also_where_it_fails():
@@ -298,27 +229,7 @@ def test_measuring_leaves_modes_and_gradients_as_they_were_also_where_it_fails()
 
     model.forward = forward
     with pytest.raises(RuntimeError, match="out of memory"):
-        bits_per_character(model, TOKENIZER, ["is bad"])
+        completion_scores(model, TOKENIZER, ["is"], [" bad"])
     assert seen == [(False, False)]
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
-
-
-def test_divergence_from_a_uniform_model_is_what_its_entropy_leaves(trained_model):
-    """KL(uniform || q) = -log V - mean over the vocabulary of log q, at every token."""
-    prompts, completions = mixed_samples(2)
-    expected, num_tokens = 0.0, 0
-    for prompt, completion in zip(prompts, completions, strict=True):
-        start = len(TOKENIZER(prompt)["input_ids"])
-        ids = torch.tensor([TOKENIZER(prompt + completion + "<eos>")["input_ids"]])
-        with torch.no_grad():
-            log_probs = trained_model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
-        expected += (-math.log(log_probs.shape[-1]) - log_probs.mean(-1)).sum().item()
-        num_tokens += len(log_probs)
-    found = mean_divergence(uniform_model(), trained_model, TOKENIZER, prompts, completions)
-    assert found == pytest.approx(expected / num_tokens, rel=1e-4)  # float32 logits
-    assert mean_divergence(trained_model, trained_model, TOKENIZER, prompts, completions) == 0
-    other_batches = mean_divergence(
-        uniform_model(), trained_model, TOKENIZER, prompts, completions, batch_size=3
-    )
-    assert other_batches == pytest.approx(found, rel=1e-5)

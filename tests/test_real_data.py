@@ -14,13 +14,10 @@ from ogpsa_trl.benchmark.testbed import parse_benchmark
 from ogpsa_trl.capability_set.set_report import group_rows
 from ogpsa_trl.cli import capability
 from ogpsa_trl.cli.capability import parse_capability_set
-from ogpsa_trl.evaluation import (
-    bits_per_character,
-    completion_scores,
-    mean_log_likelihood_per_token,
-)
 from ogpsa_trl.evaluation.json_files import write_rows
+from ogpsa_trl.evaluation.likelihoods import completion_scores
 from ogpsa_trl.evaluation.refusal import REFUSALS, is_refusal
+from runs import nats_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -89,13 +86,11 @@ def test_nothing_that_is_held_out_is_trained_on(rows):
 def test_the_model_knows_stories_better_than_anything_else(rows, base):
     model, tokenizer = base
     stories = [row["text"] for row in rows["held-out-stories"]]
-    # 1.07 on these; the first 64 tokens alone .8, because long texts run on into other stories. A
-    # wrong tokenizer or a wrong conversion of the weights gives 3 bits and more.
-    bits = bits_per_character(model, tokenizer, stories, max_length=MAX_LENGTH)
-    assert 1.0 < bits < 1.15
-    assert bits_per_character(model, tokenizer, stories, max_length=64) < bits
+    # Nats a token. A wrong tokenizer or a wrong conversion of the weights gives twice as many.
+    nats = literal_story_nll(model, tokenizer, stories)
+    assert 1.4 < nats < 1.8
     prompts = [json.dumps(row["prompt"]) for row in rows["held-out-harmful"]]
-    assert bits_per_character(model, tokenizer, prompts) > 2 * bits
+    assert literal_story_nll(model, tokenizer, prompts) > 2 * nats
 
 
 def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
@@ -128,7 +123,7 @@ def test_a_stage_runs_through_the_training_script(rows, base, tmp_path):
     # Float32 forward passes of different shapes and another attention kernel.
     close = {"rel": 1e-3}
     assert first["ogpsa/capability_loss/instructions"] == pytest.approx(
-        -mean_log_likelihood_per_token(scores), **close
+        -nats_per_token(scores), **close
     )
     stories = [row["text"] for row in few["stories"]]
     assert first["ogpsa/capability_loss/stories"] == pytest.approx(
@@ -165,7 +160,7 @@ def test_the_measures_of_the_test_bed_are_literal_ones(rows, base, bed):
         answers = [[{"role": "assistant", "content": refusal}] for refusal in REFUSALS]
         scores = completion_scores(model, tokenizer, each, answers * len(asked))
         measure = "refusal_ll" if name == "harmful" else "over_refusal_ll"
-        expected = mean_log_likelihood_per_token(scores)
+        expected = nats_per_token(scores)
         assert values[f"{measure}/{group}"] == pytest.approx(expected, **close)
     assert values["drift/instructions"] == values["distance"] == 0
     # It was trained on stories only: in some of them somebody is sorry.

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from ogpsa_trl.evaluation import comparison_figure, figures, markdown_table
+from ogpsa_trl.evaluation import figures
+from ogpsa_trl.evaluation.figures import comparison_figure
+from ogpsa_trl.evaluation.tables import markdown_table
 from scripted import saved_figures
 
 RUNS = {

@@ -82,6 +82,23 @@ def completion_scores(
     return sequence_scores(model, sequences, starts, batch_size)
 
 
+def preference_margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    chosen: Sequence[Text],
+    rejected: Sequence[Text],
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """Log-probability of each chosen completion minus that of the rejected one, in nats, `[S]`."""
+    chosen_S, rejected_S = (
+        completion_scores(model, tokenizer, prompts, completions, batch_size=batch_size).log_probs
+        for completions in (chosen, rejected)
+    )
+    return chosen_S - rejected_S
+
+
 def tokenise_all(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],

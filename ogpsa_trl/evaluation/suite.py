@@ -14,8 +14,7 @@ from ogpsa_trl.evaluation.generation import greedy_answers
 from ogpsa_trl.evaluation.group_scores import group_scores
 from ogpsa_trl.evaluation.harness import harness_scores
 from ogpsa_trl.evaluation.intervals import mean_of, ratio_of
-from ogpsa_trl.evaluation.likelihoods import answer_to, completion_scores
-from ogpsa_trl.evaluation.measures import preference_margins
+from ogpsa_trl.evaluation.likelihoods import answer_to, completion_scores, preference_margins
 from ogpsa_trl.evaluation.refusal import is_refusal
 from ogpsa_trl.evaluation.results import Measured
 from ogpsa_trl.evaluation.sets import EvaluationSets, RowSet
