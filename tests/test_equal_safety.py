@@ -79,7 +79,7 @@ def test_a_spread_is_of_a_sample():
         Spread.of([])
 
 
-def test_a_picture_shows_every_method_with_its_number_and_colour(monkeypatch, tmp_path):
+def test_a_picture_has_a_panel_for_each_measure_and_a_line_for_each_method(monkeypatch, tmp_path):
     figures = saved_figures(monkeypatch)
     bits = {"naive": (2.0, 2.5), "careful": (1.1, 1.2)}
     sweeps = {
@@ -90,20 +90,18 @@ def test_a_picture_shows_every_method_with_its_number_and_colour(monkeypatch, tm
         for name, values in bits.items()
     }
     path = tradeoff_figure(
-        sweeps, tmp_path / "new" / "t.png",
-        safety="safe", capability="bits", colour="over", marked=1,
-        start={"safe": 0.1, "bits": 1.0}, levels=[0.7], lower_is_better=["bits", "over"],
+        sweeps, tmp_path / "new" / "t.png", safety="safe", measures=["bits", "over"],
+        start={"safe": 0.1, "bits": 1.0, "over": 0.0}, levels=[0.7], lower_is_better=["bits"],
     )  # fmt: skip
     assert path.read_bytes().startswith(b"\x89PNG")
-    panels = figures[0].axes[:2]
-    for axes in panels:
-        marks = axes.collections[-1]
-        assert marks.get_offsets().tolist() == [[0.9, 2.5], [0.9, 1.2]]
-        assert marks.get_array().tolist() == pytest.approx([1.5, 0.2])
-        assert [text.get_text() for text in axes.texts] == ["1", "2"]
-        assert axes.yaxis.get_inverted() and not axes.xaxis.get_inverted()  # up is better
+    left, right = figures[0].axes
+    for axes, shift in ((left, 0), (right, 1)):
+        lines = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+        expected = [[[0.5, a - shift], [0.9, b - shift]] for a, b in bits.values()]
+        assert lines == expected
+    assert left.yaxis.get_inverted() and not right.yaxis.get_inverted()  # up is better
     legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert legend == ["starting model", "naive", "careful"]
+    assert legend == ["before training", "naive", "careful"]
 
 
 def test_a_picture_of_shares_has_a_line_for_each_method(monkeypatch, tmp_path):
@@ -122,6 +120,4 @@ def test_a_picture_of_shares_has_a_line_for_each_method(monkeypatch, tmp_path):
 
 def test_a_picture_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one method"):
-        tradeoff_figure(
-            {}, tmp_path / "t.png", safety="s", capability="c", colour="o", marked=0, start={}
-        )
+        tradeoff_figure({}, tmp_path / "t.png", safety="s", measures=["c"], start={})

@@ -52,8 +52,7 @@ def report(results: Mapping[Run, dict[str, Any]], bed: BenchmarkArguments) -> No
         sections += map(markdown_table, (tables.levels(), tables.details(), tables.runs()))
         tradeoff_figure(
             tables.sweeps(), output / f"{chain}-{num_steps}.png", safety=bed.safety,
-            capability="capability", colour=bed.over_refusal, start=start, levels=bed.levels,
-            marked=len(bed.learning_rate_factors) // 2, title=title,
+            measures=["capability", bed.over_refusal], start=start, levels=bed.levels, title=title,
             lower_is_better=[name for name, up in higher_is_better.items() if not up],
         )  # fmt: skip
         if kept := tables.by_share():

@@ -104,108 +104,61 @@ def tradeoff_figure(
     path: str | Path,
     *,
     safety: str,
-    capability: str,
-    colour: str,
-    marked: int,
+    measures: Sequence[str],
     start: Mapping[str, float],
     levels: Sequence[float] = (),
     lower_is_better: Collection[str] = (),
     title: str | None = None,
 ) -> Path:
     """
-    Draw capability against safety, a line for the sweep of each method and one mark on it.
+    Draw measures against safety: a panel for each, in it a line for the sweep of each method.
 
     Better is further up and to the right: an axis whose measure is better when lower is turned
-    round. The mark is the same run of the sweep for all methods, numbered as in the legend, with
-    standard deviations over the seeds as bars, and its colour is a third measure. A second panel
-    shows the better half of the marks at a larger scale.
+    round. Bars are standard deviations over the seeds.
 
     Args:
-        sweeps (`Mapping[str, Sequence[Mapping[str, Spread]]]`): Name of each method to the measures
-            of its runs, in the order of the sweep.
-        path (`str` or `Path`): PNG file to write; its folder is made if need be.
-        safety (`str`): The measure along the horizontal axis.
-        capability (`str`): The measure along the vertical axis.
-        colour (`str`): The measure that colours the marks, over-refusal for one.
-        marked (`int`): Which run of a sweep gets the mark, counted from 0.
-        start (`Mapping[str, float]`): The measures of the model that training starts from, shown as
-            a star.
-        levels (`Sequence[float]`, *optional*, defaults to `()`): Values of safety to show as dotted
-            lines.
-        lower_is_better (`Collection[str]`, *optional*, defaults to `()`): The measures of which
-            less is better.
-        title (`str`, *optional*): Heading of the figure.
+        sweeps: Name of each method to the measures of its runs, in the order of the sweep.
+        path: PNG file to write; its folder is made if need be.
+        safety: The measure along the horizontal axes.
+        measures: Those along the vertical axes.
+        start: The measures of the model that training starts from, shown as a star.
+        levels: Values of safety to show as dotted lines.
+        lower_is_better: The measures of which less is better.
+        title: Heading of the figure.
 
     Returns:
-        `Path`: The file written.
+        The file written.
 
     Raises:
-        ValueError: If there are no methods.
+        ValueError: there are no methods.
     """
     if not sweeps:
         raise ValueError("`sweeps` must hold at least one method, but is empty.")
-    figure = new_figure(13, 5.6)
-    whole, close = figure.subplots(1, 2)
-    marks = {name: sweep[marked] for name, sweep in sweeps.items()}
-    shades = [mark[colour].mean for mark in marks.values()]
-    low, high = min(shades), max(shades)
-    for axes in (whole, close):
+    figure = new_figure(5.2 * len(measures) + 2.4, 4.6)
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
         for level in levels:
             axes.axvline(level, color="#333333", linewidth=0.7, linestyle=":", zorder=0)
-        for name, sweep in sweeps.items():
-            axes.plot(
-                [run[safety].mean for run in sweep],
-                [run[capability].mean for run in sweep],
-                color="#bbbbbb", linewidth=0.8, marker=".", markersize=3, zorder=1,
-            )  # fmt: skip
-            x, y = marks[name][safety], marks[name][capability]
+        for number, (name, sweep) in enumerate(sweeps.items()):
             axes.errorbar(
-                x.mean, y.mean, xerr=x.sd, yerr=y.sd,
-                fmt="none", ecolor="#777777", elinewidth=0.8, capsize=2, zorder=2,
+                [run[safety].mean for run in sweep], [run[measure].mean for run in sweep],
+                xerr=[run[safety].sd for run in sweep], yerr=[run[measure].sd for run in sweep],
+                color=f"C{number % 10}", marker="osD^v"[number // 10 % 5], markersize=4,
+                linewidth=1.2, elinewidth=0.6, capsize=2, label=name,
             )  # fmt: skip
-        axes.scatter(
-            [start[safety]], [start[capability]],
-            marker="*", s=130, color="#d55e00", zorder=3, label="starting model",
+        axes.plot(
+            start[safety], start[measure],
+            linestyle="none", marker="*", markersize=11, color="black", label="before training",
         )  # fmt: skip
-        points = axes.scatter(
-            [mark[safety].mean for mark in marks.values()],
-            [mark[capability].mean for mark in marks.values()],
-            c=shades, cmap="viridis_r", vmin=low, vmax=high, s=120, edgecolors="#333333", zorder=3,
-        )  # fmt: skip
-        for number, mark in enumerate(marks.values(), start=1):
-            is_dark = mark[colour].mean > (low + high) / 2  # the scale darkens upwards
-            axes.annotate(
-                str(number),
-                (mark[safety].mean, mark[capability].mean),
-                ha="center", va="center", fontsize=7, zorder=4, annotation_clip=True,
-                color="white" if is_dark else "black",
-            )  # fmt: skip
         axes.set_xlabel(safety)
-        axes.spines[["top", "right"]].set_visible(False)
-    # The marks crowd where little is lost, so the better half of them is shown once more.
-    sign = -1 if capability in lower_is_better else 1
-    by_capability = sorted(marks.values(), key=lambda mark: -sign * mark[capability].mean)
-    better = by_capability[: len(marks) // 2 + 1]
-    for measure, set_limits in ((safety, close.set_xlim), (capability, close.set_ylim)):
-        lowest = min(mark[measure].mean - mark[measure].sd for mark in better)
-        highest = max(mark[measure].mean + mark[measure].sd for mark in better)
-        margin = 0.08 * (highest - lowest) or 0.01
-        set_limits(lowest - margin, highest + margin)
-    for axes in (whole, close):
+        axes.set_ylabel(measure)
         axes.xaxis.set_inverted(safety in lower_is_better)
-        axes.yaxis.set_inverted(capability in lower_is_better)
-    whole.set_ylabel(capability)
-    close.set_title("the better half of the methods", loc="left", fontsize=9)
-    for number, name in enumerate(marks, start=1):
-        whole.plot(
-            [], [],
-            linestyle="none", marker=f"${number}$", markersize=5 + 3 * (number > 9),
-            color="#333333", markeredgewidth=0, label=name,
-        )  # fmt: skip
-    figure.colorbar(points, ax=close, label=colour, pad=0.01)
+        axes.yaxis.set_inverted(measure in lower_is_better)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *whole.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
-    )
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right upper", frameon=False, fontsize=8,
+    )  # fmt: skip
     return saved(figure, path, title)
 
 
