@@ -1,6 +1,8 @@
 """OGPSA in front of trainers other than those of SFT and DPO, TRL's and a plain one."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset
@@ -201,3 +203,17 @@ def test_what_cannot_be_protected_is_refused(what, tmp_path, monkeypatch):
             processing_class=None if what == "no tokenizer" else TOKENIZER,
             capability_dataset=capability_groups(),
         )
+
+
+def test_the_mixin_imports_no_trainer_of_trl():
+    """Which may be those of another version than a framework's own trainer was made for."""
+    names = "OGPSAMixin, SubspaceCallback, CapabilityGate, OGPSAConfig"
+    code = f"""
+import sys
+from ogpsa_trl import {names}
+print([name for name in sys.modules if name.startswith("trl.") and name.endswith("_trainer")])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

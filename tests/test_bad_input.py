@@ -30,7 +30,7 @@ from ogpsa_trl.cli.key_values import RANGES as NUMBERS
 from ogpsa_trl.cli.key_values import check_value
 from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.cli.user_errors import user_errors
-from ogpsa_trl.data.preparation import warn_of_samples_in_training, warn_of_uneven_groups
+from ogpsa_trl.data.groups import warn_of_samples_in_training, warn_of_uneven_groups
 from runs import capability_groups, make_trainer, paper, safety_data, to_messages
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,10 +6,7 @@ A capability group is a named data set of general-capability samples in any form
 tokenised), or in a preference format, of which only the prompt and the chosen completion are used.
 """
 
-import itertools
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,6 @@ import pyarrow
 import torch
 from datasets import Dataset, IterableDataset
 from trl.data_utils import maybe_extract_prompt
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from ogpsa_trl.data.columns import BESIDE, AnyDataset, Source
 from ogpsa_trl.data.groups import CapabilityGroup, Part
@@ -26,14 +22,6 @@ from ogpsa_trl.data.rendering import check_rendering, prepared
 from ogpsa_trl.data.rows import check_rows, readable
 
 logger = logging.getLogger(__name__)
-
-# Largest number of samples in a group, relative to the smallest one, that goes without a warning.
-_UNEVEN = 10
-
-# Rows of the safety data that are compared with the capability samples: of a stream only those that
-# are read at once.
-_ROWS_COMPARED = 5000
-_STREAMED_ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -119,6 +107,9 @@ def prepare_group(
         ValueError: no samples, no known format, a row that cannot be read or that the chat template
             refuses, or fewer samples with a trainable token than parts.
     """
+    # Not above: a trainer that is not TRL's does without TRL's until here.
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
     tokenizer = preparation.tokenizer
     source = Source(
         where or f"capability group {name!r}",
@@ -211,6 +202,8 @@ def _tokenise(
     source: Source, dataset: Dataset, numbers: list[int], preparation: Preparation
 ) -> Dataset:
     """Tokens and labels, exactly as `SFTTrainer` makes them."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
     rows = readable(dataset, source, numbers)
     template = preparation.chat_template
     check_rendering(rows, source, preparation.processing_class, template, numbers)
@@ -250,50 +243,3 @@ def _tokenise(
         )
 
     return prepared(rows, prepare, source.where, numbers)
-
-
-def warn_of_uneven_groups(groups: Sequence[CapabilityGroup]) -> None:
-    """Every group counts alike, however few samples it has."""
-    smallest = min(groups, key=lambda group: len(group.samples))
-    largest = max(groups, key=lambda group: len(group.samples))
-    if len(largest.samples) > _UNEVEN * len(smallest.samples):
-        logger.warning(
-            "Capability groups differ much in size: %r has %d samples, and %r has %d. Each counts "
-            "alike, so that the gradient of a few samples counts as much as that of many. Add "
-            "samples to %r, or put it into another group.",
-            largest.name, len(largest.samples), smallest.name, len(smallest.samples), smallest.name,
-        )  # fmt: skip
-
-
-def warn_of_samples_in_training(
-    groups: Sequence[CapabilityGroup], dataset: AnyDataset | None
-) -> None:
-    """
-    Warn of capability samples that are safety samples too: training would oppose itself.
-
-    Args:
-        groups: The capability groups.
-        dataset: The safety data as TRL has tokenised it. Some thousand rows are compared, spread
-            over it; of a stream the first ones. Packed sequences are never equal.
-    """
-    rows: Any = ()
-    if isinstance(dataset, Dataset):
-        step = math.ceil(len(dataset) / _ROWS_COMPARED) or 1
-        columns = {"input_ids", "prompt_ids", "chosen_ids"} & set(dataset.column_names)
-        rows = dataset.select_columns(sorted(columns)).select(range(0, len(dataset), step))
-    elif isinstance(dataset, IterableDataset):
-        rows = itertools.islice(dataset, _STREAMED_ROWS_COMPARED)
-    trained = {  # tokens of SFT, or of the chosen sides of DPO
-        tuple(row["input_ids"])
-        if "input_ids" in row
-        else (*row.get("prompt_ids", ()), *row.get("chosen_ids", ()))
-        for row in rows
-    }
-    for group in groups:
-        num = sum(tuple(sample.features["input_ids"]) in trained for sample in group.samples)
-        if num:
-            logger.warning(
-                "Capability group %r: %d of its %d samples are among the training data. Protecting "
-                "what is to change makes training oppose itself. Take other data for the group.",
-                group.name, num, len(group.samples),
-            )  # fmt: skip

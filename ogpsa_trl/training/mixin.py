@@ -9,7 +9,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional
 from transformers import ProcessorMixin, Trainer
-from trl.trainer.base_trainer import _BaseTrainer
 
 from ogpsa_trl.config import OGPSAConfig
 from ogpsa_trl.data.files import replace_text
@@ -94,8 +93,9 @@ class OGPSAMixin(Trainer):
         self.resumed_from: str | None = None
         self.backend: GradientBackend | None = None  # made when training begins
         datasets = checked_datasets(capability_dataset, ogpsa_config)
-        if datasets and isinstance(self, _BaseTrainer):  # what TRL writes into the model card
-            self._name, self._paper = f"OGPSA ({self._name})", PAPER
+        name = getattr(self, "_name", None)  # of a TRL trainer: what it writes into the model card
+        if datasets and name is not None:
+            self._name, self._paper = f"OGPSA ({name})", PAPER
             self._tag_names = [*self._tag_names, "ogpsa"]
         super().__init__(*args, **kwargs)
         if not datasets:

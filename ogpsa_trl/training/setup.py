@@ -9,11 +9,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.training_args import OptimizerNames
 
 from ogpsa_trl.config import GateConfig, OGPSAConfig
-from ogpsa_trl.data.groups import CapabilityGroup, Part, named_groups
-from ogpsa_trl.data.preparation import (
-    prepare_group,
+from ogpsa_trl.data.groups import (
+    CapabilityGroup,
+    Part,
+    named_groups,
     warn_of_samples_in_training,
     warn_of_uneven_groups,
+)
+from ogpsa_trl.data.preparation import (
+    prepare_group,
 )
 from ogpsa_trl.engines.supported import check_same_on_all, check_supported
 from ogpsa_trl.method.starting_point import content
