@@ -1,5 +1,5 @@
 """
-Writes the table in docs/recipes.md from the configurations and the formulas there: `make docs`.
+Writes the table in docs/performance.md from the configurations and the formulas there: `make docs`.
 
 tests/test_recipes.py fails where the file does not say what they say. Nothing is measured here.
 """
@@ -13,7 +13,7 @@ from ogpsa_trl.cli.train_arguments import RunArguments
 from ogpsa_trl.cli.train_keys import parse_run
 from ogpsa_trl.method.draws import Draws
 
-FILE = Path(__file__).with_name("recipes.md")
+FILE = Path(__file__).with_name("performance.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
 
 

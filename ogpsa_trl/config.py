@@ -75,10 +75,10 @@ class OGPSAConfig:
     )
     metric: Metric = setting(
         "optimizer",
-        "In what sense the step that is taken is the nearest one. 'euclidean': an orthogonal "
-        "projection (official). 'optimizer': an oblique one in the metric of Adam's second "
-        "moment, with `target: update`; for SGD, which has none, it is the euclidean one, and "
-        "optimizers that are not known are an error.",
+        "How the distance between two steps is measured. 'euclidean': all weights alike, an "
+        "orthogonal projection (official). 'optimizer', with `target: update`: each weight by "
+        "Adam's second moment; with SGD, which has none, as 'euclidean'. Other optimizers are an "
+        "error.",
     )
     capability_loss: CapabilityLoss = setting(
         "kl",
@@ -88,9 +88,9 @@ class OGPSAConfig:
     )
     kl_tokens: int = setting(
         64,
-        "With `capability_loss: kl`: tokens that are told apart at each position, the most likely "
-        "ones of the starting model, at least 1; the others count as one. Of these the starting "
-        "model's probabilities are kept, 8 bytes each.",
+        "With `capability_loss: kl`: how many tokens are distinguished at each position, the most "
+        "likely ones of the starting model, at least 1. All others count as one. Their "
+        "probabilities are stored, 8 bytes each.",
     )
     refresh_interval: int = setting(
         1,
@@ -103,16 +103,16 @@ class OGPSAConfig:
     )
     capability_token_share: float | None = setting(
         0.25,
-        "What capability data may cost: tokens that refreshes read, as a share of the tokens that "
-        "training reads, above 0. It buys as many samples of each group for each refresh, none "
-        "twice before all were seen, and at most 8 (measured: no more are needed); where it buys "
-        "fewer than one of each, the groups take turns. Unset, without `samples_per_refresh`: all "
-        "samples every time (official).",
+        "What capability data may cost: capability tokens for each training token, above 0. The "
+        "share buys samples of each group for each refresh, at most 8 (measured: more do not "
+        "help). No sample comes twice before all have come once. Where the share buys less than "
+        "one sample of each group, the groups take turns. Unset, without `samples_per_refresh`: "
+        "all samples at each refresh (official).",
     )
     samples_per_refresh: int | None = setting(
         None,
-        "In place of `capability_token_share`: how many samples of each group every refresh reads, "
-        "at least 1; all if there are fewer.",
+        "In place of `capability_token_share`: how many samples of each group a refresh reads, at "
+        "least 1; all if there are fewer.",
     )
     gradients_per_group: int = setting(
         1,
@@ -161,8 +161,8 @@ class OGPSAConfig:
     )
     basis_dtype: BasisDtype = setting(
         "bfloat16",
-        "Storage of the basis, 'float32' or 'bfloat16' (half the memory; what is removed is the "
-        "exact projection on the rounded directions).",
+        "How the basis is stored: 'float32', or 'bfloat16' in half the memory. The projection on "
+        "the rounded directions is exact.",
     )
 
     @classmethod

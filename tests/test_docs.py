@@ -98,6 +98,15 @@ def test_what_is_named_exists():
             assert ((ROOT / name).parent / link).exists(), (name, link)
 
 
+def test_the_documents_stay_short():
+    words = {name: len(text.split()) for name, text in DOCUMENTS.items() if "docs/" in name}
+    long = ("docs/api.md", "docs/benchmark.md")
+    assert len(DOCUMENTS["README.md"].splitlines()) <= 120
+    assert len(words) <= 9
+    assert sum(words[name] for name in long) < 9000, words
+    assert sum(number for name, number in words.items() if name not in long) < 10_000, words
+
+
 def test_the_house_stays_one_that_can_be_drawn():
     """Few rooms, and none that is a warehouse: see CONTRIBUTING.md."""
     package = ROOT / "ogpsa_trl"

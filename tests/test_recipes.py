@@ -1,4 +1,4 @@
-"""docs/recipes.md and its configurations: figures, published settings, and two steps of each."""
+"""The recipes of docs/performance.md: figures, published settings, and two steps of each."""
 
 import math
 import re
@@ -33,7 +33,7 @@ from test_conversions import HALUEVAL_QA, saferlhf, ultrafeedback
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 PAGE = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"), run_name="recipes")
 PAGE["Recipe"].run = cache(PAGE["Recipe"].run)  # the parser is made anew each time
 COMMANDS = re.findall(r"^ogpsa train (.*?)(?:  # \d+)?$", TEXT, re.MULTILINE)
@@ -281,7 +281,7 @@ def test_an_adapter_of_qlora_is_merged_as_the_page_says(train_recipe, tiny):
     pytest.importorskip("bitsandbytes")
     train_recipe("sft_qlora", "--learning_rate", "1e-1")
     [snippet] = re.findall(r"^```python notest\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    exec(compile(snippet, "docs/recipes.md", "exec"), {})
+    exec(compile(snippet, "docs/performance.md", "exec"), {})
     merged = AutoModelForCausalLM.from_pretrained("runs/sft_merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).state_dict()

@@ -3,7 +3,7 @@ Measure what safety training has done to a model: capabilities, refusals, prefer
 
     ogpsa evaluate --config configs/evaluate.yaml [--key value ...]
 
-`--help` lists every key; docs/evaluation.md says what the measures mean, and where they mislead.
+`--help` lists every key; docs/benchmark.md says what the measures mean, and where they mislead.
 """
 
 import gc

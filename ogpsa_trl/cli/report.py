@@ -3,7 +3,7 @@ Write the report of a training run, one HTML page, from what is saved in its fol
 
     ogpsa report RUN_FOLDER [--evaluation evaluation.json] [--output report.html]
 
-Training writes one at the end of a run; docs/reports.md says how to read it.
+Training writes one at the end of a run; docs/quickstart.md says how to read it.
 """
 
 import argparse

@@ -56,7 +56,7 @@ class TrainArguments:
     run_report: bool = setting(
         True,
         "Whether to write `report.html` into `output_dir` at the end: the run on one page "
-        "(docs/reports.md). `ogpsa report` makes it again later.",
+        "(docs/quickstart.md). `ogpsa report` makes it again later.",
     )
 
     def __post_init__(self) -> None:

@@ -45,10 +45,10 @@ def planned_draws(
         budget, lengths, num_processes=num_processes, least=config.gradients_per_group, seed=seed
     )
     logger.info(
-        "A refresh reads %s samples of %s capability groups: `capability_token_share` %g of %d "
-        "rows of %.0f tokens in %d steps buys %.0f tokens.",
-        draws.num_samples, "all" if draws.num_groups is None else draws.num_groups, share,
-        num_rows, length, config.refresh_interval, budget,
+        "Groups in a refresh: %d of %d; samples of each: %s. `capability_token_share` %g of %d "
+        "rows of %.0f tokens buys %.0f tokens; steps between refreshes: %d.",
+        draws.num_groups or len(groups), len(groups), draws.num_samples or "all", share, num_rows,
+        length, budget, config.refresh_interval,
     )  # fmt: skip
     return draws
 
