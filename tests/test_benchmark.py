@@ -386,7 +386,7 @@ def test_a_benchmark_writes_its_results_and_repeats_nothing(toy_bed, start, monk
 
     # What fails is said.
     monkeypatch.setitem(tradeoff.METHODS, "naive", Method(learning_rate_factor=-1.0))
-    with pytest.raises(SystemExit, match=r"error: 1 of 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
+    with pytest.raises(SystemExit, match=r"error: 1 runs failed: sft-2-naive-x1-0 \(ValueErr"):
         run_benchmark("--stages", "sft")
 
 
@@ -430,6 +430,17 @@ class TestKeys:
                 run = stage_run(f"toy_{stage}", method, model=Path("m"), output=Path("o"))
                 assert run.train.ogpsa == ("preset" in method.keys)
                 assert run.training.max_steps == 1
+
+
+def test_the_files_of_a_test_bed_name_what_was_written(tmp_path, monkeypatch):
+    """In the folder that is the default too, whose name stands in the files that come with us."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("runs/toy/seed-0"), tmp_path / "elsewhere"):
+        write_world(WORLD, folder)
+        for kind in ("sft", "dpo"):
+            values = yaml.safe_load((folder / f"{kind}.yaml").read_text())
+            assert Path(values["dataset_name"]) == folder / f"{kind}.jsonl"
+            assert all(Path(e["path"]).is_file() for e in values["capability_datasets"])
 
 
 def test_missing_data_are_named(tmp_path):

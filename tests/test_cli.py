@@ -147,16 +147,22 @@ class TestCommands:
         )
 
     @pytest.mark.slow
-    def test_of_a_benchmark_find_their_script_again_in_new_processes(self, elsewhere, tmp_path):
+    def test_a_benchmark_runs_in_new_processes_on_the_data_that_were_written(
+        self, elsewhere, tmp_path
+    ):
         """An untrained model in the place of the pretrained base model."""
         base = tmp_path / "cache" / f"toy-base-seed0-{_fingerprint(ToyWorld(0), PHASES)}"
         tiny_model().save_pretrained(base)
         toy_tokenizer().save_pretrained(base)
         line = ["--seeds", "0", "--steps", "2", "--processes", "1", "--methods", "naive"]
         line += ["--learning_rate_factors", "1"]
-        result = ogpsa("benchmark", *line, cwd=elsewhere, OGPSA_CACHE=str(tmp_path / "cache"))
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert (elsewhere / "runs/tradeoff/the-toy-world/results.json").is_file()
+        for words in (
+            ["data", "toy", "--seeds", "0"],
+            ["--config", "runs/toy/benchmark.yaml", *line],
+        ):
+            result = ogpsa("benchmark", *words, cwd=elsewhere, OGPSA_CACHE=str(tmp_path / "cache"))
+            assert result.returncode == 0, result.stderr[-3000:]
+        assert (elsewhere / "runs/toy/results/results.json").is_file()
 
 
 class TestConfigurations:

@@ -13,6 +13,7 @@ the project: they are read from the folder that --data names.
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,10 +171,11 @@ def write_files(
 ) -> Path:
     """Write files of a test bed with the paths of this output; the last one is returned."""
     file = output / "none"
+    new = {**replaced, f"runs/{test_bed}": output.as_posix()}
     for kind in kinds:
         text = find_config(f"{test_bed}_{kind}").read_text(encoding="utf-8")
-        for old, new in {**replaced, f"runs/{test_bed}": output.as_posix()}.items():
-            text = text.replace(old, new)
+        # At once: what is put in may hold what is to be replaced.
+        text = re.sub("|".join(map(re.escape, new)), lambda found: new[found[0]], text)
         file = output / f"{kind}.yaml"
         file.write_text(text, encoding="utf-8")
     return file

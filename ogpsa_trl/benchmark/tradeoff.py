@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if METHODS[method].can_train([stage for stage, _ in CHAINS[chain]])
     ]
     failed = run_all(runs, bed)
-    results = {run: _read(bed, run) for run in runs}
-    report({run: r for run, r in results.items() if r}, bed)
+    results = {run: r for run in runs if (r := _read(bed, run))}
+    if results and all(start_file(bed, seed).exists() for seed in bed.seeds):
+        report(results, bed)
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: " + "; ".join(failed))
+        sys.exit(f"error: {len(failed)} runs failed: " + "; ".join(failed))
 
 
 def run_all(runs: Sequence[Run], bed: BenchmarkArguments) -> list[str]:
