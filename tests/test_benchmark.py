@@ -207,9 +207,9 @@ def toy_bed(start, tmp_path):
         write_world(WORLD, folder / "seed-0")
         (folder / "seed-0" / "model").unlink(missing_ok=True)
         (folder / "seed-0" / "model").symlink_to(model)
-        file = write_files("toy", folder, {}, kinds=("benchmark",))
+        write_files("toy", folder, {}, kinds=("benchmark",))
         words = ["--seeds", "0", "--output_dir", str(tmp_path / output), *words]
-        return ["--config", str(file), *words]
+        return ["--config", str(folder / "benchmark.yaml"), *words]
 
     return toy_bed
 

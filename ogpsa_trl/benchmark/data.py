@@ -103,16 +103,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     output = args.output or Path("runs") / args.test_bed
     if args.test_bed == "toy":
-        file = write_toy(args.seeds, output)
+        write_toy(args.seeds, output)
     else:
         try:
-            file = write_real(args.test_bed, args.data, args.model, output)
+            write_real(args.test_bed, args.data, args.model, output)
         except OSError as error:
             sys.exit(f"error: {error}")
+    file = output / "benchmark.yaml"
     print(f"Data and files: {output}. Compare methods: ogpsa benchmark --config {file}")
 
 
-def write_toy(seeds: Sequence[int], output: Path) -> Path:
+def write_toy(seeds: Sequence[int], output: Path) -> None:
     """Write the worlds of seeds, each with a base model of its own, and the test bed's files."""
     for seed in seeds:
         folder = output / f"seed-{seed}"
@@ -120,7 +121,7 @@ def write_toy(seeds: Sequence[int], output: Path) -> Path:
         write_world(world, folder)
         (folder / "model").unlink(missing_ok=True)
         (folder / "model").symlink_to(base_model_folder(seed).resolve())
-    return write_files("toy", output, {}, kinds=("benchmark",))
+    write_files("toy", output, {}, kinds=("benchmark",))
 
 
 def write_world(world: ToyWorld, folder: Path) -> None:
@@ -137,7 +138,7 @@ def write_world(world: ToyWorld, folder: Path) -> None:
     write_files("toy", folder, {"runs/toy/seed-0": folder.as_posix()}, kinds=KINDS[:3])
 
 
-def write_real(test_bed: str, data: Path, model: str | None, output: Path) -> Path:
+def write_real(test_bed: str, data: Path, model: str | None, output: Path) -> None:
     """
     Split the real data for a test bed, and write it with the files.
 
@@ -160,7 +161,7 @@ def write_real(test_bed: str, data: Path, model: str | None, output: Path) -> Pa
             "metadata: {version: 1.0}\n"
         )
         (tasks / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return write_files(test_bed, output, {own: model} if model else {})
+    write_files(test_bed, output, {own: model} if model else {})
 
 
 def write_files(
@@ -168,17 +169,14 @@ def write_files(
     output: Path,
     replaced: Mapping[str, str],
     kinds: Sequence[str] = KINDS,
-) -> Path:
-    """Write files of a test bed with the paths of this output; the last one is returned."""
-    file = output / "none"
+) -> None:
+    """Write files of a test bed with the paths of this output."""
     new = {**replaced, f"runs/{test_bed}": output.as_posix()}
     for kind in kinds:
         text = find_config(f"{test_bed}_{kind}").read_text(encoding="utf-8")
         # At once: what is put in may hold what is to be replaced.
         text = re.sub("|".join(map(re.escape, new)), lambda found: new[found[0]], text)
-        file = output / f"{kind}.yaml"
-        file.write_text(text, encoding="utf-8")
-    return file
+        (output / f"{kind}.yaml").write_text(text, encoding="utf-8")
 
 
 def split(data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Row]]:

@@ -20,15 +20,13 @@ import datasets
 import transformers
 
 from ogpsa_trl.benchmark.data import write_world
+from ogpsa_trl.benchmark.testbed import evaluation_of
 from ogpsa_trl.benchmark.toy_pretrain import base_model_folder
 from ogpsa_trl.benchmark.toy_world import ToyWorld
-from ogpsa_trl.cli.evaluate import parse_evaluation
 from ogpsa_trl.data.files import find_config
 from ogpsa_trl.evaluation.figures import comparison_figure
 from ogpsa_trl.evaluation.json_files import in_words, package_versions, read_json, write_json
 from ogpsa_trl.evaluation.models import load_folder
-from ogpsa_trl.evaluation.sets import load_sets
-from ogpsa_trl.evaluation.suite import score_model
 from ogpsa_trl.evaluation.tables import markdown_table
 
 STAGES = ("sft", "dpo")
@@ -68,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = folder / "measures.json"
         with measuring:
             if not file.exists():
-                write_json(file, measure_model(model, data / "evaluate.yaml"))
+                evaluation = evaluation_of(str(data / "evaluate.yaml"), str(base_model))
+                found = evaluation.scores(*load_folder(model)).measures
+                shown = {n: m.values.value for n, m in found.items() if n.startswith(SHOWN)}
+                write_json(file, shown)
             results[name] = read_json(file)
 
     def train_by(method: str) -> None:
@@ -91,14 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         list(pool.map(train_by, METHODS))  # raises what one of them did
     names = [f"{stage.upper()}, {method}" for stage in STAGES for method in METHODS]
     report({name: results[name] for name in ("base", *names)}, output)
-
-
-def measure_model(model: Path, evaluation: Path) -> dict[str, float]:
-    """What `ogpsa evaluate` measures of a model, without its intervals, but for likelihoods."""
-    arguments = parse_evaluation(["--config", str(evaluation), "--model_name_or_path", str(model)])
-    loaded, tokenizer = load_folder(model)
-    measured = score_model(loaded, tokenizer, load_sets(arguments, [tokenizer]), arguments).measures
-    return {name: m.values.value for name, m in measured.items() if name.startswith(SHOWN)}
 
 
 def train(config: Path, options: Sequence[str], log: Path, num_threads: int) -> None:

@@ -24,7 +24,7 @@ from ogpsa_trl.data.files import find_config
 from ogpsa_trl.evaluation.evaluation_keys import EvaluationArguments
 from ogpsa_trl.evaluation.models import load_folder
 from ogpsa_trl.evaluation.sets import EvaluationSets, load_sets
-from ogpsa_trl.evaluation.suite import score_model
+from ogpsa_trl.evaluation.suite import ModelScores, score_model
 
 
 @dataclass
@@ -116,13 +116,13 @@ class BenchmarkArguments:
                         f"`{stage}` names {config!r}, which has `stage: {run.train.stage}`. Name a "
                         f"file with `stage: {stage}`."
                     )
-            self.evaluation_arguments(self.path("model_name_or_path", seed), seed)
+            _evaluation_arguments(
+                self.path("evaluate", seed), self.path("model_name_or_path", seed)
+            )
 
-    def evaluation_arguments(self, model: str | Path, seed: int) -> EvaluationArguments:
-        """What is measured of a model."""
-        base = self.path("model_name_or_path", seed)
-        words = ["--config", self.path("evaluate", seed), "--model_name_or_path", str(model)]
-        return parse_evaluation([*words, "--base_model_name_or_path", base])
+    def result_file(self, name: str) -> Path:
+        """The file of the result with a name."""
+        return Path(self.output_dir) / "runs" / f"{name}.json"
 
     def settings(self, chain: str, seed: int) -> dict[str, Any]:
         """All that the result of a run of a chain follows from, as the files say it."""
@@ -134,12 +134,9 @@ class BenchmarkArguments:
     def measure(self, folder: str | Path, seed: int) -> "Measures":
         """The measures of the model in a folder."""
         start_folder = self.path("model_name_or_path", seed)
-        evaluation = _evaluation(self.path("evaluate", seed), start_folder)
+        evaluation = evaluation_of(self.path("evaluate", seed), start_folder)
         model, tokenizer = load_folder(folder)
-        arguments, start = evaluation.arguments, evaluation.start_model
-        scores = score_model(
-            model, tokenizer, evaluation.sets, arguments, start if arguments.drift else None
-        )
+        scores = evaluation.scores(model, tokenizer)
         values = {name: measured.values.value for name, measured in scores.measures.items()}
         up = {name: bool(measured.higher_is_better) for name, measured in scores.measures.items()}
         for name in (self.safety, *self.capability, self.over_refusal, *self.details):
@@ -148,7 +145,7 @@ class BenchmarkArguments:
                     f"There is no measure {name!r}. The file of `evaluate` gives "
                     f"{', '.join(values)}, and there is `distance`."
                 )
-        values["distance"], up["distance"] = distance(model, start), False
+        values["distance"], up["distance"] = distance(model, evaluation.start_model), False
         values["capability"] = sum(values[name] for name in self.capability) / len(self.capability)
         up["capability"] = up[self.capability[0]]
         return Measures(values, up, list(answer_rows(evaluation.sets, {"after": scores})))
@@ -162,19 +159,30 @@ class Measures(NamedTuple):
     answers: list[dict[str, Any]]  # to the prompts, where some were generated
 
 
-class _Evaluation(NamedTuple):
+class Evaluation(NamedTuple):
+    """What models are measured on, and the one that their training starts with."""
+
     arguments: EvaluationArguments
     sets: EvaluationSets
     start_model: Any
 
+    def scores(self, model: Any, tokenizer: Any) -> ModelScores:
+        """The measures of a model, by the file of the evaluation."""
+        start = self.start_model if self.arguments.drift else None
+        return score_model(model, tokenizer, self.sets, self.arguments, start)
+
 
 @cache
-def _evaluation(config: str, start: str) -> _Evaluation:
-    """What the runs of a process share: the data, and the model that training starts with."""
-    words = ["--config", config, "--model_name_or_path", start, "--base_model_name_or_path", start]
-    arguments = parse_evaluation(words)
+def evaluation_of(config: str, start: str) -> Evaluation:
+    """The evaluation of a file, for models that start from the one in a folder; loaded once."""
+    arguments = _evaluation_arguments(config, start)
     model, tokenizer = load_folder(start)
-    return _Evaluation(arguments, load_sets(arguments, [tokenizer]), model)
+    return Evaluation(arguments, load_sets(arguments, [tokenizer]), model)
+
+
+def _evaluation_arguments(config: str, start: str) -> EvaluationArguments:
+    words = ["--config", config, "--model_name_or_path", start, "--base_model_name_or_path", start]
+    return parse_evaluation(words)
 
 
 def parse_benchmark(args: Sequence[str] | None = None) -> BenchmarkArguments:

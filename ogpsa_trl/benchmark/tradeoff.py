@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     failed = run_all(runs, bed)
     results = {run: r for run in runs if (r := _read(bed, run))}
-    if results and all(start_file(bed, seed).exists() for seed in bed.seeds):
+    if results and all(bed.result_file(f"start-{seed}").exists() for seed in bed.seeds):
         report(results, bed)
     if failed:
         sys.exit(f"error: {len(failed)} runs failed: " + "; ".join(failed))
@@ -81,16 +81,11 @@ def run_all(runs: Sequence[Run], bed: BenchmarkArguments) -> list[str]:
 
 def measure_start(bed: BenchmarkArguments, seed: int) -> None:
     """Measure the model that training with a seed starts from."""
-    file = start_file(bed, seed)
+    file = bed.result_file(f"start-{seed}")
     if not file.exists():
         values, higher_is_better, answers = bed.measure(bed.path("model_name_or_path", seed), seed)
         write_rows(file.with_suffix(".jsonl"), answers)
         write_json(file, {"measures": values, "higher_is_better": higher_is_better})
-
-
-def start_file(bed: BenchmarkArguments, seed: int) -> Path:
-    """The file with the measures of the model that training with a seed starts from."""
-    return Path(bed.output_dir) / "runs" / f"start-{seed}.json"
 
 
 def make_run(run: Run, bed: BenchmarkArguments) -> None:
@@ -109,7 +104,7 @@ def make_run(run: Run, bed: BenchmarkArguments) -> None:
             train(method, arguments, trained, cost)
             model = trained
         measures, _, answers = bed.measure(model, run.seed)
-    file = _file(bed, run)
+    file = bed.result_file(run.name)
     write_rows(file.with_suffix(".jsonl"), answers)
     write_json(file, {"run": _settings(bed, run), "measures": measures, "cost": asdict(cost)})
 
@@ -122,10 +117,6 @@ def _prepare_process() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _file(bed: BenchmarkArguments, run: Run) -> Path:
-    return Path(bed.output_dir) / "runs" / f"{run.name}.json"
 
 
 def _settings(bed: BenchmarkArguments, run: Run) -> dict[str, Any]:
@@ -141,7 +132,7 @@ def _settings(bed: BenchmarkArguments, run: Run) -> dict[str, Any]:
 
 def _read(bed: BenchmarkArguments, run: Run) -> dict[str, Any] | None:
     """The result of a run; `None`: not there, or from other settings."""
-    file = _file(bed, run)
+    file = bed.result_file(run.name)
     if not file.exists():
         return None
     result = read_json(file)

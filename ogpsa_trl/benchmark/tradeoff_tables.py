@@ -22,7 +22,7 @@ def report(results: Mapping[Run, dict[str, Any]], bed: BenchmarkArguments) -> No
     """Write all runs as JSON, and for every chain and number of steps the tables and a picture."""
     output = Path(bed.output_dir)
     versions = package_versions("accelerate")
-    starts = {s: read_json(output / "runs" / f"start-{s}.json") for s in bed.seeds}
+    starts = {s: read_json(bed.result_file(f"start-{s}")) for s in bed.seeds}
     before = [start["measures"] for start in starts.values()]
     higher_is_better = starts[bed.seeds[0]]["higher_is_better"]
     runs = list(results.values())
