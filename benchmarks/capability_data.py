@@ -88,7 +88,7 @@ def run(arm: str, seed: int, factor: float, max_steps: int) -> dict[str, float]:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         method = Method()
         if arm != ARMS[0]:
-            method = Method({"preset": "preserve", "num_samples": 200})
+            method = Method({"preset": "preserve", "num_samples": 200, "samples_per_refresh": 8})
             settings["capability_datasets"] = [
                 {"path": str(write_rows(Path(folder) / f"arm-{name}.jsonl", rows)), "group": name}
                 for name, rows in capability_groups(arm, world, base_model).items()
