@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-all lint docs format clean
+.PHONY: demo test test-slow test-all test-versions test-axolotl lint docs format clean
 
 # Tiny models: one thread a process is faster than threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -51,6 +51,21 @@ test-slow: $(TEST)
 test-all: $(TEST)
 	$(PYTEST) -m "not gpu"
 
+# The oldest releases that the package is installed with; the newest are those of constraints.txt.
+test-versions:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --no-compile \
+	  --constraint tests/environments/oldest.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not pinned"
+
+# The plugin, beside axolotl and what it needs of its pins.
+test-axolotl:
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet --no-compile \
+	  --requirement tests/environments/axolotl.txt
+	.venv-axolotl/bin/python -m pip install --quiet --no-deps --editable . axolotl==0.19.0
+	.venv-axolotl/bin/python -m pytest -m slow tests/test_axolotl.py
+
 lint: $(LINT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +81,4 @@ format: $(LINT)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* runs .pytest_cache .ruff_cache .hypothesis

@@ -60,6 +60,7 @@ def make_trainer(
             config = paper()
         keywords |= {"capability_dataset": capability, "ogpsa_config": config}
     trainer_class = (PLAIN_TRAINERS if plain else TRAINERS)[stage]
+    torch.manual_seed(0)  # trl 1.9 makes an adapter before it seeds
     return trainer_class(
         model,
         args=arguments(stage, output_dir, **overrides),

@@ -419,8 +419,10 @@ WITH_THE_MODEL = [
     Case("loss of DPO", {"loss_type": ["mse"]}, ("Unknown loss type: mse",), stage="dpo"),
 ]  # fmt: skip
 
+# What trl 1.9 and 1.16 do not both declare as choices.
+PINNED = {"loss of SFT": pytest.mark.pinned}
 CASES = [
-    pytest.param(case, id=f"{kind}: {case.name}")
+    pytest.param(case, id=f"{kind}: {case.name}", marks=PINNED.get(case.name, ()))
     for kind, cases in BEFORE_THE_MODEL.items()
     for case in cases
 ]

@@ -52,7 +52,7 @@ def make_run(start, tmp_path):
             "stage": stage, "learning_rate": LEARNING_RATE,
             "per_device_train_batch_size": BATCH_SIZE, "optim": "sgd",
             "lr_scheduler_type": "constant", "max_grad_norm": 0, "use_cpu": True, "bf16": False,
-            "report_to": "none", "activation_checkpointing": False, "disable_tqdm": True,
+            "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True,
             "max_length": 64, "num_samples": 8, "capability_batch_size": 8,
             "dataset_name": str(write_rows(tmp_path / "safety.jsonl", safety)),
             "capability_datasets": [
@@ -184,10 +184,9 @@ class TestMethods:
         drawn = min(config.samples_per_refresh or num_samples, num_samples)
         assert cost.backward == training + 2 * drawn * num_refreshes
         # The starting point, where one is needed, takes a look at every sample of both groups.
-        measures_kl = config.capability_loss == "kl"
-        has_start = measures_kl or config.samples_per_refresh is not None
+        has_start = config.capability_loss == "kl" or config.samples_per_refresh is not None
         # The first batch goes once more, to see what the model does to the scores of its head.
-        probed = min(config.capability_batch_size, num_samples) * measures_kl
+        probed = min(config.capability_batch_size, num_samples)
         assert cost.forward == cost.backward + 2 * num_samples * has_start + probed
 
     def test_the_reference_model_of_dpo_goes_forward_only(self, make_run, tmp_path):

@@ -44,7 +44,11 @@ from runs import (
 )
 
 # A launch for all cells of an engine takes half a minute to two minutes on two cores.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [
+    pytest.mark.timeout(1200),
+    # transformers 5.16 does not resume several CPU processes; trl 1.9 does not load under ZeRO-3.
+    pytest.mark.pinned,
+]
 
 
 def on_engines(jobs, name="job", engines=ENGINES):

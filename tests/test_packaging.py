@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 import ogpsa_trl
 from ogpsa_trl.cli.main import COMMANDS
+from ogpsa_trl.training import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +50,30 @@ class TestPublicNames:
     def test_are_imported_when_they_are_used(self, tmp_path):
         code = "import sys; from ogpsa_trl import GateConfig; print('torch' in sys.modules)"
         assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)) == "False\n"
+
+
+class TestVersions:
+    def test_warnings_begin_above_those_that_the_tests_are_run_on(self):
+        text = (ROOT / "constraints.txt").read_text()
+        pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+        for package, newest in setup._TESTED.items():
+            assert pinned[package].startswith("{}.{}.".format(*newest)), package
+
+    def test_a_newer_one_warns_once_and_is_not_refused(self, monkeypatch, caplog):
+        monkeypatch.setitem(setup._TESTED, "trl", (1, 8))
+        setup.warn_of_untested_versions.cache_clear()
+        setup.warn_of_untested_versions()
+        setup.warn_of_untested_versions()
+        [record] = caplog.records
+        assert re.match(r"trl 1\.\d+\.\d+ is newer .* \(up to 1\.8\)", record.message)
+
+    def test_lower_bounds_are_the_oldest_that_the_tests_are_run_on(self):
+        text = (ROOT / "tests" / "environments" / "oldest.txt").read_text()
+        oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for package in ("trl", "transformers", "accelerate", "peft", "datasets"):
+            [bound] = [d for d in project["dependencies"] if re.match(rf"{package}\b", d)]
+            assert oldest[package].startswith(re.search(r">=([\d.]+)", bound)[1]), package
 
 
 class TestCitation:

@@ -142,7 +142,7 @@ class TestMixedPrecision:
             assert torch.equal(exact, expected)
             assert torch.equal(model(input_ids=ids).logits, rounded)
             assert not torch.equal(rounded, expected)
-            del model._is_accelerate_prepared
+            vars(model).pop("_is_accelerate_prepared", None)  # accelerate 1.13 has none
             trainer.accelerator.prepare_model(model)
 
 

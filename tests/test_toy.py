@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import _tokenize
 
 from ogpsa_trl.benchmark import toy_pretrain
 from ogpsa_trl.benchmark.toy_model import tiny_model, toy_tokenizer
@@ -159,7 +159,8 @@ def test_texts_are_made_of_known_words_and_part_where_trl_parts_them():
             ids = _tokenize(TOKENIZER, prompt + completion + TOKENIZER.eos_token)["input_ids"]
             assert TOKENIZER.unk_token_id not in ids
             assert TOKENIZER.decode(ids[:-1]) == prompt + completion
-            assert common_prefix_length(prompt_ids, ids) == len(prompt_ids) == len(prompt.split())
+            assert ids[: len(prompt_ids)] == prompt_ids
+            assert len(prompt_ids) == len(prompt.split())
             assert len(ids) == len(prompt_ids) + len(completion.split()) + 1
             assert ids[-1] == TOKENIZER.eos_token_id
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import RwkvConfig, RwkvForCausalLM, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import rotate_checkpoints
@@ -203,24 +202,6 @@ def test_checkpointing_is_at_work_during_a_refresh(base_model_path, tmp_path):
     trainer.refresh_subspace()
     parts = [part for group in trainer.capability_groups for part in group.parts()]
     assert len(calls) == sum(part.num_batches_of(1) for part in parts)
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_fused_head_gives_log_probabilities_of_the_labels(stage, base_model_path, tmp_path):
-    """Zero on ignored positions, one position less than the input."""
-    trainer = make_trainer(stage, base_model_path, tmp_path, gradient_accumulation_steps=4)
-    # `Trainer` accumulates by itself: backward of one process does not scale by it.
-    assert isinstance(trainer.accelerator, Accelerator)
-    assert trainer.accelerator.gradient_accumulation_steps == 1
-    ids = torch.randint(3, 100, (2, 7))
-    labels = ids.clone()
-    labels[:, :3] = -100
-    model = trainer.model.eval()
-    outputs = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
-    logits = model(input_ids=ids).logits.log_softmax(-1)
-    expected = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    expected[:, :2] = 0
-    assert torch.allclose(outputs.log_probs, expected, atol=1e-5)
 
 
 def test_the_trainer_deletes_checkpoints_by_a_name_of_its_module():

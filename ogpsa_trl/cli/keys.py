@@ -119,7 +119,7 @@ class KeyParser(TrlParser):
             if key != "env" and key not in self.key_names():
                 raise ValueError(self._unknown(str(key), given.path))
         for key, entry_type in self.entry_types.items():
-            _check_entries(key, given.values.get(key), entry_type)
+            check_entries(key, given.values.get(key), entry_type)
         for word in self.parse_known_args(given.words)[1]:
             if not word.startswith("--"):
                 raise ValueError(
@@ -181,7 +181,7 @@ def _source(dataclass_type: type, key: str) -> str:
     return f"{package}.{name}"
 
 
-def _check_entries(key: str, entries: Any, entry_type: type[DatasetConfig]) -> None:
+def check_entries(key: str, entries: Any, entry_type: type[DatasetConfig]) -> None:
     """Look at a list of data sets in the file: argparse and dataclasses take them as they are."""
     check_value(f"`{key}`", entries, list[dict] | None)
     hints = get_type_hints(entry_type)

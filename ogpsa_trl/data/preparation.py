@@ -230,6 +230,7 @@ def _tokenise(
             dataset_text_field=preparation.dataset_text_field,
             dataset_num_proc=preparation.dataset_num_proc,
             shuffle_dataset=False,
+            use_liger_kernel=False,  # read by trl 1.9 to 1.14
         )
         prepare: Any = SFTTrainer._prepare_dataset
         return prepare(

@@ -11,12 +11,12 @@ and completion gives the exact match, the probability and the log-likelihood.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 # A text, or the messages of a conversation.
 Text = str | list[dict[str, str]]
@@ -115,7 +115,8 @@ def tokenise_all(
     sequences, starts = [], []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         prompt_ids, ids = tokenise(tokenizer, prompt, completion, append_eos)
-        start = common_prefix_length(prompt_ids, ids)
+        pairs = zip(prompt_ids, ids, strict=False)
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         ids = ids[:max_length]
         if not 0 < start < len(ids):
             raise ValueError(

@@ -7,7 +7,7 @@ Both are sums over trainable tokens, in nats, and both are counted from the star
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +106,14 @@ class CapabilityLoss:
     @contextmanager
     def passes(self, backend: GradientBackend) -> Iterator[None]:
         """
-        Around its passes. Scores come through a module that TRL's fused head does not call.
+        Around its passes. Scores come through a module that TRL's heads do not call.
 
         A divergence is a difference of nearly equal numbers: in bfloat16 its gradient after a first
         step is noise (measured: a cosine of .46 with that in float32, 30 times too long), that of
         `nll` is not (.9993).
         """
-        if not self.is_kl:
-            yield
-            return
-        with backend.other_passes(), backend.full_precision():
+        precision = backend.full_precision() if self.is_kl else nullcontext()
+        with backend.other_passes(), precision:
             yield
 
     def prepare(self, backend: GradientBackend, *, sees_all: bool) -> None:

@@ -1,5 +1,7 @@
 """What a trainer with capability data needs before it trains: checks, and the prepared groups."""
 
+import functools
+import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +26,24 @@ from ogpsa_trl.method.starting_point import content
 from ogpsa_trl.training.model_kind import check_no_encoder
 
 logger = logging.getLogger(__name__)
+
+# The newest releases that the tests were run on; the oldest are the lower bounds of the package.
+_TESTED = {
+    "trl": (1, 16), "transformers": (5, 24), "accelerate": (1, 15), "peft": (0, 21),
+}  # fmt: skip
+
+
+@functools.cache
+def warn_of_untested_versions() -> None:
+    """Once: the method wraps what these libraries do not promise to keep."""
+    for package, newest in _TESTED.items():
+        found = importlib.metadata.version(package)
+        if tuple(int(number) for number in found.split(".")[:2]) > newest:
+            logger.warning(
+                "%s %s is newer than the releases that ogpsa_trl was tested with (up to %d.%d). "
+                "Should the run fail, install that one, or a newer ogpsa_trl.",
+                package, found, *newest,
+            )  # fmt: skip
 
 
 def checked_datasets(capability_dataset: Any, config: OGPSAConfig | None) -> dict[str, Any]:
@@ -56,6 +76,7 @@ def check_trainer(trainer: Any) -> None:
         ValueError: a model that no text can be scored with, or an engine, a precision or an
             optimizer that is not supported.
     """
+    warn_of_untested_versions()
     check_text_model(trainer)
     optimizer = OptimizerNames(trainer.args.optim).value
     check_supported(trainer.accelerator, optimizer, trainer.ogpsa_config.target)

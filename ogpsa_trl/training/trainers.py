@@ -4,14 +4,12 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ogpsa_trl.data.groups import Batch
 from ogpsa_trl.data.preparation import Preparation
 from ogpsa_trl.data.rendering import prepared
 from ogpsa_trl.training.mixin import OGPSAMixin
@@ -19,10 +17,10 @@ from ogpsa_trl.training.mixin import OGPSAMixin
 _NAMES = {"train": "the training data", "eval": "the evaluation data"}
 
 
-class _WithFusedHead(OGPSAMixin):
+class _OfTRL(OGPSAMixin):
     """
-    For trainers that give the model TRL's fused head, which computes log-probabilities without the
-    logits of the whole vocabulary, and that can offload activations.
+    For trainers of TRL that cut texts, prepare data on several processes, and can offload
+    activations.
     """
 
     maybe_activation_offload_context: contextlib.AbstractContextManager[Any]
@@ -45,14 +43,8 @@ class _WithFusedHead(OGPSAMixin):
     def capability_pass_context(self) -> contextlib.AbstractContextManager[Any]:
         return self.maybe_activation_offload_context
 
-    def capability_log_probs(self, batch: Batch) -> Tensor:
-        inputs: Any = self._prepare_input(batch.inputs)
-        with self.compute_loss_context_manager():
-            outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs.float()  # FSDP2 in bfloat16 rounds them
 
-
-class OGPSASFTTrainer(_WithFusedHead, SFTTrainer):
+class OGPSASFTTrainer(_OfTRL, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
 
@@ -81,7 +73,7 @@ class OGPSASFTTrainer(_WithFusedHead, SFTTrainer):
         )
 
 
-class OGPSADPOTrainer(_WithFusedHead, DPOTrainer):
+class OGPSADPOTrainer(_OfTRL, DPOTrainer):
     """
     [`~trl.DPOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
 
@@ -92,7 +84,7 @@ class OGPSADPOTrainer(_WithFusedHead, DPOTrainer):
         return replace(super().capability_preparation(), truncation_mode=self.args.truncation_mode)
 
 
-class OGPSAKTOTrainer(_WithFusedHead, KTOTrainer):
+class OGPSAKTOTrainer(_OfTRL, KTOTrainer):
     """
     [`~trl.KTOTrainer`] that keeps capabilities: see [`OGPSAMixin`] for what it adds.
 
