@@ -75,7 +75,8 @@ class SubspaceCallback(TrainerCallback):
 class SettingsCallback(TrainerCallback):
     """
     Writes the settings of OGPSA, and the samples and tokens of each capability group, into the
-    configuration of the run. The trainers add one by themselves.
+    configuration of the run in trackers, and into `trainer_state.json`, as that of a callback. The
+    trainers add one by themselves.
 
     Args:
         trainer: The trainer that it belongs to.
@@ -93,6 +94,7 @@ class SettingsCallback(TrainerCallback):
             self.settings[f"capability_tokens/{group.name}"] = group.num_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks["OGPSAConfig"] = {"args": self.settings, "attributes": {}}
         record_settings(self, self.trainer, "ogpsa_config", self.settings)
 
 
