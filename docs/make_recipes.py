@@ -6,12 +6,13 @@ tests/test_recipes.py fails where the file does not say what they say. Nothing i
 
 import math
 import shlex
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from ogpsa_trl.cli.train_arguments import RunArguments
 from ogpsa_trl.cli.train_keys import parse_run
-from ogpsa_trl.method.draws import Draws
+from ogpsa_trl.method.draws import Draws, Round
 
 FILE = Path(__file__).with_name("performance.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
@@ -63,6 +64,7 @@ UTILISATION = {"H100, 80 GB": 0.35, "RTX 4090, 24 GB": 0.25}
 ROWS = {"sft": 50_000, "dpo": 25_000}
 TOKENS = 300
 CAPABILITY_TOKENS = 400
+BEGINNING_TOKENS = 100  # of one, cut after the first tokens of its answer
 
 
 @dataclass(frozen=True)
@@ -182,16 +184,20 @@ def hours(recipe: Recipe) -> tuple[float, float]:
     batch = recipe.gpus * args.per_device_train_batch_size * args.gradient_accumulation_steps
     refreshes = rows / batch / ogpsa.refresh_interval
     num_groups = len({entry.group for entry in run.train.capability_datasets})
-    num_samples = ogpsa.samples_per_refresh or ogpsa.num_samples
+    num_samples, rounds = ogpsa.num_samples, (Round(ogpsa.samples_per_refresh),)
     if ogpsa.capability_token_share is not None and ogpsa.samples_per_refresh is None:
         draws = Draws.within(
             ogpsa.capability_token_share * ogpsa.refresh_interval * batch * tokens / rows,
-            [CAPABILITY_TOKENS] * num_groups,
-            num_processes=recipe.gpus, least=ogpsa.gradients_per_group, seed=args.seed,
+            [CAPABILITY_TOKENS] * num_groups, [BEGINNING_TOKENS] * num_groups,
+            num_processes=recipe.gpus, num_parts=ogpsa.gradients_per_group, seed=args.seed,
         )  # fmt: skip
-        num_samples = draws.num_samples or num_samples
-        num_groups = draws.num_groups or num_groups
-    tokens = num_groups * math.ceil(num_samples / recipe.gpus) * CAPABILITY_TOKENS
+        rounds = draws.rounds
+    tokens = statistics.mean(
+        (kind.num_groups or num_groups)
+        * math.ceil((kind.num_samples or num_samples) / recipe.gpus)
+        * (CAPABILITY_TOKENS if kind.num_tokens is None else BEGINNING_TOKENS)
+        for kind in rounds
+    )
     refreshing = refreshes * n * tokens * passes
 
     speed = PEAK[recipe.gpu] * UTILISATION[recipe.gpu] * 3600

@@ -105,9 +105,9 @@ class OGPSAConfig:
         0.25,
         "What capability data may cost: capability tokens for each training token, above 0. The "
         "share buys samples of each group for each refresh, at most 8 (measured: more do not "
-        "help). No sample comes twice before all have come once. Where the share buys less than "
-        "one sample of each group, the groups take turns. Unset, without `samples_per_refresh`: "
-        "all samples at each refresh (official).",
+        "help). Where it buys fewer, every second refresh reads more, up to the 8th token of their "
+        "answers (measured). Where it buys less than one sample of each group, groups take turns. "
+        "Unset, without `samples_per_refresh`: all samples at each refresh (official).",
     )
     samples_per_refresh: int | None = setting(
         None,

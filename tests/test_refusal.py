@@ -64,8 +64,8 @@ NARROW = {"hidden_size": 32, "num_hidden_layers": 2}
 class WithoutMask(GPT2LMHeadModel):
     """Attends to all tokens, and numbers them from the first one, whatever it is told."""
 
-    def forward(self, input_ids, past_key_values=None, **_):
-        return super().forward(input_ids, past_key_values=past_key_values)
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **others):
+        return super().forward(input_ids, **others)
 
 
 GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES)

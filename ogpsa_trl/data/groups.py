@@ -44,6 +44,22 @@ class Sample:
     features: Features
     num_tokens: int
 
+    @property
+    def number(self) -> int:
+        """The place in its group."""
+        return int(self.name.rpartition("/")[2])
+
+
+def beginning(sample: Sample, num_tokens: int) -> Sample:
+    """A sample with its prompt and so many tokens that count in the loss, or all it has."""
+    if sample.num_tokens <= num_tokens:
+        return sample
+    # The first token of all is predicted by nothing.
+    trained = [i for i, label in enumerate(sample.features["labels"]) if i and label != IGNORED]
+    end = trained[num_tokens - 1] + 1
+    features = {name: values[:end] for name, values in sample.features.items()}
+    return Sample(sample.name, features, num_tokens)
+
 
 @dataclass(frozen=True)
 class Batch:
