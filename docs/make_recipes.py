@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ogpsa_trl.cli.train_arguments import RunArguments
 from ogpsa_trl.cli.train_keys import parse_run
-from ogpsa_trl.method.draws import Draws, Round
+from ogpsa_trl.method.draws import Draws
 
 FILE = Path(__file__).with_name("performance.md")
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
@@ -184,20 +184,19 @@ def hours(recipe: Recipe) -> tuple[float, float]:
     batch = recipe.gpus * args.per_device_train_batch_size * args.gradient_accumulation_steps
     refreshes = rows / batch / ogpsa.refresh_interval
     num_groups = len({entry.group for entry in run.train.capability_datasets})
-    num_samples, rounds = ogpsa.num_samples, (Round(ogpsa.samples_per_refresh),)
+    num_samples = ogpsa.samples_per_refresh or ogpsa.num_samples
+    costs = [math.ceil(num_samples / recipe.gpus) * CAPABILITY_TOKENS]
     if ogpsa.capability_token_share is not None and ogpsa.samples_per_refresh is None:
         draws = Draws.within(
             ogpsa.capability_token_share * ogpsa.refresh_interval * batch * tokens / rows,
             [CAPABILITY_TOKENS] * num_groups, [BEGINNING_TOKENS] * num_groups,
             num_processes=recipe.gpus, num_parts=ogpsa.gradients_per_group, seed=args.seed,
         )  # fmt: skip
-        rounds = draws.rounds
-    tokens = statistics.mean(
-        (kind.num_groups or num_groups)
-        * math.ceil((kind.num_samples or num_samples) / recipe.gpus)
-        * (CAPABILITY_TOKENS if kind.num_tokens is None else BEGINNING_TOKENS)
-        for kind in rounds
-    )
+        num_groups = draws.num_groups or num_groups
+        costs = [math.ceil((draws.num_samples or num_samples) / recipe.gpus) * CAPABILITY_TOKENS]
+        if number := draws.num_beginnings[0]:
+            costs.append(math.ceil(number / recipe.gpus) * BEGINNING_TOKENS)
+    tokens = num_groups * statistics.mean(costs)
     refreshing = refreshes * n * tokens * passes
 
     speed = PEAK[recipe.gpu] * UTILISATION[recipe.gpu] * 3600

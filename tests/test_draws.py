@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ogpsa_trl import OGPSAConfig
 from ogpsa_trl.data.groups import CapabilityGroup, Sample, beginning, trained_labels
-from ogpsa_trl.method.draws import BEGINNING, Draws, Round, mean_length
+from ogpsa_trl.method.draws import BEGINNING, Draws, mean_beginning, mean_length
 from ogpsa_trl.training.budget import mean_training_length
 from runs import max_difference, weights
 
@@ -33,14 +33,10 @@ def seen(draws, groups, refresh):
 
 def within(budget, groups, num_processes=1, num_parts=1):
     lengths = [mean_length(group.samples) for group in groups]
-    beginnings = [mean_length([beginning(s, BEGINNING) for s in g.samples]) for g in groups]
+    beginnings = [mean_beginning(group.samples) for group in groups]
     return Draws.within(
         budget, lengths, beginnings, num_processes=num_processes, num_parts=num_parts, seed=3
     )
-
-
-def draws_of(num_samples=None, num_groups=None, seed=3):
-    return Draws(seed, (Round(num_samples, num_groups),))
 
 
 class TestBudget:
@@ -59,17 +55,17 @@ class TestBudget:
 
     def test_gives_every_process_as_many_samples(self):
         draws = within(1000, [group("a", 50), group("b", 50)], num_processes=3)
-        assert draws.rounds == (Round(9),)
+        assert draws.num_samples == 9
 
     @pytest.mark.parametrize(("num_processes", "enough"), [(1, 8), (3, 9), (8, 8), (64, 64)])
     def test_buys_no_more_than_is_enough(self, num_processes, enough):
         draws = within(1e9, [group("a", 50), group("b", 50)], num_processes)
-        assert draws.rounds == (Round(enough),)
+        assert draws.num_samples == enough
 
     def test_gives_every_gradient_of_a_group_a_sample(self):
         groups = [group("a", 50, num_parts=3), group("b", 50, num_parts=3)]
         draws = within(1, groups, num_processes=2, num_parts=3)
-        assert draws.rounds == (Round(4, 1),)
+        assert (draws.num_samples, draws.num_groups) == (4, 1)
         parts = draws.parts(groups, 1)
         assert [part is None for part in parts].count(True) == 3
         assert sorted(len(part.samples) for part in parts if part is not None) == [1, 1, 2]
@@ -78,12 +74,12 @@ class TestBudget:
 class TestTurns:
     def test_all_groups_have_one_in_the_first_refresh(self):
         groups = [group(name, 20) for name in "abc"]
-        assert len(seen(draws_of(2, 1), groups, 0)) == 3
+        assert len(seen(Draws(3, 2, 1), groups, 0)) == 3
 
     @pytest.mark.parametrize("num_groups", [1, 2])
     def test_come_to_all_groups_equally_often(self, num_groups):
         groups = [group(name, 20) for name in "abc"]
-        draws = draws_of(2, num_groups)
+        draws = Draws(3, 2, num_groups)
         turns = Counter(name for refresh in range(1, 31) for name in seen(draws, groups, refresh))
         assert set(turns.values()) == {10 * num_groups}
 
@@ -92,7 +88,7 @@ class TestSamples:
     @pytest.mark.parametrize("num_groups", [None, 1])
     def test_come_again_when_all_were_seen(self, num_groups):
         groups = [group("a", 12), group("b", 12)]
-        draws = draws_of(5, num_groups)
+        draws = Draws(3, 5, num_groups)
         times = [seen(draws, groups, refresh).get("a", []) for refresh in range(61)]
         names = [name for drawn in times for name in drawn]
         for start in range(0, len(names) - 11, 12):
@@ -101,18 +97,18 @@ class TestSamples:
 
     def test_are_others_for_another_seed(self):
         groups = [group("a", 50)]
-        assert seen(draws_of(5), groups, 1) != seen(draws_of(5, seed=4), groups, 1)
+        assert seen(Draws(3, 5), groups, 1) != seen(Draws(4, 5), groups, 1)
 
     @pytest.mark.parametrize("num_samples", [None, 20, 21])
     def test_are_all_where_there_are_no_more(self, num_samples):
         groups = [group("a", 20)]
-        assert len(seen(draws_of(num_samples), groups, 7)["a"]) == 20
+        assert len(seen(Draws(3, num_samples), groups, 7)["a"]) == 20
 
     @pytest.mark.parametrize("num_groups", [None, 1, 2])
     @pytest.mark.parametrize("num_refreshes", [1, 2, 5, 40])
     def test_that_a_run_needs_are_no_more_than_it_draws(self, num_refreshes, num_groups):
         groups = [group(name, 50) for name in "abc"]
-        draws = draws_of(4, num_groups)
+        draws = Draws(3, 4, num_groups)
         used = draws.used(groups, num_refreshes)
         drawn = [seen(draws, used, refresh) for refresh in range(num_refreshes)]
         for one in used:
@@ -121,7 +117,7 @@ class TestSamples:
 
 
 class TestBeginnings:
-    """Where few whole texts are bought, every second refresh reads beginnings."""
+    """Where few whole texts are bought, every second turn of a group reads beginnings."""
 
     GROUPS = tuple(group(name, 60, length=100, prompt=10) for name in "ab")
 
@@ -136,38 +132,47 @@ class TestBeginnings:
             assert cut.name == sample.name
             assert beginning(cut, 8) is cut
 
-    def test_are_read_in_turns_with_whole_texts_for_the_same_tokens(self):
-        draws = within(200, self.GROUPS)
-        assert draws.rounds == (Round(1, None, None), Round(5, None, BEGINNING))
-        used = draws.used(self.GROUPS, 21)
-        for refresh in range(21):
-            parts = draws.parts(used, refresh)
-            tokens = [len(s.features["input_ids"]) for part in parts for s in part.samples]
-            assert tokens == ([18] * 10 if refresh % 2 else [100] * 2)
-            assert sum(tokens) <= 200
+    @pytest.mark.parametrize(("budget", "groups_at_once"), [(200, 2), (110, 1)])
+    def test_are_every_second_turn_of_a_group_for_the_same_tokens(self, budget, groups_at_once):
+        draws = within(budget, self.GROUPS)
+        used, turns = draws.used(self.GROUPS, 41), Counter()
+        for refresh in range(1, 41):
+            drawn = [part for part in draws.parts(used, refresh) if part is not None]
+            assert len(drawn) == groups_at_once
+            for part in drawn:
+                turns[part.group] += 1
+                lengths = [len(sample.features["input_ids"]) for sample in part.samples]
+                is_whole = turns[part.group] % 2 == 0
+                assert lengths == ([100] if is_whole else [18] * (budget // groups_at_once // 18))
 
-    def test_are_none_where_they_cost_what_whole_texts_do(self):
-        assert len(within(20, [group("a", 20, length=12)]).rounds) == 1
-        assert len(within(20, [group("a", 20, length=100, prompt=80)]).rounds) == 1
+    def test_are_none_of_texts_without_prompts(self):
+        text, answers = group("a", 60, length=100, prompt=0), group("b", 60, length=100, prompt=10)
+        assert within(200, [text, answers]).num_beginnings == (0, 5)
 
-    def test_are_none_where_the_budget_buys_enough_whole_texts(self):
-        assert len(within(1600, self.GROUPS).rounds) == 1
-        assert len(within(1500, self.GROUPS).rounds) == 2
+    def test_are_none_where_they_buy_no_more_samples(self):
+        assert within(20, [group("a", 20, length=12)]).num_beginnings == (0,)
+        assert within(100, [group("a", 20, length=100, prompt=80)]).num_beginnings == (0,)
+        assert within(1600, self.GROUPS).num_beginnings == (0, 0)
+        assert within(1400, self.GROUPS).num_beginnings == (8, 8)
 
-    @pytest.mark.parametrize("budget", [30, 200, 900])
+    @pytest.mark.parametrize("budget", [60, 200, 900])
     def test_are_of_other_samples_than_whole_texts(self, budget):
         draws = within(budget, self.GROUPS)
-        drawn = [seen(draws, self.GROUPS, refresh).get("a", []) for refresh in range(40)]
-        whole, begun = ({name for names in drawn[k::2] for name in names} for k in (0, 1))
-        assert whole and begun and not whole & begun
-        names = [name for names in drawn[1::2] for name in names]
-        assert len(set(names[: len(begun)])) == len(begun)
+        used = draws.used(self.GROUPS, 41)
+        whole, begun = [], []
+        for refresh in range(41):
+            for part in draws.parts(used, refresh)[:1]:
+                for sample in part.samples if part is not None else ():
+                    (begun if sample.num_tokens == BEGINNING else whole).append(sample.name)
+        assert whole and begun and not {*whole} & {*begun}
+        for names in (whole, begun):  # none comes again before all have come
+            assert len(set(names[: len({*names})])) == len({*names})
 
     def test_of_a_group_of_one_are_the_text_itself(self):
         groups = [group("a", 1, length=100, prompt=10)]
         draws = within(200, groups)
         used = draws.used(groups, 9)
-        assert [len(draws.parts(used, refresh)) for refresh in range(4)] == [1] * 4
+        assert all(draws.parts(used, refresh)[0].samples == used[0].samples for refresh in range(4))
 
     @pytest.mark.parametrize("budget", [30, 200])
     def test_are_the_same_in_a_longer_run(self, budget):
@@ -211,7 +216,7 @@ def test_all_groups_have_their_turn_until_a_direction_is_known(make):
         optim="adamw_torch",
     )  # fmt: skip
     trainer.train()
-    assert trainer.constrained_step.draws.rounds[0].num_groups == 1
+    assert trainer.constrained_step.draws.num_groups == 1
     seen = [
         (entry["step"], name)
         for entry in trainer.state.log_history
@@ -233,7 +238,7 @@ def test_all_groups_have_their_turn_where_a_checkpoint_has_other_gradients(make,
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     entry = next(e for e in trainer.state.log_history if e.get("step") == 5)
-    assert trainer.constrained_step.draws.rounds[0].num_groups == 1
+    assert trainer.constrained_step.draws.num_groups == 1
     assert {f"ogpsa/capability_loss/{name}" for name in ("skills", "language")} <= entry.keys()
 
 
@@ -246,8 +251,7 @@ def test_a_run_reads_its_share_of_tokens(share, make):
     )  # fmt: skip
     trainer.train()
     draws, groups = trainer.constrained_step.draws, trainer.capability_groups
-    [kind] = draws.rounds
-    assert (kind.num_groups is None) == (share > 0.1)
+    assert (draws.num_groups is None) == (share > 0.1)
     read = [
         sum(len(s.features["input_ids"]) for p in draws.parts(groups, step) if p for s in p.samples)
         for step in range(1, 61)
@@ -256,7 +260,7 @@ def test_a_run_reads_its_share_of_tokens(share, make):
     if share > 0.1:
         assert 0.5 * budget < sum(read) / 60 < 1.05 * budget
     # No more samples are measured at the start than the run draws, with a second first refresh.
-    assert all(len(group.samples) <= 7 * kind.num_samples for group in groups)
+    assert all(len(group.samples) <= 7 * draws.num_samples for group in groups)
     assert len(trainer.capability_loss.start.samples) == sum(len(g.samples) for g in groups)
 
 
@@ -265,11 +269,12 @@ def test_a_run_reads_beginnings_and_resumes_bit_for_bit(make, tmp_path):
     rows = [{"prompt": "add 1 2 =>", "completion": " 3" * n} for n in range(30, 42)]
     options = {
         "capability": {"sums": Dataset.from_list(rows)}, "optim": "adamw_torch",
-        "config": OGPSAConfig(), "save_strategy": "steps", "save_steps": 3,
+        "config": OGPSAConfig(capability_token_share=1.0), "save_strategy": "steps", "save_steps": 3,
     }  # fmt: skip
     straight = make(max_steps=5, **options)
     straight.train()
-    assert [kind.num_tokens for kind in straight.constrained_step.draws.rounds] == [None, BEGINNING]
+    [number] = straight.constrained_step.draws.num_beginnings
+    assert number > straight.constrained_step.draws.num_samples
     start = straight.capability_loss.start
     lengths = {sample.num_tokens for sample in start.samples}
     assert BEGINNING in lengths and max(lengths) > 30

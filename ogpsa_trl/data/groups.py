@@ -49,6 +49,11 @@ class Sample:
         """The place in its group."""
         return int(self.name.rpartition("/")[2])
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether it begins with tokens that do not count in the loss."""
+        return IGNORED in self.features["labels"][:2]
+
 
 def beginning(sample: Sample, num_tokens: int) -> Sample:
     """A sample with its prompt and so many tokens that count in the loss, or all it has."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from ogpsa_trl.data.groups import CapabilityGroup, beginning
+from ogpsa_trl.data.groups import CapabilityGroup
 from ogpsa_trl.engines.backend import GradientBackend
-from ogpsa_trl.method.draws import BEGINNING, Draws, Round, mean_length
+from ogpsa_trl.method.draws import BEGINNING, Draws, mean_beginning, mean_length
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,12 @@ def planned_draws(
     config, seed = trainer.ogpsa_config, trainer.args.seed
     share = config.capability_token_share
     if config.samples_per_refresh is not None or share is None:
-        return Draws(seed, (Round(config.samples_per_refresh),))
+        return Draws(seed, config.samples_per_refresh)
     args, num_processes = trainer.args, backend.num_processes
     # That of the arguments, or less: `auto_find_batch_size`.
     num_rows = trainer._train_batch_size * args.gradient_accumulation_steps * num_processes
     lengths = [mean_length(group.samples) for group in groups]
-    beginnings = [mean_length([beginning(s, BEGINNING) for s in g.samples]) for g in groups]
+    beginnings = [mean_beginning(group.samples) for group in groups]
     max_length = getattr(args, "max_length", None)
     length = backend.from_first_process(
         lambda: mean_training_length(trainer.train_dataset, max_length)
@@ -46,14 +46,18 @@ def planned_draws(
         budget, lengths, beginnings,
         num_processes=num_processes, num_parts=config.gradients_per_group, seed=seed,
     )  # fmt: skip
-    for kind in draws.rounds:
-        logger.info(
-            "Refreshes of %s: %d of %d groups, samples of each: %s. `capability_token_share` %g of "
-            "%d rows of %.0f tokens buys %.0f tokens; steps between refreshes: %d.",
-            "whole texts" if kind.num_tokens is None else f"the first {kind.num_tokens} tokens",
-            kind.num_groups or len(groups), len(groups), kind.num_samples or "all", share, num_rows,
-            length, budget, config.refresh_interval,
-        )  # fmt: skip
+    logger.info(
+        "Groups in a refresh: %d of %d; samples of each: %s. `capability_token_share` %g of %d "
+        "rows of %.0f tokens buys %.0f tokens; steps between refreshes: %d.",
+        draws.num_groups or len(groups), len(groups), draws.num_samples or "all", share, num_rows,
+        length, budget, config.refresh_interval,
+    )  # fmt: skip
+    for group, number in zip(groups, draws.num_beginnings, strict=True):
+        if number:
+            logger.info(
+                "Capability group %r: every second turn reads the first %d tokens of %d answers.",
+                group.name, BEGINNING, number,
+            )  # fmt: skip
     return draws
 
 

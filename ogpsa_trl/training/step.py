@@ -118,7 +118,7 @@ class ConstrainedStep:
             return loss.sum(batch)
 
         with progress, trainer.capability_pass_context(), loss.passes(backend):
-            loss.prepare(backend, sees_all=self.draws.sees_all)
+            loss.prepare(backend, sees_all=self.draws.num_samples is None)
             old_rows, old_share = subspace.release_gradients(len(parts))
             gradients = capability_gradients(
                 backend,
