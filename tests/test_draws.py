@@ -149,8 +149,12 @@ class TestBeginnings:
         text, answers = group("a", 60, length=100, prompt=0), group("b", 60, length=100, prompt=10)
         assert within(200, [text, answers]).num_beginnings == (0, 5)
 
+    def test_are_none_of_texts_that_are_hardly_longer(self):
+        assert within(30, [group("a", 20, length=20, prompt=10), group("b", 9)]).num_beginnings == (
+            0, 0,
+        )  # fmt: skip
+
     def test_are_none_where_they_buy_no_more_samples(self):
-        assert within(20, [group("a", 20, length=12)]).num_beginnings == (0,)
         assert within(100, [group("a", 20, length=100, prompt=80)]).num_beginnings == (0,)
         assert within(1600, self.GROUPS).num_beginnings == (0, 0)
         assert within(1400, self.GROUPS).num_beginnings == (8, 8)
@@ -269,7 +273,8 @@ def test_a_run_reads_beginnings_and_resumes_bit_for_bit(make, tmp_path):
     rows = [{"prompt": "add 1 2 =>", "completion": " 3" * n} for n in range(30, 42)]
     options = {
         "capability": {"sums": Dataset.from_list(rows)}, "optim": "adamw_torch",
-        "config": OGPSAConfig(capability_token_share=1.0), "save_strategy": "steps", "save_steps": 3,
+        "config": OGPSAConfig(capability_token_share=1.0),
+        "save_strategy": "steps", "save_steps": 3,
     }  # fmt: skip
     straight = make(max_steps=5, **options)
     straight.train()

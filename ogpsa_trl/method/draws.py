@@ -21,6 +21,8 @@ ENOUGH_SAMPLES = 8
 
 # Trained tokens of a beginning (measured: docs/benchmark.md).
 BEGINNING = 8
+# Beginnings longer than this share of whole texts are nearly the texts themselves.
+_WORTHWHILE = 0.75
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Draws:
         num_groups = None if times >= 1 else max(1, int(times * len(lengths)))
         budget_of_group = budget / (num_groups or len(lengths))
         num_beginnings = [
-            0 if tokens is None else min(int(budget_of_group / (step * tokens)) * step, most)
-            for tokens in beginnings
+            0
+            if tokens is None or tokens > _WORTHWHILE * length
+            else min(int(budget_of_group / (step * tokens)) * step, most)
+            for tokens, length in zip(beginnings, lengths, strict=True)
         ]
         return cls(
             seed, num_samples, num_groups,
