@@ -105,8 +105,8 @@ class OGPSAConfig:
         0.25,
         "What capability data may cost: capability tokens for each training token, above 0. The "
         "share buys samples of each group for each refresh, at most 8 (measured: more do not "
-        "help). Where it buys fewer, every second turn of a group reads more, up to the 8th token of "
-        "their answers (measured). Where it buys less than one of each group, groups take turns. "
+        "help). Where it buys fewer, every second turn of a group reads more, up to the 8th token "
+        "of answers (measured). Where it buys less than one of each group, groups take turns. "
         "Unset, without `samples_per_refresh`: all samples at each refresh (official).",
     )
     samples_per_refresh: int | None = setting(
