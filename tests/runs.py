@@ -60,10 +60,11 @@ def make_trainer(
             config = paper()
         keywords |= {"capability_dataset": capability, "ogpsa_config": config}
     trainer_class = (PLAIN_TRAINERS if plain else TRAINERS)[stage]
-    torch.manual_seed(0)  # trl 1.9 makes an adapter before it seeds
+    args = arguments(stage, output_dir, **overrides)
+    torch.manual_seed(args.seed)  # trl 1.9 makes an adapter before it seeds, trl 1.16 after
     return trainer_class(
         model,
-        args=arguments(stage, output_dir, **overrides),
+        args=args,
         train_dataset=safety_data(stage) if data is None else data,
         **keywords,
     )

@@ -61,7 +61,7 @@ def known(base_model_path, tmp_path_factory):
         trainer.add_callback(watch)
         trainer.train()
         increases = [entry["ogpsa/gate_increase/answers"] for entry in gate_entries(trainer)]
-        assert all(after - before > 0.001 for before, after in pairwise(increases[1:]))
+        assert all(after - before > 0.005 for before, after in pairwise(increases[1:]))
         results[lora] = SimpleNamespace(
             trainer=trainer, gate=gate, states=watch.states, increases=increases
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import RwkvConfig, RwkvForCausalLM, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import rotate_checkpoints
@@ -202,6 +203,14 @@ def test_checkpointing_is_at_work_during_a_refresh(base_model_path, tmp_path):
     trainer.refresh_subspace()
     parts = [part for group in trainer.capability_groups for part in group.parts()]
     assert len(calls) == sum(part.num_batches_of(1) for part in parts)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_trainer_accumulates_by_itself(stage, base_model_path, tmp_path):
+    """A backward pass of one process is not scaled by the number of passes."""
+    trainer = make_trainer(stage, base_model_path, tmp_path, gradient_accumulation_steps=4)
+    assert isinstance(trainer.accelerator, Accelerator)
+    assert trainer.accelerator.gradient_accumulation_steps == 1
 
 
 def test_the_trainer_deletes_checkpoints_by_a_name_of_its_module():
