@@ -184,19 +184,20 @@ def hours(recipe: Recipe) -> tuple[float, float]:
     batch = recipe.gpus * args.per_device_train_batch_size * args.gradient_accumulation_steps
     refreshes = rows / batch / ogpsa.refresh_interval
     num_groups = len({entry.group for entry in run.train.capability_datasets})
-    num_samples = ogpsa.samples_per_refresh or ogpsa.num_samples
-    costs = [math.ceil(num_samples / recipe.gpus) * CAPABILITY_TOKENS]
+    num_samples, num_beginnings = ogpsa.samples_per_refresh or ogpsa.num_samples, 0
     if ogpsa.capability_token_share is not None and ogpsa.samples_per_refresh is None:
         draws = Draws.within(
             ogpsa.capability_token_share * ogpsa.refresh_interval * batch * tokens / rows,
             [CAPABILITY_TOKENS] * num_groups, [BEGINNING_TOKENS] * num_groups,
             num_processes=recipe.gpus, num_parts=ogpsa.gradients_per_group, seed=args.seed,
         )  # fmt: skip
+        num_samples = draws.num_samples or num_samples
         num_groups = draws.num_groups or num_groups
-        costs = [math.ceil((draws.num_samples or num_samples) / recipe.gpus) * CAPABILITY_TOKENS]
-        if number := draws.num_beginnings[0]:
-            costs.append(math.ceil(number / recipe.gpus) * BEGINNING_TOKENS)
-    tokens = num_groups * statistics.mean(costs)
+        num_beginnings = draws.num_beginnings[0]
+    turns = [math.ceil(num_samples / recipe.gpus) * CAPABILITY_TOKENS]
+    if num_beginnings:
+        turns.append(math.ceil(num_beginnings / recipe.gpus) * BEGINNING_TOKENS)
+    tokens = num_groups * statistics.mean(turns)
     refreshing = refreshes * n * tokens * passes
 
     speed = PEAK[recipe.gpu] * UTILISATION[recipe.gpu] * 3600
