@@ -52,24 +52,30 @@ class TestPublicNames:
         assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)) == "False\n"
 
 
+def pins(file):
+    """The versions that a file of constraints names."""
+    return dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / file).read_text(), re.MULTILINE))
+
+
 class TestVersions:
     def test_warnings_begin_above_those_that_the_tests_are_run_on(self):
-        text = (ROOT / "constraints.txt").read_text()
-        pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+        pinned = pins("constraints.txt")
         for package, newest in setup._TESTED.items():
             assert pinned[package].startswith("{}.{}.".format(*newest)), package
 
-    def test_a_newer_one_warns_once_and_is_not_refused(self, monkeypatch, caplog):
-        monkeypatch.setitem(setup._TESTED, "trl", (1, 8))
+    @pytest.mark.parametrize("newer", ["1.17.0", "1.17.0.dev0", "2.0rc1"])
+    def test_a_newer_one_warns_once_and_is_not_refused(self, newer, monkeypatch, caplog):
+        versions = {p: "{}.{}.9".format(*newest) for p, newest in setup._TESTED.items()}
+        monkeypatch.setattr(setup.importlib.metadata, "version", (versions | {"trl": newer}).get)
         setup.warn_of_untested_versions.cache_clear()
         setup.warn_of_untested_versions()
         setup.warn_of_untested_versions()
         [record] = caplog.records
-        assert re.match(r"trl 1\.\d+\.\d+ is newer .* \(up to 1\.8\)", record.message)
+        assert record.message.startswith(f"trl {newer} is newer ")
+        assert "(up to 1.16)" in record.message
 
     def test_lower_bounds_are_the_oldest_that_the_tests_are_run_on(self):
-        text = (ROOT / "tests" / "environments" / "oldest.txt").read_text()
-        oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+        oldest = pins("tests/environments/oldest.txt")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for package in ("trl", "transformers", "accelerate", "peft", "datasets"):
             [bound] = [d for d in project["dependencies"] if re.match(rf"{package}\b", d)]

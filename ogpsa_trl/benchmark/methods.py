@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from ogpsa_trl.cli.train import TRAINERS, Data, prepare
 from ogpsa_trl.cli.train_arguments import RunArguments
@@ -216,7 +216,8 @@ class L2ToStart(Trainer):
     start: list[Tensor] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+        assert self.model is not None
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.start is None:
             self.start = [parameter.detach().clone() for parameter in parameters]
         loss = super().training_step(*args, **kwargs)
@@ -254,7 +255,7 @@ def mixed_data(share: float, run: RunArguments, safety: Dataset, tokenizer: Any)
 
 
 @contextmanager
-def _counted(models: Sequence[nn.Module], cost: Cost) -> Iterator[None]:
+def _counted(models: Sequence[PreTrainedModel], cost: Cost) -> Iterator[None]:
     """Count the sequences that go through the models within the block, and its time."""
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -262,7 +263,7 @@ def _counted(models: Sequence[nn.Module], cost: Cost) -> Iterator[None]:
         cost.forward += num_sequences
         cost.backward += num_sequences * torch.is_grad_enabled()
 
-    embeddings = {id(e): e for m in models for e in [m.get_input_embeddings()]}  # type: ignore[operator]
+    embeddings = {id(e): e for m in models for e in [m.get_input_embeddings()]}
     handles = [embedding.register_forward_hook(count) for embedding in embeddings.values()]
     start = time.process_time()
     try:

@@ -60,8 +60,8 @@ def beginning(sample: Sample, num_tokens: int) -> Sample:
     if sample.num_tokens <= num_tokens:
         return sample
     # The first token of all is predicted by nothing.
-    trained = [i for i, label in enumerate(sample.features["labels"]) if i and label != IGNORED]
-    end = trained[num_tokens - 1] + 1
+    trained = (i for i, label in enumerate(sample.features["labels"]) if i and label != IGNORED)
+    end = 1 + next(itertools.islice(trained, num_tokens - 1, None))
     features = {name: values[:end] for name, values in sample.features.items()}
     return Sample(sample.name, features, num_tokens)
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from ogpsa_trl.cli.keys import check_entries, unknown_key
 from ogpsa_trl.config import OGPSAConfig
-from ogpsa_trl.data.entries import CapabilityDatasetConfig, load_groups
+from ogpsa_trl.data.entries import CapabilityDatasetConfig, entries_of, load_groups
 from ogpsa_trl.training.mixin import OGPSAMixin
 
 
@@ -79,7 +79,7 @@ def _settings(cfg: Any) -> tuple[list[CapabilityDatasetConfig], OGPSAConfig]:
             raise ValueError(unknown_key(key, "`ogpsa`", known))
     given.setdefault("capability_max_length", cfg.get("sequence_len"))
     config = OGPSAConfig.from_preset(preset, stage=stage, **given)
-    return [CapabilityDatasetConfig(**entry) for entry in entries], config
+    return entries_of(CapabilityDatasetConfig, entries), config
 
 
 class _FromFile(OGPSAMixin):

@@ -22,7 +22,7 @@ def check_no_encoder(config: Any, name: str, way_out: str = "") -> None:
     Raises:
         ValueError: it is one.
     """
-    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    parts = (config, config.get_text_config())
     if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise ValueError(
             f"The model must be a causal language model, but {name} is an encoder-decoder model "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from packaging.version import Version
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.training_args import OptimizerNames
 
@@ -38,7 +39,7 @@ def warn_of_untested_versions() -> None:
     """Once: the method wraps what these libraries do not promise to keep."""
     for package, newest in _TESTED.items():
         found = importlib.metadata.version(package)
-        if tuple(int(number) for number in found.split(".")[:2]) > newest:
+        if Version(found).release[:2] > newest:  # 2.0rc1 is one, too
             logger.warning(
                 "%s %s is newer than the releases that ogpsa_trl was tested with (up to %d.%d). "
                 "Should the run fail, install that one, or a newer ogpsa_trl.",
@@ -103,8 +104,7 @@ def check_text_model(trainer: Any) -> None:
             "`accelerate launch --config_file configs/accelerate/ddp.yaml`, or set "
             "`CUDA_VISIBLE_DEVICES=0`."
         )
-    if hasattr(model, "config"):
-        check_no_encoder(model.config, type(model).__name__)
+    check_no_encoder(model.config, type(model).__name__)
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"The capability loss is that of a language model, but {type(model).__name__} has no "
